@@ -1,0 +1,900 @@
+"""Does the model think for as many tokens as it was asked to, and is it still right?
+
+    python evaluate.py --model DIR --data math500 --budgets 512,1024,2048,3600 --n 16 --out out/eval
+    python evaluate.py --samples out/eval/samples.jsonl --out out/again           no model needed
+
+For every budget the prompt is rebuilt from the problem, n responses are sampled, checked, and appended to
+samples.jsonl as they come. Then follow results.json (accuracy, signed and absolute length error, shares
+within 10% and over the budget ...), a table and three pictures per data set; samples.jsonl alone is enough to
+make them again. Training calls evaluate() with its own sampler. Left out: other engines, baselines.
+"""
+
+import argparse
+import gzip
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+import rewards
+from data import BadInput, budget_prompt, encode_prompt, load_problems, load_tokenizer, parse_budgets
+
+QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
+BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
+OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
+NEEDED = (
+    "id",
+    "source",
+    "budget",
+    "length",
+    "finish_reason",
+    "correct",
+)  # fields of a sample that results need
+CROWD = 16  # pictures and tables of more budgets than this show groups of them
+
+# ------------------------------------------------------------------------------------------------------------
+# Metrics: pure functions of numbers. Lengths and budgets in tokens, shares from 0 to 1.
+
+
+def length_error(length, budget) -> dict:
+    """Mean, mean absolute and root mean square of (length - budget) / budget; one budget or one each."""
+    budget = np.asarray(budget, float)
+    error = (np.asarray(length, float) - budget) / budget
+    # In the signed mean over- and undershoot cancel: published "3% errors" are of this kind.
+    return {"signed": error.mean(), "mean_abs": np.abs(error).mean(), "rmse": np.sqrt((error**2).mean())}
+
+
+def over_budget(length, budget) -> dict:
+    """Shares longer than the budget ("hard") and longer by more than 500 tokens ("soft500"), as in L1."""
+    excess = np.asarray(length) - np.asarray(budget)
+    return {"hard": (excess > 0).mean(), "soft500": (excess > 500).mean()}
+
+
+def within10(length, budget) -> dict:
+    """Share of lengths at most 10% away from the budget; in integers, so that exactly 10% is inside."""
+    length, budget = np.asarray(length), np.asarray(budget)
+    return {"share": (10 * np.abs(length - budget) <= budget).mean()}
+
+
+def log_linear_fit(tokens, accuracy) -> dict:
+    """Least squares accuracy = intercept + slope * log(tokens), both bases; nan without two token counts."""
+    x, y = np.log(np.asarray(tokens, float)), np.asarray(accuracy, float)
+    if len(x) < 2 or np.ptp(x) == 0:
+        return dict.fromkeys(("slope_ln", "slope_log10", "intercept", "r2"), math.nan)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    intercept = y.mean() - slope * x.mean()
+    total = ((y - y.mean()) ** 2).sum()
+    r2 = 1 - ((y - intercept - slope * x) ** 2).sum() / total if total else math.nan
+    return {"slope_ln": slope, "slope_log10": slope * math.log(10), "intercept": intercept, "r2": r2}
+
+
+def pass_at_k(n, c, k) -> dict:
+    """Unbiased pass@k, 1 - C(n-c, k) / C(n, k), of problems with c right among n samples; k <= every n."""
+    each = [1 - math.comb(ni - ci, k) / math.comb(ni, k) for ni, ci in zip(n, c, strict=True)]
+    return {"per_problem": each, "mean": sum(each) / len(each)}
+
+
+def trimmed_quantiles(values, probs=QUANTILES) -> list[float]:
+    """Quantiles with linear interpolation; the outer two of the default are where the violins are cut."""
+    return np.quantile(np.asarray(values, float), probs).tolist()
+
+
+def standard_error(means) -> float:
+    """Standard error of the mean over problems (ddof 1); nan for a single problem."""
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+
+
+def correlation(requested, produced) -> float:
+    """Pearson correlation of requested and produced length; nan where one of them does not vary."""
+    x, y = np.asarray(requested, float), np.asarray(produced, float)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+METRICS = {
+    "length_error": length_error,
+    "over_budget": over_budget,
+    "within10": within10,
+    "log_linear_fit": log_linear_fit,
+    "pass_at_k": pass_at_k,
+    "trimmed_quantiles": trimmed_quantiles,
+    "standard_error": standard_error,
+    "correlation": correlation,
+}
+
+# ------------------------------------------------------------------------------------------------------------
+# Samples -> table -> results. The table keeps five numbers per sample and no text, since a file of
+# generations may be larger than the memory:
+#     {data set: {"ids": {problem id: row}, "modes": set, "cells": {budget or None: columns}}}
+
+
+def new_cell() -> dict:
+    """Empty columns of the samples at one budget; -1 stands for "not known"."""
+    return {key: array("q") for key in ("problem", "budget", "correct", "length", "truncated")}
+
+
+def add(table: dict, sample: dict, count: str = "response") -> None:
+    """Append one sample; `count` "thinking" takes the tokens up to `</think>` where they are known."""
+    part = table.setdefault(sample["source"], {"ids": {}, "modes": set(), "cells": {}})
+    budget, length, finish = sample["budget"], sample["length"], sample["finish_reason"]
+    if count == "thinking" and sample.get("thinking_length") is not None:
+        length = sample["thinking_length"]
+    if budget not in part["cells"]:
+        part["cells"][budget] = new_cell()
+    row = {
+        "problem": part["ids"].setdefault(sample["id"], len(part["ids"])),
+        "correct": bool(sample["correct"]),
+    }
+    row |= {"budget": -1 if budget is None else budget, "length": -1 if length is None else length}
+    row["truncated"] = -1 if finish is None else finish == "length"
+    for key, column in part["cells"][budget].items():
+        column.append(row[key])
+    if sample.get("mode"):
+        part["modes"].add(sample["mode"])
+
+
+def known_lengths(cell: dict) -> np.ndarray:
+    """Lengths (tokens) of the samples whose length is known."""
+    length = np.array(cell["length"])
+    return length[length >= 0]
+
+
+def summarise_cell(cell: dict) -> dict:
+    """All figures of one cell; nan where a figure has no meaning or its numbers are not known."""
+    problem, correct, truncated = (np.array(cell[key]) for key in ("problem", "correct", "truncated"))
+    _, row, n = np.unique(problem, return_inverse=True, return_counts=True)
+    right = np.bincount(row, weights=correct).astype(int)
+    most = int(n.min())
+    length, budget = known_lengths(cell), np.array(cell["budget"])[np.array(cell["length"]) >= 0]
+    out = {
+        "n": len(correct),
+        "problems": len(n),
+        "accuracy": correct.mean(),
+        # Samples of one problem are no independent evidence: the error is that of the mean over problems.
+        "accuracy_stderr": standard_error(right / n),
+        "pass_at_k": {
+            str(k): pass_at_k(n.tolist(), right.tolist(), k)["mean"]
+            for k in sorted({2**i for i in range(most.bit_length())} | {most})
+        },
+        "truncated": (truncated == 1).sum() / (truncated >= 0).sum() if (truncated >= 0).any() else math.nan,
+        **dict.fromkeys(("mean_length", "median_length", "length_std", "length_quantiles"), math.nan),
+        **dict.fromkeys(("signed_error", "abs_error", "rmse", "within_10", "over_budget"), math.nan),
+        "over_budget_500": math.nan,
+    }
+    if len(length):
+        out |= {"mean_length": length.mean(), "median_length": np.median(length), "length_std": length.std()}
+        out["length_quantiles"] = dict(zip(map(str, QUANTILES), trimmed_quantiles(length), strict=True))
+    if len(length) and budget[0] > 0:
+        error, over = length_error(length, budget), over_budget(length, budget)
+        out |= {"signed_error": error["signed"], "abs_error": error["mean_abs"], "rmse": error["rmse"]}
+        out |= {"over_budget": over["hard"], "over_budget_500": over["soft500"]}
+        out["within_10"] = within10(length, budget)["share"]
+    return out
+
+
+def mean_of(cells: list[dict]) -> dict:
+    """Means over budgets, each budget weighing the same; nan where one of them has no such figure."""
+    keys = ("accuracy", "mean_length", "signed_error", "abs_error", "rmse")
+    keys += ("within_10", "over_budget", "over_budget_500", "truncated")
+    return {key: np.mean([cell[key] for cell in cells]) if cells else math.nan for key in keys}
+
+
+def jsonable(value):
+    """The same value for json: numpy scalars become Python numbers, nan and infinity become null."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_order(cells: dict) -> list:
+    """The budgets of the cells, smallest first, the run without a budget (None) last."""
+    return sorted(cells, key=lambda budget: math.inf if budget is None else budget)
+
+
+def summarise(table: dict, trained_budgets: list[int] | None = None) -> dict:
+    """{data set: {"budgets": {"512": figures, "none": figures}, "mean", "mean_trained", ...}}, for json."""
+    datasets = {}
+    for name, part in table.items():
+        cells = {b: summarise_cell(part["cells"][b]) for b in in_order(part["cells"])}
+        asked = [b for b in cells if b is not None]
+        produced = [known_lengths(part["cells"][b]) for b in asked]
+        requested = [np.full(len(x), b) for x, b in zip(produced, asked, strict=True)]
+        fit = [cells[b] for b in asked if cells[b]["mean_length"] > 0]  # false for nan
+        datasets[name] = {
+            "mode": " and ".join(sorted(part["modes"])) or None,
+            "budgets": {"none" if b is None else str(b): c for b, c in cells.items()},
+            "mean": mean_of([cells[b] for b in asked]),
+            "mean_trained": mean_of([cells[b] for b in asked if b in (trained_budgets or [])]),
+            "correlation": correlation(np.concatenate(requested), np.concatenate(produced))
+            if asked
+            else None,
+            "accuracy_by_log_length": log_linear_fit(
+                [c["mean_length"] for c in fit], [c["accuracy"] for c in fit]
+            ),
+        }
+    return jsonable(datasets)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading samples
+
+
+def check_sample(sample, need: tuple) -> dict:
+    """The sample, token counts as int; BadInput (without the line's number) if it breaks the contract."""
+    if not isinstance(sample, dict):
+        raise BadInput(f"it is a {type(sample).__name__}, not an object with the fields {', '.join(need)}")
+    missing = [key for key in need if key not in sample]
+    if missing:
+        raise BadInput(f"no field {', '.join(missing)}; a sample needs {', '.join(need)} (null: not known)")
+    for key, least in (("budget", 1), ("length", 0), ("thinking_length", 0)):
+        value = sample.get(key)
+        if value is None:
+            continue
+        # nan and infinity, which Python's json reads, fail the comparison with their own whole part.
+        if type(value) not in (int, float) or value != value // 1 or value < least:
+            raise BadInput(f"{key} is {value!r}; it must be null or a whole number of tokens from {least}")
+        sample[key] = int(value)
+    if not isinstance(sample["id"], (str, int)) or not isinstance(sample["source"], str):
+        raise BadInput("id must be a string or a whole number, and source a string")
+    if "correct" in need and sample["correct"] not in (0, 1):
+        raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
+    if "response" in need and not (isinstance(sample["response"], str) and sample["answer"] is not None):
+        raise BadInput("response must be a string and answer a string or a list of strings")
+    if sample.get("kind") not in (None, "math", "choice"):
+        raise BadInput(f"kind is {sample['kind']!r}; it must be math or choice")
+    return sample
+
+
+def read_samples(path: str, regrade: bool = False) -> Iterator[dict]:
+    """Samples of a JSONL file, plain or gzipped, one at a time; BadInput names the line that is wrong."""
+    need, found = (*NEEDED[:-1], "response", "answer") if regrade else NEEDED, False
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            for at, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    sample = check_sample(json.loads(line), need)
+                except BadInput as error:
+                    raise BadInput(f"--samples {path}, line {at}: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise BadInput(f"--samples {path}, line {at} is no JSON ({error}): delete it") from None
+                found = True
+                yield sample
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadInput(f"--samples {path} cannot be read ({error}): give a .jsonl(.gz) file") from None
+    if not found:
+        raise BadInput(f"--samples {path} holds no samples: give a file that evaluate.py wrote")
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def plan(
+    problems: list[dict], budgets: list, mode: str, wording: str, tokenizer, context: int, max_tokens=None
+) -> Iterator[dict]:
+    """One request per budget and problem: {"problem", "budget", "prompt", "ids", "max_tokens"}.
+
+    `context` and `max_tokens` in tokens; BadInput where prompt and response do not fit into the context.
+    """
+    largest = max((b for b in budgets if b), default=0)
+    if max_tokens and largest > max_tokens and mode == "exact":
+        raise BadInput(
+            f"--max-tokens ({max_tokens}) is below the budget {largest}, which no response could then reach: "
+            "raise --max-tokens or leave it out"
+        )
+    for budget in budgets:
+        cap = max_tokens or (2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 0))
+        for problem in problems:
+            asked_as = mode if budget else None
+            prompt = budget_prompt(problem["problem"], budget, asked_as, problem["kind"], wording)
+            ids = np.array(encode_prompt(tokenizer, prompt), np.int32)  # an eighth of a list's memory
+            room = context - len(ids)
+            # A default cap gives way to the context; a budget or a cap that was asked for does not.
+            wanted = max(1, budget or 0, max_tokens or 0)
+            if wanted > room:
+                raise BadInput(
+                    f"budget {budget or 'none'}: {wanted} tokens of response and the prompt of problem "
+                    f"{problem['id']} ({len(ids)} tokens) exceed the model's context of {context}: at most "
+                    f"{max(room, 0)} fit; lower --budgets or --max-tokens, or drop long problems"
+                )
+            request = {"problem": problem, "budget": budget, "prompt": prompt, "ids": ids}
+            yield request | {"max_tokens": min(cap, room)}
+
+
+def to_samples(
+    request: dict, completions: list[dict], mode: str, tokenizer, think_end: list[int]
+) -> list[dict]:
+    """The completions of one request as samples of the Sample contract, not yet graded."""
+    problem, budget, samples = request["problem"], request["budget"], []
+    for i, completion in enumerate(completions):
+        ids, finish = list(completion["ids"]), completion["finish_reason"]
+        # Only the end token is left out: in many tokenizers `</think>` is a special token, too.
+        response = tokenizer.decode(ids[:-1] if finish == "stop" else ids, skip_special_tokens=False)
+        sample = {"id": problem["id"], "sample": i}
+        sample |= {key: problem[key] for key in ("source", "problem", "answer", "kind")}
+        sample |= {"prompt": request["prompt"], "budget": budget, "mode": mode if budget else None}
+        sample |= {"response": response, "length": rewards.response_length(ids), "finish_reason": finish}
+        if "</think>" in response:
+            sample["thinking_length"] = rewards.response_length(ids, "thinking", think_end)
+        if problem.get("choices"):
+            sample["choices"] = problem["choices"]
+        samples.append(sample)
+    return samples
+
+
+def grade(samples: list[dict], require_think: bool, verify: dict) -> None:
+    """Set `correct` of every sample; add the checker's counts (timeouts, parse failures ...) to `verify`.
+
+    A response that was cut off is wrong, as in training, whatever the checker finds in its middle.
+    """
+    verdicts, counts = rewards.check_answers(
+        [s["response"] for s in samples], [s["answer"] for s in samples],
+        [s.get("kind") or "math" for s in samples], [s.get("choices") for s in samples], require_think,
+    )  # fmt: skip
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        sample["correct"] = bool(verdict) and sample["finish_reason"] != "length"
+    for key, value in (counts | {"checked": len(samples)}).items():
+        verify[key] = verify.get(key, 0) + value
+
+
+def evaluate(
+    sampler, problems: list[dict], budgets: list[int | None], mode: str, n: int, out: str, *,
+    wording: str = "l1", temperature: float = 0.6, top_p: float = 0.95, max_tokens: int | None = None,
+    seed: int = 0, count: str = "response", require_think: bool = False,
+    trained_budgets: list[int] | None = None, model: str | None = None, log: Callable = print,
+) -> dict:  # fmt: skip
+    """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
+
+    Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over.
+    """
+    tokenizer, table, verify, done, start = sampler.tokenizer, {}, {}, 0, time.monotonic()
+    think_end = tokenizer.encode("</think>", add_special_tokens=False)
+    # The whole plan comes first: what does not fit is found before an hour of sampling, not after it.
+    requests = list(plan(problems, budgets, mode, wording, tokenizer, sampler.max_model_len, max_tokens))
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "samples.jsonl"), "w", encoding="utf-8") as f:
+        for at, batch in enumerate(batches(requests, max(1, BATCH // n))):
+            ids, caps = [r["ids"].tolist() for r in batch], [r["max_tokens"] for r in batch]
+            found = sampler.generate(ids, n, caps, temperature, top_p, seed * 1_000_003 + at)
+            pairs = zip(batch, found, strict=True)
+            samples = [s for r, c in pairs for s in to_samples(r, c, mode, tokenizer, think_end)]
+            grade(samples, require_think, verify)
+            for sample in samples:
+                f.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                add(table, sample, count)
+            f.flush()
+            done += len(samples)
+            log(f"evaluate: {done}/{len(requests) * n} samples, {time.monotonic() - start:.0f} s")
+    about = {
+        "model": model,
+        "mode": mode,
+        "wording": wording,
+        "trained_budgets": trained_budgets,
+        "seed": seed,
+    }
+    about |= {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    about |= {"sampler": sampler.name, "count": count, "require_think": require_think, "verify": verify}
+    return finish(table, about, out, log)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Results on disk and on the screen
+
+
+def write_json(path: str, value: dict) -> None:
+    """Written beside its place, fsynced and renamed: nobody ever reads half a file. Refuses nan."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, allow_nan=False, ensure_ascii=False)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def read_results(path: str) -> dict:
+    """The results of a finished evaluation; {} where there is none, BadInput where the file is broken."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (ValueError, TypeError) as error:
+        raise BadInput(
+            f"{path} is no results file of evaluate.py ({error}): move it out of the way"
+        ) from None
+
+
+def versions() -> dict:
+    """The versions of Python and of the libraries that took part."""
+    found = {"python": platform.python_version(), "math-verify": importlib.metadata.version("math-verify")}
+    used = [name for name in ("numpy", "torch", "transformers", "vllm") if name in sys.modules]
+    return found | {name: sys.modules[name].__version__ for name in used}
+
+
+def finish(table: dict, about: dict, out: str, log: Callable = print) -> dict:
+    """Summarise, draw, write results.json to `out`, print the tables; returns the results."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "results.json")
+    trained = about.get("trained_budgets")
+    results = jsonable(about) | {"versions": versions(), "datasets": summarise(table, trained)}
+    pictures = draw(table, out, trained, about.get("model"))
+    results["pictures"] = [os.path.basename(p) for p in pictures]
+    # Pictures of the evaluation that is replaced would pass for pictures of this one.
+    for stale in set(read_results(path).get("pictures", [])) - set(results["pictures"]):
+        if os.path.exists(os.path.join(out, os.path.basename(stale))):
+            os.remove(os.path.join(out, os.path.basename(stale)))
+    write_json(path, results)
+    for name, part in table.items():
+        log(format_table(name, part, results["datasets"][name]))
+    log(f"evaluate: figures in {path}")
+    log(
+        "evaluate: pictures in " + ", ".join(pictures)
+        if pictures
+        else "evaluate: no lengths known, no pictures"
+    )
+    return results
+
+
+def format_table(name: str, part: dict, summary: dict) -> str:
+    """The table of one data set: a line per budget (or group of many), then the means over budgets."""
+    columns = {
+        "accuracy": "accuracy",
+        "+-": "accuracy_stderr",
+        "length": "mean_length",
+        "signed": "signed_error",
+    }
+    columns |= {
+        "abs error": "abs_error",
+        "within 10%": "within_10",
+        "over": "over_budget",
+        "cut off": "truncated",
+    }
+    cells = pool(part["cells"])
+    lines = {"none" if b is None else str(b): jsonable(summarise_cell(cells[b])) for b in in_order(cells)}
+    for label, key in (("mean", "mean"), ("mean, trained", "mean_trained")):
+        if len(lines) > 1 and summary[key]["abs_error"] is not None:
+            lines[label] = summary[key]
+    rows = [["budget", "n", *columns]]
+    for label, figures in lines.items():
+        values = [(key, figures.get(key)) for key in columns.values()]
+        texts = ["-" if v is None else f"{v:.1f}" if k == "mean_length" else f"{v:.1%}" for k, v in values]
+        rows.append([label, str(figures.get("n", "")), *texts])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = f"\n{name}: {len(part['ids'])} problems, mode {summary['mode'] or 'none'}"
+    if summary["correlation"] is not None:
+        text += f", correlation of requested and produced length {summary['correlation']:.3f}"
+    pad = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([text, *pad])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures. They are told apart by shape and brightness, so that a greyscale print loses nothing.
+
+DARK, LIGHT, OTHER = "#1f3f5f", "#8fb8dc", "#8a4b08"
+
+
+def pool(cells: dict) -> dict:
+    """The cells that are shown: many budgets (a uniform draw) become ten groups, each at its median."""
+    asked = sorted(b for b in cells if b is not None)
+    if len(asked) <= CROWD:
+        return cells
+    pooled = {None: cells[None]} if None in cells else {}
+    for group in np.array_split(asked, 10):
+        cell = pooled[int(np.median(group))] = new_cell()
+        for budget in group.tolist():
+            for key in cell:
+                cell[key].extend(cells[budget][key])
+    return pooled
+
+
+def draw(table: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
+    """Violins, accuracy and error pictures of every data set that has the numbers; returns the PNG paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = []
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    for name, part in table.items():
+        suffix = "" if len(table) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
+        cells = {b: c for b, c in pool(part["cells"]).items() if len(known_lengths(c))}
+        lengths = {b: known_lengths(cells[b]) for b in in_order(cells)}
+        figures = {b: summarise_cell(cells[b]) for b in lengths}
+        most = max(map(len, lengths.values()), default=0)
+        title = f"{name}: {len(part['ids'])} problems, {most} responses a budget"
+        title += f", mode {' and '.join(sorted(part['modes']))}" if part["modes"] else ""
+        title += f"\n{os.path.basename(model.rstrip('/'))}" if model else ""
+        for kind, function in PICTURES.items():
+            # Without a single budget there is still an accuracy at a length.
+            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
+                continue
+            with plt.rc_context(style):
+                picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+                function(ax, figures, lengths, trained)
+                ax.set_title(title, fontsize=11, loc="left")
+                paths.append(os.path.join(out, f"{kind}{suffix}.png"))
+                picture.savefig(paths[-1], dpi=150)
+                plt.close(picture)
+    return paths
+
+
+def density(values: np.ndarray, least: float, points: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """(grid, height scaled to 1): Gaussian kernel estimate cut at both ends, bandwidth Scott's or `least`."""
+    grid, width = np.linspace(values.min(), values.max(), points), values.std() * len(values) ** -0.2
+    values, width = np.quantile(values, np.linspace(0, 1, 1000)), max(width, least)  # any number at one cost
+    height = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2).sum(1)
+    return grid, height / height.max()
+
+
+def plain_ticks(axis, values) -> None:
+    """Ticks at these values, written as plain numbers whatever the scale."""
+    axis.set_ticks(values, [f"{v:g}" for v in values])
+    axis.set_ticks([], minor=True)
+
+
+def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
+    """Which budgets lie in the range of the trained ones."""
+    return np.array([bool(trained) and min(trained) <= b <= max(trained) for b in budgets], bool)
+
+
+def legend(ax) -> None:
+    """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
+    found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 4}
+    ax.legend(found.values(), found.keys(), fontsize=9, **place)
+
+
+def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Produced against requested length: a violin per budget at its true place, outer 5% cut on each side."""
+    asked = [b for b in lengths if b is not None]
+    cut = {b: trimmed_quantiles(lengths[b], [0.05, 0.5, 0.95]) for b in lengths}
+    # Budgets that would crowd on linear axes get logarithmic ones; the identity stays a straight line.
+    log = len(asked) > 1 and min(np.diff(asked)) < 0.05 * asked[-1]
+    to, back = (np.log2, np.exp2) if log else (np.asarray, np.asarray)
+    half = 0.38 * (min(np.diff(to(asked))) if len(asked) > 1 else 0.4 * asked[0])  # of a violin's width
+    least, most = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
+    low = float(back(to(asked[0]) - 1.5 * half))
+    low = low if log else min(0, low)
+    high = float(back(to(asked[-1]) + 1.5 * half))
+    line = np.array([low, high])
+    if trained:
+        ax.axvspan(min(trained), max(trained), color="0.92", zorder=0, label="trained range")
+    ax.plot(line, line, color="black", lw=1.2, ls="--", zorder=5, label="exactly as asked")
+    ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
+    for budget in asked:
+        kept = lengths[budget][(lengths[budget] >= cut[budget][0]) & (lengths[budget] <= cut[budget][2])]
+        median = cut[budget][1]
+        # Lengths are whole numbers: a kernel narrower than half a token would show that and nothing else.
+        narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
+        grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
+        left, right = to(budget) - half * height, to(budget) + half * height
+        body = {"facecolor": LIGHT, "edgecolor": DARK, "lw": 1, "zorder": 4}
+        ax.fill_betweenx(back(grid), back(left), back(right), **body)
+        ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
+        ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
+        above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9, "zorder": 7}
+        above["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        ax.annotate(f"{median:.0f}", (budget, cut[budget][2]), **above)
+    ax.plot([], [], color="black", lw=2.4, label="median")
+    if None in cut:
+        label = f"median without a budget: {cut[None][1]:.0f}"
+        ax.axhline(cut[None][1], color=OTHER, lw=1.4, ls="-.", zorder=2, label=label)
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        plain_ticks(ax.yaxis, asked)
+    plain_ticks(ax.xaxis, asked)
+    ax.set(
+        xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%", xlim=(low, high)
+    )
+    ax.set_ylim(min(low, 0.9 * least) if log else 0, 1.08 * max(most, asked[-1]))
+    legend(ax)
+
+
+def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Accuracy against mean produced length, with one standard error over problems; labels: budgets."""
+    asked = [b for b in figures if b is not None]
+    x = {b: c["mean_length"] for b, c in figures.items()}
+    y = {b: 100 * c["accuracy"] for b, c in figures.items()}
+    bars = {b: 100 * np.nan_to_num(c["accuracy_stderr"]) for b, c in figures.items()}
+    known = dict(zip(asked, is_trained(asked, trained), strict=True))
+    ax.plot([x[b] for b in asked], [y[b] for b in asked], color=DARK, lw=1.2, zorder=2)
+    kinds = [([b for b in asked if known[b]], "o", DARK, DARK, "budgets in the trained range")]
+    kinds += [
+        ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets")
+    ]
+    kinds += [([b for b in figures if b is None], "D", "#f2b56b", OTHER, "no budget")]
+    for group, marker, face, color, label in kinds:
+        if group:
+            style = {
+                "fmt": marker,
+                "ms": 8,
+                "mfc": face,
+                "color": color,
+                "capsize": 3,
+                "zorder": 3,
+                "label": label,
+            }
+            ax.errorbar([x[b] for b in group], [y[b] for b in group], [bars[b] for b in group], **style)
+    for i, budget in enumerate(asked):
+        # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
+        place = {"xytext": (-6, 6), "ha": "right"} if i % 2 == 0 else {"xytext": (7, -14), "ha": "left"}
+        ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
+    if max(x.values()) > 8 * min(x.values()):
+        ax.set_xscale("log", base=2)
+        low, high = (int(np.log2(f(x.values()))) for f in (min, max))
+        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
+    ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
+    reach = max(8, max(bars.values()) + 3)
+    ax.set_ylim(max(-2, min(y.values()) - reach), min(104, max(y.values()) + reach))
+    ax.grid(axis="y", color="0.9")
+    legend(ax)
+
+
+def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Mean absolute length error by budget as bars, signed error as marks; both relative to the budget."""
+    asked = [b for b in figures if b is not None]
+    size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
+    x, known = np.arange(len(asked)), is_trained(asked, trained)
+    bars = ax.bar(x, size, 0.6, color=LIGHT, edgecolor=DARK, zorder=2, label="mean absolute error")
+    ax.bar_label(bars, [f"{v:.1f}%" for v in size], padding=7, fontsize=9)
+    ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
+    ax.axhline(0, color="black", lw=0.8)
+    ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
+    if known.any():
+        ends = x[known].min() - 0.5, x[known].max() + 0.5
+        ax.axvspan(*ends, color="0.92", zorder=0, label="trained range")
+    ax.set_xticks(x, [str(b) for b in asked])
+    ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
+    ax.set_xlim(-0.8, len(asked) - 0.2)
+    ax.set_ylim(1.25 * min(0, *signed), 1.2 * max(*size, 10))
+    legend(ax)
+
+
+PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def evaluate_samples(
+    path: str, out: str, regrade: bool, count: str, require_think: bool, trained: list[int] | None
+) -> dict:
+    """Results and pictures from saved samples; `regrade` checks again and writes disagreements.jsonl."""
+    table, about, verify = {}, {"model": None, "trained_budgets": None}, {"changed": 0}
+    if os.path.basename(path) == "samples.jsonl":
+        # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
+        beside = read_results(os.path.join(os.path.dirname(path), "results.json"))
+        about |= {k: v for k, v in beside.items() if k not in ("datasets", "pictures", "versions")}
+    about |= {"samples": path, "count": count} | ({"trained_budgets": trained} if trained else {})
+    if not regrade:
+        for sample in read_samples(path):
+            add(table, sample, count)
+        return finish(table, about, out)
+    for _ in read_samples(path, regrade):
+        pass  # a broken line is found before anything is written
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "disagreements.jsonl"), "w", encoding="utf-8") as f:
+        for batch in batches(read_samples(path, regrade), BATCH):
+            stored = [s.get("correct") for s in batch]
+            grade(batch, require_think, verify)
+            for sample, old in zip(batch, stored, strict=True):
+                add(table, sample, count)
+                if old is not None and bool(old) != sample["correct"]:
+                    verify["changed"] += 1
+                    row = sample | {"correct": old, "regraded": sample["correct"]}
+                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return finish(table, about | {"require_think": require_think, "verify": verify}, out)
+
+
+def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
+    """ "none,512,1024" -> [None, 512, 1024], each once, in the order given; BadInput on anything else."""
+    budgets = []
+    for word in text.split(","):
+        word = word.strip()
+        if word != "none" and not (re.fullmatch("[0-9]{1,9}", word) and int(word) > 0):
+            raise BadInput(
+                f"{flag} {text!r}: {word!r} is no budget; give token counts above 0, as in 512,1024"
+            )
+        budgets.append(None if word == "none" else int(word))
+    return list(dict.fromkeys(budgets))
+
+
+def load_data(names: str, limit: int | None, seed: int) -> list[dict]:
+    """Problems of the sets in "math500,FILE,toy"; `source` becomes the set's name (of a FILE its stem)."""
+    problems, seen, ids = [], set(), Counter()
+    for spec in map(str.strip, names.split(",")):
+        if spec in ("toy", "toy_ood"):
+            import toy
+
+            found = toy.problems(spec, "test", limit or 200, seed)
+        else:
+            found = load_problems(spec, limit=limit)
+        name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", os.path.basename(spec.rstrip("/")))
+        if name in seen:
+            raise BadInput(
+                f"--data {names!r} names {name!r} twice, and results are kept by name: rename a file"
+            )
+        seen.add(name)
+        for problem in found:
+            # Two halves of one set may both number their problems from 0: equal ids would be one problem.
+            ids[name, problem["id"]] += 1
+            again = ids[name, problem["id"]]
+            new = {"source": name, "id": problem["id"] if again == 1 else f"{problem['id']}-{again}"}
+            problems.append(problem | new)
+    return problems
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """BadInput if --out holds another evaluation. Saved generations are never written over by --samples."""
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise BadInput(f"--out {args.out} is a file: name a folder")
+    held = [f for f in ("results.json", "samples.jsonl") if os.path.exists(os.path.join(args.out, f))]
+    if held and not args.overwrite:
+        raise BadInput(
+            f"--out {args.out} holds an evaluation ({held[0]}): name another folder or give --overwrite"
+        )
+    own = os.path.join(args.out, "samples.jsonl")
+    if args.samples and os.path.exists(own) and not os.path.samefile(own, args.samples):
+        raise BadInput(
+            f"--out {args.out} holds samples of another evaluation: name another folder for this one"
+        )
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before a file or a model is opened; turn the budgets into lists."""
+    if (args.model is None) == (args.samples is None):
+        raise BadInput(
+            "give either --model (to sample) or --samples (to read saved responses), not both or neither"
+        )
+    if args.samples and not os.path.isfile(args.samples):
+        raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
+    if args.samples and (args.data or args.budgets):
+        raise BadInput("--samples brings its own problems and budgets: leave out --data and --budgets")
+    if args.model and not args.data:
+        raise BadInput("--data is missing: name a preset, a file of problems, toy or toy_ood")
+    if args.model and args.mode != "none" and not args.budgets:
+        raise BadInput("--budgets is missing: give token counts, as in --budgets 512,1024, or --mode none")
+    if args.regrade and not args.samples:
+        raise BadInput("--regrade needs --samples: the answers of a --model are checked in any case")
+    for flag, value in (("--n", args.n), ("--limit", args.limit), ("--max-tokens", args.max_tokens)):
+        if value is not None and value < 1:
+            raise BadInput(f"{flag} ({value}) must be 1 or more")
+    if args.seed < 0:
+        raise BadInput(f"--seed ({args.seed}) must be 0 or more")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        given = f"--temperature ({args.temperature}) must be 0 or more, --top-p ({args.top_p})"
+        raise BadInput(f"{given} above 0 and at most 1")
+    if args.trained_budgets:
+        spec = args.trained_budgets
+        args.trained_budgets = (
+            parse_budgets(spec)["values"] if ":" in spec else budget_list(spec, "--trained-budgets")
+        )
+        if None in args.trained_budgets:
+            raise BadInput(f"--trained-budgets {spec!r}: give token counts only")
+    args.budgets = budget_list(args.budgets) if args.budgets else [None]
+    if args.mode == "none" and args.budgets != [None]:
+        print("evaluate: --mode none states no budget, so --budgets is left aside: one run without any")
+        args.budgets = [None]
+    check_out(args)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    about = "Sweep token budgets over a model and data sets, or rebuild all figures from saved samples."
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", help="model folder or hub id")
+    add("--data", help="data sets, comma-separated: presets, hub ids, files of problems, toy, toy_ood")
+    add(
+        "--budgets",
+        help="tokens, comma-separated, as in 512,1024; none among them: also a run without a budget",
+    )
+    add("--mode", choices=("exact", "max", "none"), default="exact", help="how the budget is asked for")
+    add("--n", type=int, default=1, help="samples per problem and budget (L1: 16)")
+    add("--out", required=True, help="folder for samples.jsonl, results.json and the pictures")
+    add("--samples", help="saved samples (.jsonl, .jsonl.gz) in place of a model")
+    add("--regrade", action="store_true", help="with --samples: check the answers anew")
+    add(
+        "--wording",
+        choices=("l1", "tulu"),
+        help="the budget sentence (default l1; the toy's tasks know tulu)",
+    )
+    add("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy")
+    add("--top-p", type=float, default=0.95, help="share of the probability that is kept in sampling")
+    add(
+        "--max-tokens",
+        type=int,
+        help="response cap, tokens (exact: 2 x budget, else 8192; within the context)",
+    )
+    add(
+        "--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA where installed"
+    )
+    add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems")
+    add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
+    add(
+        "--count",
+        choices=("response", "thinking"),
+        default="response",
+        help="tokens that count: all, or to </think>",
+    )
+    add("--require-think", action="store_true", help="an answer without </think> is wrong")
+    add(
+        "--trained-budgets", help="tokens of the training run, for the pictures: 512,1024 or uniform:100:4000"
+    )
+    add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
+    return parser.parse_args(argv)
+
+
+def evaluate_model(args: argparse.Namespace) -> dict:
+    """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
+    problems = load_data(args.data, args.limit, args.seed)
+    is_toy = {p["source"] for p in problems} <= {"toy", "toy_ood"}  # its tokenizer knows one wording
+    wording, tokenizer = args.wording or ("tulu" if is_toy else "l1"), load_tokenizer(args.model)
+    from transformers import AutoConfig
+
+    try:
+        context = AutoConfig.from_pretrained(args.model).max_position_embeddings
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"--model {args.model} cannot be opened ({reason}): give a model folder or hub id"
+        ) from None
+    requests = plan(problems, args.budgets, args.mode, wording, tokenizer, context, args.max_tokens)
+    longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)
+    import train_grpo
+
+    # No longer than needed: an engine sets memory aside for max_model_len.
+    sampler = train_grpo.load_sampler(args.model, args.sampler, longest, args.seed)
+    return evaluate(
+        sampler, problems, args.budgets, args.mode, args.n, args.out, wording=wording,
+        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
+        count=args.count, require_think=args.require_think, trained_budgets=args.trained_budgets,
+        model=args.model,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        check_args(args)
+        if args.model:
+            evaluate_model(args)
+        else:
+            options = (args.regrade, args.count, args.require_think, args.trained_budgets)
+            evaluate_samples(args.samples, args.out, *options)
+    except BadInput as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The mathematics of the policy update: log-probs without logits, ratios, clipping, KL, importance weights.
+
+Pure functions on tensors, nothing of the project is imported. Responses are ragged, so nothing here is padded: the T
+response tokens of a (micro-)batch lie in one flat row, `row[t]` says to which of its N responses token t belongs.
+Every reduction is a fixed weight per response, computed once over the whole batch (all micro-batches and processes).
+A loss is then a plain weighted sum: it cannot depend on how the batch was split.
+
+    >>> import torch
+    >>> weight = response_weights(torch.tensor([2, 1]), "token_mean")  # 3 tokens in all: each counts a third
+    >>> row, zero = torch.tensor([0, 0, 1]), torch.zeros(3)
+    >>> loss, _ = policy_loss(zero, zero, torch.tensor([1.0, 1.0, -2.0]), weight[row], row)
+    >>> round(loss.item(), 6)  # on policy all ratios are 1, and the advantages sum to 0
+    0.0
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------
+# Log-probs of the sampled tokens
+
+
+def _chunk_logps(hidden, weight, targets, temperature):
+    # The softmax is taken in float32 whatever the model computes in: bf16 log-probs are off by up to 2^-8.
+    logits = (hidden @ weight.T).float() / temperature
+    norm = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets[:, None])[:, 0] - norm
+    with torch.no_grad():
+        entropy = norm - (logits.softmax(-1) * logits).sum(-1)
+    return logp, entropy
+
+
+def token_logps(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, chunk: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [T] of `targets` [T] and entropies [T] (nats, no gradient), from hidden states [T, d] and head [V, d].
+
+    The head is applied to `chunk` tokens at a time and recomputed in the backward pass: no [T, V] tensor is kept.
+    """
+    parts = []
+    for start in range(0, len(targets), chunk):
+        args = hidden[start : start + chunk], weight, targets[start : start + chunk], temperature
+        # One chunk needs no recomputation: its logits are as small as a chunk's may be anyway.
+        once = not torch.is_grad_enabled() or len(targets) <= chunk
+        parts.append(_chunk_logps(*args) if once else checkpoint(_chunk_logps, *args, use_reentrant=False))
+    if not parts:
+        return hidden.new_zeros(0).float(), hidden.new_zeros(0).float()
+    logps, entropies = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ingredients of the loss
+
+
+def response_weights(lengths: torch.Tensor, reduction: str, constant: float | None = None) -> torch.Tensor:
+    """Weight [N] that each token of a response gets; `lengths` [N] must be those of the WHOLE batch, in tokens.
+
+    token_mean: 1 / all tokens (DAPO, 2503.14476). sequence_mean: the mean of per-response means (GRPO, 2402.03300).
+    constant: 1 / (N * constant), blind to length (Dr. GRPO, 2503.20783; constant = the response cap).
+    """
+    lengths = lengths.double()
+    if reduction == "token_mean":
+        return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
+    if reduction == "sequence_mean":
+        return 1 / (len(lengths) * lengths.clamp(min=1))
+    if reduction == "constant":
+        if not constant or constant <= 0:
+            raise ValueError(f"constant ({constant}) must be a positive number of tokens for reduction 'constant'")
+        return torch.full_like(lengths, 1 / (len(lengths) * constant))
+    raise ValueError(f"reduction ({reduction!r}) must be token_mean, sequence_mean or constant")
+
+
+def kl_estimate(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
+    """Estimate of KL(policy || reference) per token [T], in nats: k1, k2 or k3 (Schulman's note on approximating KL)."""
+    d = logp - ref_logp
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"estimator ({estimator!r}) must be k1, k2 or k3")
+
+
+def row_sum(values: torch.Tensor, row: torch.Tensor, n: int) -> torch.Tensor:
+    """Sums [n] of the flat token values [T] that belong to each response."""
+    return torch.zeros(n, dtype=values.dtype, device=values.device).index_add(0, row, values)
+
+
+def sequence_ratio(logp: torch.Tensor, old_logp: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """GSPO's ratio exp(mean over the response of logp - old_logp), spread over its tokens [T] (2507.18071)."""
+    n = int(row.max()) + 1 if len(row) else 0
+    tokens = row_sum(torch.ones_like(logp), row, n).clamp(min=1)
+    return (row_sum(logp - old_logp, row, n) / tokens).exp()[row]
+
+
+def tis_weight(old_logp, sampler_logp, cap: float, row=None) -> torch.Tensor:
+    """Truncated importance weight min(exp(old - sampler), cap) per token [T], without gradient.
+
+    It corrects for a sampler whose numerics differ from the trainer's. With `row`, one weight per response, from the
+    sum over its tokens, spread over them.
+    """
+    gap = (old_logp - sampler_logp).detach()
+    if row is not None and len(row):
+        gap = row_sum(gap, row, int(row.max()) + 1)[row]
+    # exp overflows float32 at 88; the cap makes everything above it equal anyway.
+    return gap.clamp(max=60).exp().clamp(max=cap)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def policy_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, weight: torch.Tensor, row: torch.Tensor,
+    *, ratio: str = "token", clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
+    sampler_logp: torch.Tensor | None = None, tis_cap: float | None = None,
+    ref_logp: torch.Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
+) -> tuple[torch.Tensor, dict]:  # fmt: skip
+    """Weighted sum over T tokens of the clipped policy loss, and sums (not means) of its diagnostics.
+
+    All tensors are flat [T]; `advantage` and `weight` (from response_weights) are spread over the tokens already.
+    -min(r A, clip(r, 1 - low, 1 + high) A), r per token (PPO, GRPO), per sequence (GSPO), or cispo:
+    -stopgrad(min(r, 1 + high)) A logp (2506.13585). Dual clip bounds the loss by -c A where A < 0 (1912.09729).
+    """
+    if ratio == "sequence":
+        r = sequence_ratio(logp, old_logp, row)
+    elif ratio in ("token", "cispo"):
+        # Ratios beyond e^20 only ever come from a broken run; the clamp keeps them finite, so that it can be seen.
+        r = (logp - old_logp).clamp(-20, 20).exp()
+    else:
+        raise ValueError(f"ratio ({ratio!r}) must be token, sequence or cispo")
+    clipped = r.clamp(1 - clip_low, 1 + clip_high)
+    if ratio == "cispo":
+        loss = -clipped.detach() * advantage * logp
+        outside = r.detach() != clipped.detach()
+    else:
+        loss = -torch.minimum(r * advantage, clipped * advantage)
+        outside = (clipped * advantage < r * advantage).detach()
+        if dual_clip is not None:
+            loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+    if tis_cap is not None and sampler_logp is not None:
+        loss = loss * tis_weight(old_logp, sampler_logp, tis_cap)
+    stats = {"clip_fraction": outside.sum(dtype=torch.float64)}
+    if ref_logp is not None:
+        kl = kl_estimate(logp, ref_logp, kl_estimator)
+        loss = loss + kl_coef * kl
+        stats["kl"] = kl.detach().sum(dtype=torch.float64)
+    return (loss * weight.to(loss.dtype)).sum(), stats

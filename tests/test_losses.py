@@ -1,0 +1,158 @@
+import json
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losses import kl_estimate, policy_loss, response_weights, sequence_ratio, tis_weight, token_logps
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "data", "golden.json")
+with open(GOLDEN) as f:
+    CASES = json.load(f)["cases"]
+
+
+def cases(kind, names=None):
+    found = [c for c in CASES if c["kind"] == kind and (names is None or c["name"] in names)]
+    return [pytest.param(c, id=f"{c['name']}: {c['note']}") for c in found]
+
+
+def flat(ragged):
+    return torch.tensor([x for row in ragged for x in row], dtype=torch.float64)
+
+
+def rows(ragged):
+    return torch.tensor([i for i, row in enumerate(ragged) for _ in row], dtype=torch.long)
+
+
+def close(got, expected, tol=1e-6):
+    assert torch.allclose(got.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=tol, atol=tol)
+
+
+# Hand-worked ------------------------------------------------------------------------------------------------------
+
+
+def test_reductions_by_hand():
+    lengths = torch.tensor([1, 3])
+    close(response_weights(lengths, "token_mean"), [1 / 4, 1 / 4])
+    close(response_weights(lengths, "sequence_mean"), [1 / 2, 1 / 6])
+    close(response_weights(lengths, "constant", 10), [1 / 20, 1 / 20])
+    with pytest.raises(ValueError, match="constant"):
+        response_weights(lengths, "constant")
+
+
+def test_clip_by_hand():
+    # ratios 2 and 0.5: a good action is not pushed beyond 1.2, a bad one not below 0.8; clipped tokens have no gradient
+    logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
+    one = torch.ones(2)
+    loss, stats = policy_loss(logp, torch.zeros(2), torch.tensor([1.0, -1.0]), one, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.2 + 0.8)
+    assert logp.grad.tolist() == [0.0, 0.0] and stats["clip_fraction"] == 2
+    # ... and in the other direction nothing is clipped: a good action that became rarer is pulled back in full
+    logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
+    loss, stats = policy_loss(logp, torch.zeros(2), torch.tensor([-1.0, 1.0]), one, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(2 - 0.5)
+    close(logp.grad, [2.0, -0.5])
+    assert stats["clip_fraction"] == 0
+
+
+def test_kl_by_hand():
+    logp, ref = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    assert kl_estimate(logp, ref, "k1").item() == pytest.approx(math.log(2))
+    assert kl_estimate(logp, ref, "k2").item() == pytest.approx(math.log(2) ** 2 / 2)
+    assert kl_estimate(logp, ref, "k3").item() == pytest.approx(0.5 - 1 + math.log(2))
+
+
+def test_tis_by_hand():
+    close(tis_weight(torch.tensor([0.0, 0.0, -100.0]), torch.tensor([-1.0, 1.0, 100.0]), 2.0), [2.0, math.exp(-1), 0.0])
+
+
+# Golden vectors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", cases("loss", {"clipped", "gspo", "cispo"}))
+def test_golden_loss(case):
+    b, p = case["batch"], case["params"]
+    logp, row = flat(b["logp"]).requires_grad_(), rows(b["logp"])
+    lengths = torch.tensor([len(r) for r in b["logp"]])
+    weight = response_weights(lengths, p["reduction"], p["constant"])[row]
+    loss, _ = policy_loss(
+        logp, flat(b["old_logp"]), torch.tensor(b["advantage"], dtype=torch.float64)[row], weight, row,
+        ratio=p["ratio"], clip_low=p["clip_low"], clip_high=p["clip_high"], dual_clip=p["dual_clip"],
+        sampler_logp=None if b["sampler_logp"] is None else flat(b["sampler_logp"]), tis_cap=p["tis_cap"],
+        ref_logp=None if b["ref_logp"] is None else flat(b["ref_logp"]), kl_coef=p["kl_beta"],
+        kl_estimator=p["kl_estimator"],
+    )  # fmt: skip
+    loss.backward()
+    close(loss.detach(), case["expected"]["loss"], case["tol"])
+    close(logp.grad, flat(case["expected"]["grad_logp"]), case["tol"])
+
+
+@pytest.mark.parametrize("case", cases("kl"))
+def test_golden_kl(case):
+    b = case["batch"]
+    got = kl_estimate(torch.tensor(b["logp"]).double(), torch.tensor(b["ref_logp"]).double(), case["name"])
+    close(got, case["expected"], case["tol"])
+
+
+@pytest.mark.parametrize("case", cases("weight", {"tis", "gspo_ratio"}))
+def test_golden_weight(case):
+    b, p = case["batch"], case["params"]
+    old, row = flat(b["old_logp"]), rows(b["old_logp"])
+    first = torch.tensor([row.tolist().index(i) for i in range(len(b["old_logp"]))])
+    if case["name"] == "gspo_ratio":
+        close(sequence_ratio(flat(b["logp"]), old, row)[first], case["expected"], case["tol"])
+    elif p["level"] == "token":
+        close(tis_weight(old, flat(b["sampler_logp"]), p["cap"]), flat(case["expected"]), case["tol"])
+    else:
+        close(tis_weight(old, flat(b["sampler_logp"]), p["cap"], row)[first], case["expected"], case["tol"])
+
+
+# Log-probs --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 23), chunk=st.integers(1, 9), temperature=st.sampled_from([0.6, 1.0, 1.7]))
+def test_chunked_logps_equal_full_logits(tokens, chunk, temperature):
+    torch.manual_seed(tokens)
+    hidden = torch.randn(tokens, 8, requires_grad=True)
+    head = torch.randn(31, 8, requires_grad=True)
+    targets, g = torch.randint(0, 31, (tokens,)), torch.randn(tokens)
+    before = hidden.detach().clone(), head.detach().clone(), targets.clone()
+    logp, entropy = token_logps(hidden, head, targets, temperature, chunk)
+    got = torch.autograd.grad((logp * g).sum(), (hidden, head))
+    full = (hidden @ head.T / temperature).log_softmax(-1)
+    want = torch.autograd.grad((full[torch.arange(tokens), targets] * g).sum(), (hidden, head))
+    torch.testing.assert_close(logp, full[torch.arange(tokens), targets])
+    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, head, targets), strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), ratio=st.sampled_from(["token", "sequence", "cispo"]), kl=st.sampled_from([0.0, 0.1]))
+def test_float32_agrees_with_float64_and_is_finite(seed, ratio, kl):
+    torch.manual_seed(seed)
+    row = torch.tensor([0] * 3 + [1] * 5)
+    logp, old = -torch.rand(8, dtype=torch.float64) * 3, -torch.rand(8, dtype=torch.float64) * 3
+    advantage = torch.randn(2, dtype=torch.float64)[row]
+    weight = response_weights(torch.tensor([3, 5]), "token_mean")[row]
+    options = {"ratio": ratio, "kl_coef": kl, "tis_cap": 2.0}
+    exact, _ = policy_loss(logp, old, advantage, weight, row, ref_logp=old, sampler_logp=old + 0.1, **options)
+    single, _ = policy_loss(
+        logp.float(), old.float(), advantage.float(), weight, row,
+        ref_logp=old.float(), sampler_logp=(old + 0.1).float(), **options,
+    )  # fmt: skip
+    assert math.isfinite(single) and abs(single - exact) <= 2e-6 * max(1, abs(exact))
+
+
+def test_extreme_log_ratios_stay_finite():
+    logp = torch.tensor([0.0, -1000.0], requires_grad=True)
+    loss, _ = policy_loss(logp, torch.tensor([-1000.0, 0.0]), torch.tensor([-1.0, 1.0]), torch.ones(2), torch.zeros(2).long())
+    loss.backward()
+    assert math.isfinite(loss) and torch.isfinite(logp.grad).all()

@@ -1,0 +1,177 @@
+"""A world small enough for a laptop: a reasoning task, a tokenizer and a base model of 0.5M parameters.
+
+Here it plays the part that shakespeare_char plays in nanoGPT. The base model can reason (a running sum modulo ten),
+can check itself (`wait` and a few steps once more), and thinks for a random number of tokens whatever it is asked:
+
+    prompt    add 7 3 9 Think for 24 tokens.
+    response  7 +3 =0 +9 =9 wait =0 +9 =9 wait wait =9 </think> 9 <eos>
+
+That is the state of a real reasoning model before L1: able, and deaf to budgets. A second task, the running maximum
+(`max 7 3 9`: `7 ^3 =7 ^9 =9`), is taught in the warm-up and never trained by RL: the out-of-domain test.
+Everything is drawn from seeds; the finished base model is an ordinary Hugging Face folder, which vLLM loads as it is.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+
+import numpy as np
+
+DIGITS = 3, 6  # a problem has between 3 and 6 digits (both included)
+CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
+TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
+BUDGETS = "bucket:16,32,48,64"  # 16 is the least that holds the longest plain chain of thought (14 tokens)
+WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
+VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The task
+
+
+def solve(word: str, digits: list[int]) -> list[int]:
+    """Running results of a problem, one per digit; the last one is the answer."""
+    step = (lambda a, b: (a + b) % 10) if word == "add" else max
+    results = [digits[0]]
+    for digit in digits[1:]:
+        results.append(step(results[-1], digit))
+    return results
+
+
+def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
+    """n problems of `task` ("toy" or "toy_ood"), `split` "train" or "test"; no problem is in both splits."""
+    rng, rows, seen = np.random.default_rng([seed, split == "test", task == "toy_ood"]), [], set()
+    while len(rows) < n:
+        digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
+        problem = " ".join([TASKS[task], *map(str, digits)])
+        # A checksum of the text decides the split, so that it does not depend on seeds or on how many were drawn.
+        in_test = zlib.crc32(problem.encode()) % 10 == 0
+        if in_test != (split == "test") or problem in seen:
+            continue
+        seen.add(problem)
+        answer = str(solve(TASKS[task], digits)[-1])
+        rows.append({"id": f"{task}-{split}-{len(rows)}", "problem": problem, "answer": answer})
+        rows[-1] |= {"kind": "math", "source": task}
+    return rows
+
+
+def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
+    """A right chain of thought for `problem`, prolonged by re-checks until they hold at least `extra` tokens."""
+    word, *digits = problem.split()
+    digits = [int(d) for d in digits]
+    sign, results = ("+" if word == "add" else "^"), solve(word, digits)
+    steps = [f"{sign}{d} ={r}" for d, r in zip(digits[1:], results[1:], strict=True)]
+    words = [str(digits[0]), *" ".join(steps).split()]
+    target = len(words) + extra
+    while len(words) < target:
+        words.append("wait")
+        # Now and then it only hesitates: without these single tokens every trace would have an even length.
+        if rng.random() < 0.75:
+            first = int(rng.integers(max(0, len(digits) - 3), len(digits)))
+            words += [f"={results[first]}", *" ".join(steps[first:]).split()]
+    return " ".join([*words, "</think>", str(results[-1])])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tokenizer and the model
+
+
+def make_tokenizer():
+    """Word-level tokenizer of 56 tokens; a number is spelled digit by digit, so that any budget can be written."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<user>", "<think>", "</think>", "<unk>", "wait", "add", "max"]
+    words += ["Think", "for", "up", "to", "maximum", "tokens", "."]
+    words += [sign + str(d) for sign in ("", "+", "^", "=") for d in range(10)]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    pattern = Regex(r"</?[a-z]+>|[+^=]?\d|[A-Za-z]+|[^\sA-Za-z\d]")
+    inner.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=CONTEXT
+    )
+    # The thinking part is opened by the prompt, as in the templates of DeepSeek-R1 and its distillations.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}{{ m.content }} <eos>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    return tokenizer
+
+
+def make_model(tokenizer, seed: int):
+    """A 2-layer Llama with random weights; heads of 32 because vLLM's CPU attention takes no smaller ones.
+
+    Not a Qwen2: transformers 5 replaces the tokenizer of every Qwen2 folder by Qwen's own, whatever the folder holds.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def warmup_batch(tokenizer, rng: np.random.Generator, batch_size: int, extra: int):
+    """(input ids, labels), each [batch_size, T]: prompts with random budgets that the traces do not obey."""
+    import torch
+
+    ids, labels = [], []
+    for _ in range(batch_size):
+        task = "toy" if rng.random() < 0.7 else "toy_ood"
+        digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
+        problem = " ".join([TASKS[task], *map(str, digits)])
+        form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
+        ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
+        prompt = tokenizer.encode(f"<user> {problem} {ask} <think>")
+        answer = tokenizer.encode(trace(problem, int(rng.integers(0, extra + 1)), rng) + " <eos>")
+        ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    width = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    return (
+        torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+        torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+    )
+
+
+def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
+    """Path of the toy's base model; made on the first call (about a minute on two cores), then kept under `cache`."""
+    path = os.path.join(cache, f"toy_base_v{VERSION}_seed{seed}")
+    if os.path.exists(os.path.join(path, "model.safetensors")):
+        log(f"toy: base model {path} (cached)")
+        return path
+    import torch
+
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed).train()
+    rng, n = np.random.default_rng(seed), WARMUP["batches"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP["lr"], betas=(0.9, 0.95), weight_decay=0.01)
+    log(f"toy: teaching a base model of {model.num_parameters() / 1e6:.2f}M parameters, {n} batches")
+    for i in range(n):
+        lr = WARMUP["lr"] * min(1.0, (i + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * i / n))
+        optimizer.param_groups[0]["lr"] = lr
+        ids, labels = warmup_batch(tokenizer, rng, WARMUP["batch_size"], WARMUP["extra"])
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (i + 1) % 50 == 0:
+            log(f"toy: batch {i + 1:4d}/{n}  loss {loss.item():.3f}")
+    # Made beside its place and renamed: a run that is killed here leaves no half model behind.
+    os.makedirs(cache, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=".toy_base_", dir=cache)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    with open(os.path.join(temporary, "warmup.json"), "w") as f:
+        json.dump({"seed": seed, "version": VERSION, **WARMUP}, f)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
+    return path
