@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -660,6 +661,23 @@ def find_layout(columns: list[str], layout: str | None, name: str, need_answer: 
     raise BadInput(f"{name} has the columns {', '.join(map(str, columns)) or '(none)'}; wanted: {wanted}")
 
 
+def to_problems(
+    records: Iterable, function: Callable, name: str, tally: Counter, need_answer: bool = True
+) -> Iterator[dict]:
+    """The records that are problems; `tally` counts all as "read" and the others by reason."""
+    for index, record in enumerate(records):
+        tally["read"] += 1
+        try:
+            if not isinstance(record, dict) or None in record:
+                raise Skip("not an object with the file's columns")
+            yield normalise(function(record), name, index, need_answer)
+        except Skip as reason:
+            tally[str(reason)] += 1
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError):
+            # Published files hold nulls and numbers where text belongs: one such row must not end the run.
+            tally["a value of the wrong type"] += 1
+
+
 def load_problems(
     name_or_path: str,
     split: str | None = None,
@@ -672,25 +690,13 @@ def load_problems(
     Unusable records are left out and counted by reason in `counts` ("read" counts all), else told on stderr.
     """
     records, columns, layout, name = open_source(name_or_path, split)
-    tally: Counter = Counter()
-    problems: list[dict] = []
-    function = None
-    for index, record in enumerate(records):
-        if limit is not None and len(problems) >= limit:
-            break
-        function = function or find_layout(columns, layout, name_or_path, need_answer)
-        tally["read"] += 1
-        try:
-            if not isinstance(record, dict) or None in record:
-                raise Skip("not an object with the file's columns")
-            problems.append(normalise(function(record), name, index, need_answer))
-        except Skip as reason:
-            tally[str(reason)] += 1
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
-            # Published files hold nulls and numbers where text belongs: one such row must not end the run.
-            tally["a value of the wrong type"] += 1
-    if not tally["read"]:
+    if records == []:
         raise BadInput(f"{name_or_path} is empty: it holds no rows")
+    tally: Counter = Counter()
+    found = to_problems(
+        records, find_layout(columns, layout, name_or_path, need_answer), name, tally, need_answer
+    )
+    problems = list(itertools.islice(found, limit))
     dropped = {reason: n for reason, n in tally.items() if reason != "read"}
     told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
     if not problems:
@@ -762,7 +768,7 @@ def problem_key(problem: str) -> str:
 
 def select(problems: list[dict], excluded: set[str], limit: int | None, counts: Counter) -> list[dict]:
     """Drops what is in `excluded` and repeats, counts both, makes ids unique, keeps the first `limit`."""
-    kept, seen, ids = [], set(), set()
+    kept, seen, ids, again = [], set(), set(), Counter()
     for problem in problems:
         key = problem_key(problem["problem"])
         if key in excluded or key in seen:
@@ -773,9 +779,10 @@ def select(problems: list[dict], excluded: set[str], limit: int | None, counts: 
             continue
         seen.add(key)
         # Two input files may both number their rows from 0.
-        identity, again = problem["id"], 2
+        identity = problem["id"]
         while identity in ids:
-            identity, again = f"{problem['id']}-{again}", again + 1
+            again[problem["id"]] += 1
+            identity = f"{problem['id']}-{again[problem['id']] + 1}"
         ids.add(identity)
         kept.append(problem | {"id": identity})
     return kept

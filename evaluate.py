@@ -152,9 +152,10 @@ def known_lengths(cell: dict) -> np.ndarray:
 def summarise_cell(cell: dict) -> dict:
     """All figures of one cell; nan where a figure has no meaning or its numbers are not known."""
     problem, correct, truncated = (np.array(cell[key]) for key in ("problem", "correct", "truncated"))
+    # Right answers and samples of every problem that occurs here (a problem may lack at some budgets).
     _, row, n = np.unique(problem, return_inverse=True, return_counts=True)
     right = np.bincount(row, weights=correct).astype(int)
-    most = int(n.min())
+    most = int(n.min())  # pass@k is known up to the fewest samples that any problem has
     length, budget = known_lengths(cell), np.array(cell["budget"])[np.array(cell["length"]) >= 0]
     out = {
         "n": len(correct),
@@ -210,6 +211,7 @@ def summarise(table: dict, trained_budgets: list[int] | None = None) -> dict:
     for name, part in table.items():
         cells = {b: summarise_cell(part["cells"][b]) for b in in_order(part["cells"])}
         asked = [b for b in cells if b is not None]
+        # The correlation is over all samples with a budget, not over the means of the budgets.
         produced = [known_lengths(part["cells"][b]) for b in asked]
         requested = [np.full(len(x), b) for x, b in zip(produced, asked, strict=True)]
         fit = [cells[b] for b in asked if cells[b]["mean_length"] > 0]  # false for nan
@@ -349,43 +351,55 @@ def to_samples(
     return samples
 
 
-def grade(samples: list[dict], require_think: bool, verify: dict) -> None:
-    """Set `correct` of every sample; add the checker's counts (timeouts, parse failures ...) to `verify`.
+def grade(samples: list[dict], require_think: bool) -> dict:
+    """Set `correct` of every sample; the checker's counts (timeouts, parse failures ...).
 
-    A response that was cut off is wrong, as in training, whatever the checker finds in its middle.
+    A response that was cut off is wrong, as in training: what stands in its middle is not checked.
     """
+    whole = [s for s in samples if s["finish_reason"] != "length"]
     verdicts, counts = rewards.check_answers(
-        [s["response"] for s in samples], [s["answer"] for s in samples],
-        [s.get("kind") or "math" for s in samples], [s.get("choices") for s in samples], require_think,
+        [s["response"] for s in whole], [s["answer"] for s in whole],
+        [s.get("kind") or "math" for s in whole], [s.get("choices") for s in whole], require_think,
     )  # fmt: skip
-    for sample, verdict in zip(samples, verdicts, strict=True):
-        sample["correct"] = bool(verdict) and sample["finish_reason"] != "length"
-    for key, value in (counts | {"checked": len(samples)}).items():
-        verify[key] = verify.get(key, 0) + value
+    for sample in samples:
+        sample["correct"] = False
+    for sample, verdict in zip(whole, verdicts, strict=True):
+        sample["correct"] = bool(verdict)
+    return counts | {"checked": len(samples)}
 
 
 def evaluate(
     sampler, problems: list[dict], budgets: list[int | None], mode: str, n: int, out: str, *,
     wording: str = "l1", temperature: float = 0.6, top_p: float = 0.95, max_tokens: int | None = None,
     seed: int = 0, count: str = "response", require_think: bool = False,
-    trained_budgets: list[int] | None = None, model: str | None = None, log: Callable = print,
+    trained_budgets: list[int] | None = None, model: str | None = None, log: Callable = print, state=None,
 ) -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over.
+    With `state` (accelerate's PartialState) its processes share the work; the first one writes and has the results.
     """
+    rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     tokenizer, table, verify, done, start = sampler.tokenizer, {}, {}, 0, time.monotonic()
     think_end = tokenizer.encode("</think>", add_special_tokens=False)
     # The whole plan comes first: what does not fit is found before an hour of sampling, not after it.
     requests = list(plan(problems, budgets, mode, wording, tokenizer, sampler.max_model_len, max_tokens))
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "samples.jsonl"), "w", encoding="utf-8") as f:
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        clear(out)
+    # A batch is sampled, checked, written and counted before the next one starts.
+    with open(os.path.join(out, "samples.jsonl") if rank == 0 else os.devnull, "w", encoding="utf-8") as f:
         for at, batch in enumerate(batches(requests, max(1, BATCH // n))):
-            ids, caps = [r["ids"].tolist() for r in batch], [r["max_tokens"] for r in batch]
-            found = sampler.generate(ids, n, caps, temperature, top_p, seed * 1_000_003 + at)
-            pairs = zip(batch, found, strict=True)
+            own = batch[rank::processes]
+            ids, caps = [r["ids"].tolist() for r in own], [r["max_tokens"] for r in own]
+            batch_seed = (seed * 1_000_003 + at) * processes + rank
+            found = sampler.generate(ids, n, caps, temperature, top_p, batch_seed) if own else []
+            pairs = zip(own, found, strict=True)
             samples = [s for r, c in pairs for s in to_samples(r, c, mode, tokenizer, think_end)]
-            grade(samples, require_think, verify)
+            counts = grade(samples, require_think)
+            if processes > 1:
+                samples, counts = gather(samples), gather([counts])
+            verify = sum_counts([verify, *(counts if processes > 1 else [counts])])
             for sample in samples:
                 f.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 add(table, sample, count)
@@ -401,7 +415,19 @@ def evaluate(
     }
     about |= {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     about |= {"sampler": sampler.name, "count": count, "require_think": require_think, "verify": verify}
-    return finish(table, about, out, log)
+    return finish(table, about, out, log) if rank == 0 else {}
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in the order of the processes."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def sum_counts(counts: list[dict]) -> dict:
+    """Counters added up, name by name."""
+    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -426,9 +452,16 @@ def read_results(path: str) -> dict:
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f))
     except (ValueError, TypeError) as error:
-        raise BadInput(
-            f"{path} is no results file of evaluate.py ({error}): move it out of the way"
-        ) from None
+        raise BadInput(f"{path} is no results file of evaluate.py ({error}): move it away") from None
+
+
+def clear(out: str) -> None:
+    """Remove an earlier evaluation's results and pictures, which would pass for those of the new samples."""
+    pictures = read_results(os.path.join(out, "results.json")).get("pictures", [])
+    for name in (*pictures, "results.json"):
+        path = os.path.join(out, os.path.basename(name))
+        if os.path.exists(path):
+            os.remove(path)
 
 
 def versions() -> dict:
@@ -444,12 +477,9 @@ def finish(table: dict, about: dict, out: str, log: Callable = print) -> dict:
     path = os.path.join(out, "results.json")
     trained = about.get("trained_budgets")
     results = jsonable(about) | {"versions": versions(), "datasets": summarise(table, trained)}
+    clear(out)
     pictures = draw(table, out, trained, about.get("model"))
     results["pictures"] = [os.path.basename(p) for p in pictures]
-    # Pictures of the evaluation that is replaced would pass for pictures of this one.
-    for stale in set(read_results(path).get("pictures", [])) - set(results["pictures"]):
-        if os.path.exists(os.path.join(out, os.path.basename(stale))):
-            os.remove(os.path.join(out, os.path.basename(stale)))
     write_json(path, results)
     for name, part in table.items():
         log(format_table(name, part, results["datasets"][name]))
@@ -477,6 +507,7 @@ def format_table(name: str, part: dict, summary: dict) -> str:
         "cut off": "truncated",
     }
     cells = pool(part["cells"])
+    # As json has them: what is not known is None here, like in the means below.
     lines = {"none" if b is None else str(b): jsonable(summarise_cell(cells[b])) for b in in_order(cells)}
     for label, key in (("mean", "mean"), ("mean, trained", "mean_trained")):
         if len(lines) > 1 and summary[key]["abs_error"] is not None:
@@ -539,7 +570,7 @@ def draw(table: dict, out: str, trained: list[int] | None = None, model: str | N
             with plt.rc_context(style):
                 picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
                 function(ax, figures, lengths, trained)
-                ax.set_title(title, fontsize=11, loc="left")
+                ax.set_title(title.replace("$", r"\$"), fontsize=11, loc="left")  # a name is no formula
                 paths.append(os.path.join(out, f"{kind}{suffix}.png"))
                 picture.savefig(paths[-1], dpi=150)
                 plt.close(picture)
@@ -568,7 +599,7 @@ def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
 def legend(ax) -> None:
     """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
     found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 4}
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
     ax.legend(found.values(), found.keys(), fontsize=9, **place)
 
 
@@ -579,6 +610,7 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
     # Budgets that would crowd on linear axes get logarithmic ones; the identity stays a straight line.
     log = len(asked) > 1 and min(np.diff(asked)) < 0.05 * asked[-1]
     to, back = (np.log2, np.exp2) if log else (np.asarray, np.asarray)
+    # Violins nearly touch where budgets are closest; a lone one gets a fair share of the axis.
     half = 0.38 * (min(np.diff(to(asked))) if len(asked) > 1 else 0.4 * asked[0])  # of a violin's width
     least, most = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
     low = float(back(to(asked[0]) - 1.5 * half))
@@ -596,14 +628,13 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
         narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
         grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
         left, right = to(budget) - half * height, to(budget) + half * height
-        body = {"facecolor": LIGHT, "edgecolor": DARK, "lw": 1, "zorder": 4}
-        ax.fill_betweenx(back(grid), back(left), back(right), **body)
+        ax.fill_betweenx(back(grid), back(left), back(right), fc=LIGHT, ec=DARK, lw=1, zorder=4)
         ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
         ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
-        above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9, "zorder": 7}
-        above["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, zorder=7)
+        above["bbox"] = dict(fc="white", ec="none", alpha=0.7, pad=0.5)  # readable on top of a line
         ax.annotate(f"{median:.0f}", (budget, cut[budget][2]), **above)
-    ax.plot([], [], color="black", lw=2.4, label="median")
+    ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
     if None in cut:
         label = f"median without a budget: {cut[None][1]:.0f}"
         ax.axhline(cut[None][1], color=OTHER, lw=1.4, ls="-.", zorder=2, label=label)
@@ -612,10 +643,9 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
         ax.set_yscale("log", base=2)
         plain_ticks(ax.yaxis, asked)
     plain_ticks(ax.xaxis, asked)
-    ax.set(
-        xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%", xlim=(low, high)
-    )
-    ax.set_ylim(min(low, 0.9 * least) if log else 0, 1.08 * max(most, asked[-1]))
+    ax.set(xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%")
+    ax.set_xlim(low, high)
+    ax.set_ylim(min(low, max(0.5, 0.9 * least)) if log else 0, 1.08 * max(most, asked[-1]))
     legend(ax)
 
 
@@ -627,33 +657,27 @@ def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -
     bars = {b: 100 * np.nan_to_num(c["accuracy_stderr"]) for b, c in figures.items()}
     known = dict(zip(asked, is_trained(asked, trained), strict=True))
     ax.plot([x[b] for b in asked], [y[b] for b in asked], color=DARK, lw=1.2, zorder=2)
-    kinds = [([b for b in asked if known[b]], "o", DARK, DARK, "budgets in the trained range")]
-    kinds += [
-        ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets")
+    kinds = [
+        ([b for b in asked if known[b]], "o", DARK, DARK, "budgets in the trained range"),
+        ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets"),
+        ([b for b in figures if b is None], "D", "#f2b56b", OTHER, "no budget"),
     ]
-    kinds += [([b for b in figures if b is None], "D", "#f2b56b", OTHER, "no budget")]
     for group, marker, face, color, label in kinds:
         if group:
-            style = {
-                "fmt": marker,
-                "ms": 8,
-                "mfc": face,
-                "color": color,
-                "capsize": 3,
-                "zorder": 3,
-                "label": label,
-            }
+            style = dict(fmt=marker, ms=8, mfc=face, color=color, capsize=3, zorder=3, label=label)
             ax.errorbar([x[b] for b in group], [y[b] for b in group], [bars[b] for b in group], **style)
     for i, budget in enumerate(asked):
         # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
-        place = {"xytext": (-6, 6), "ha": "right"} if i % 2 == 0 else {"xytext": (7, -14), "ha": "left"}
+        place = dict(xytext=(7, -14), ha="left") if i % 2 else dict(xytext=(-6, 6), ha="right")
         ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
-    if max(x.values()) > 8 * min(x.values()):
+    if max(x.values()) > 8 * min(x.values()) > 0:
         ax.set_xscale("log", base=2)
         low, high = (int(np.log2(f(x.values()))) for f in (min, max))
         plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
+    # At least 16 points of accuracy are shown, so that noise does not look like a trend.
     reach = max(8, max(bars.values()) + 3)
+    ax.margins(x=0.09)  # room for the labels
     ax.set_ylim(max(-2, min(y.values()) - reach), min(104, max(y.values()) + reach))
     ax.grid(axis="y", color="0.9")
     legend(ax)
@@ -663,8 +687,10 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     """Mean absolute length error by budget as bars, signed error as marks; both relative to the budget."""
     asked = [b for b in figures if b is not None]
     size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
+    # Evenly spaced: the size of an error says nothing about the distance between two budgets.
     x, known = np.arange(len(asked)), is_trained(asked, trained)
     bars = ax.bar(x, size, 0.6, color=LIGHT, edgecolor=DARK, zorder=2, label="mean absolute error")
+    # Clear of the diamond, which sits on the bar's end where all responses miss on the same side.
     ax.bar_label(bars, [f"{v:.1f}%" for v in size], padding=7, fontsize=9)
     ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
     ax.axhline(0, color="black", lw=0.8)
@@ -686,15 +712,18 @@ PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_er
 
 
 def evaluate_samples(
-    path: str, out: str, regrade: bool, count: str, require_think: bool, trained: list[int] | None
+    path: str, out: str, regrade: bool, count: str | None, require_think: bool, trained: list[int] | None
 ) -> dict:
     """Results and pictures from saved samples; `regrade` checks again and writes disagreements.jsonl."""
-    table, about, verify = {}, {"model": None, "trained_budgets": None}, {"changed": 0}
+    table, verify = {}, {"changed": 0}
+    about = {"model": None, "trained_budgets": None, "count": "response"}
     if os.path.basename(path) == "samples.jsonl":
         # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
         beside = read_results(os.path.join(os.path.dirname(path), "results.json"))
         about |= {k: v for k, v in beside.items() if k not in ("datasets", "pictures", "versions")}
-    about |= {"samples": path, "count": count} | ({"trained_budgets": trained} if trained else {})
+    about |= {k: v for k, v in {"samples": path, "count": count, "trained_budgets": trained}.items() if v}
+    count, require_think = about["count"], require_think or bool(about.get("require_think"))
+    # One sample at a time from here on: the file may be far larger than the memory.
     if not regrade:
         for sample in read_samples(path):
             add(table, sample, count)
@@ -705,13 +734,13 @@ def evaluate_samples(
     with open(os.path.join(out, "disagreements.jsonl"), "w", encoding="utf-8") as f:
         for batch in batches(read_samples(path, regrade), BATCH):
             stored = [s.get("correct") for s in batch]
-            grade(batch, require_think, verify)
+            verify = sum_counts([verify, grade(batch, require_think)])
             for sample, old in zip(batch, stored, strict=True):
                 add(table, sample, count)
                 if old is not None and bool(old) != sample["correct"]:
                     verify["changed"] += 1
                     row = sample | {"correct": old, "regraded": sample["correct"]}
-                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    f.write(json.dumps(row) + "\n")
     return finish(table, about | {"require_think": require_think, "verify": verify}, out)
 
 
@@ -721,9 +750,7 @@ def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
     for word in text.split(","):
         word = word.strip()
         if word != "none" and not (re.fullmatch("[0-9]{1,9}", word) and int(word) > 0):
-            raise BadInput(
-                f"{flag} {text!r}: {word!r} is no budget; give token counts above 0, as in 512,1024"
-            )
+            raise BadInput(f"{flag} {text!r}: {word!r} is no budget; give token counts above 0: 512,1024")
         budgets.append(None if word == "none" else int(word))
     return list(dict.fromkeys(budgets))
 
@@ -740,9 +767,7 @@ def load_data(names: str, limit: int | None, seed: int) -> list[dict]:
             found = load_problems(spec, limit=limit)
         name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", os.path.basename(spec.rstrip("/")))
         if name in seen:
-            raise BadInput(
-                f"--data {names!r} names {name!r} twice, and results are kept by name: rename a file"
-            )
+            raise BadInput(f"--data {names!r} names {name!r} twice; results go by name, so rename a file")
         seen.add(name)
         for problem in found:
             # Two halves of one set may both number their problems from 0: equal ids would be one problem.
@@ -757,28 +782,25 @@ def check_out(args: argparse.Namespace) -> None:
     """BadInput if --out holds another evaluation. Saved generations are never written over by --samples."""
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise BadInput(f"--out {args.out} is a file: name a folder")
+    # samples.jsonl alone is what a run leaves that was stopped half-way.
     held = [f for f in ("results.json", "samples.jsonl") if os.path.exists(os.path.join(args.out, f))]
     if held and not args.overwrite:
-        raise BadInput(
-            f"--out {args.out} holds an evaluation ({held[0]}): name another folder or give --overwrite"
-        )
+        raise BadInput(f"--out {args.out} holds an evaluation ({held[0]}): name another, or --overwrite it")
     own = os.path.join(args.out, "samples.jsonl")
     if args.samples and os.path.exists(own) and not os.path.samefile(own, args.samples):
-        raise BadInput(
-            f"--out {args.out} holds samples of another evaluation: name another folder for this one"
-        )
+        raise BadInput(f"--out {args.out} holds samples of another evaluation: name another folder")
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a file or a model is opened; turn the budgets into lists."""
     if (args.model is None) == (args.samples is None):
-        raise BadInput(
-            "give either --model (to sample) or --samples (to read saved responses), not both or neither"
-        )
+        raise BadInput("give either --model (to sample) or --samples (saved responses), not both or neither")
     if args.samples and not os.path.isfile(args.samples):
         raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
-    if args.samples and (args.data or args.budgets):
-        raise BadInput("--samples brings its own problems and budgets: leave out --data and --budgets")
+    for name in ("data", "budgets", "limit", "max_tokens", "wording"):
+        if args.samples and getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"--samples brings its own problems and responses: leave out {flag}")
     if args.model and not args.data:
         raise BadInput("--data is missing: name a preset, a file of problems, toy or toy_ood")
     if args.model and args.mode != "none" and not args.budgets:
@@ -839,15 +861,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
-    add(
-        "--count",
-        choices=("response", "thinking"),
-        default="response",
-        help="tokens that count: all, or to </think>",
-    )
+    add("--count", choices=("response", "thinking"), help="tokens that count: all (default) or to </think>")
     add("--require-think", action="store_true", help="an answer without </think> is wrong")
     add(
-        "--trained-budgets", help="tokens of the training run, for the pictures: 512,1024 or uniform:100:4000"
+        "--trained-budgets",
+        help="of the training run, tokens, for the pictures: 512,1024 or uniform:100:4000",
     )
     add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
     return parser.parse_args(argv)
@@ -864,20 +882,19 @@ def evaluate_model(args: argparse.Namespace) -> dict:
         context = AutoConfig.from_pretrained(args.model).max_position_embeddings
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BadInput(
-            f"--model {args.model} cannot be opened ({reason}): give a model folder or hub id"
-        ) from None
+        raise BadInput(f"--model {args.model} cannot be opened ({reason}): give a folder or hub id") from None
     requests = plan(problems, args.budgets, args.mode, wording, tokenizer, context, args.max_tokens)
+    # Every prompt is encoded twice for this: what does not fit is refused before the weights are loaded.
     longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)
-    import train_grpo
+    from sampler import load_sampler
 
     # No longer than needed: an engine sets memory aside for max_model_len.
-    sampler = train_grpo.load_sampler(args.model, args.sampler, longest, args.seed)
+    sampler = load_sampler(args.model, args.sampler, longest, args.seed)
     return evaluate(
         sampler, problems, args.budgets, args.mode, args.n, args.out, wording=wording,
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
-        count=args.count, require_think=args.require_think, trained_budgets=args.trained_budgets,
-        model=args.model,
+        count=args.count or "response", require_think=args.require_think, model=args.model,
+        trained_budgets=args.trained_budgets,
     )  # fmt: skip
 
 

@@ -31,7 +31,11 @@ def _chunk_logps(hidden, weight, targets, temperature):
 
 
 def token_logps(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, chunk: int = 1024
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs [T] of `targets` [T] and entropies [T] (nats, no gradient), from hidden states [T, d] and head [V, d].
 
@@ -66,7 +70,9 @@ def response_weights(lengths: torch.Tensor, reduction: str, constant: float | No
         return 1 / (len(lengths) * lengths.clamp(min=1))
     if reduction == "constant":
         if not constant or constant <= 0:
-            raise ValueError(f"constant ({constant}) must be a positive number of tokens for reduction 'constant'")
+            raise ValueError(
+                f"constant ({constant}) must be a positive number of tokens for reduction 'constant'"
+            )
         return torch.full_like(lengths, 1 / (len(lengths) * constant))
     raise ValueError(f"reduction ({reduction!r}) must be token_mean, sequence_mean or constant")
 

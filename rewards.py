@@ -1,14 +1,18 @@
-r"""Answers -> correct? and (correct, length, budget) -> reward -> advantage: every published length reward, in numpy.
+r"""Answers -> correct? and (correct, length, budget) -> reward -> advantage: every published length reward.
 
-One file to copy: it needs numpy and math-verify only. Arrays are [P prompts, G rollouts]; lengths and budgets are tokens of the
-whole response, the end token included.
+One file to copy; it needs numpy and math-verify only. Arrays are [P prompts, G rollouts]. Lengths and budgets
+are tokens of the whole response, end token included. Numbers like 2503.04697 are arXiv ids; the formulas are
+the papers' own.
 
->>> ok, counts = check_answers([r"... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."], ["0.5", "C"], ["math", "choice"])
->>> ok
+>>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
+>>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
 [True, True]
->>> batch = {"correct": [[1, 0]], "truncated": [[0, 0]], "length": [[1200, 1200]], "budget": [1000], "mode": ["exact"]}
+>>> batch = {"correct": [[1, 0]], "truncated": [[0, 0]], "length": [[1200, 1200]], "budget": [1000]}
 >>> REWARDS["lcpo_exact"](batch, alpha=3e-4).round(2).tolist()
 [[0.94, -0.06]]
+>>> terms = REWARDS["lcpo_exact"](batch, alpha=3e-4, parts=True)  # rewards that are sums show their terms
+>>> terms["length"].round(2).tolist()
+[[-0.06, -0.06]]
 >>> ADVANTAGES["dr_grpo"](REWARDS["correct"](batch), batch).tolist()
 [[0.5, -0.5]]
 """
@@ -26,19 +30,31 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1. Is the answer right? String rules decide the plain cases; the mathematics (math-verify) runs in processes
 #    that can be killed, because sympy can spin for ever in one C call that no signal interrupts: 9^{9^{9^9}}.
+#    Conventions: units and degree signs are ignored, 10% is 10 and 0.1, a list is a set, text ignores case.
 
 MAX_ANSWER = 2000  # characters of an answer that are parsed; a longer box is a parse failure
+MAX_BOXES = 12  # boxes that can make up one answer
 WORKER_MEMORY = 2 << 30  # bytes of address space that a worker may take
 LETTERS = "ABCDEFGHIJ"
 INTEGER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?")
-MATHS_MARK = re.compile(r"\$|\\boxed|\\\(|\\\[")
-# Between two boxes of one answer: "\boxed{2} and \boxed{-2}".
+BASED = re.compile(r"([0-9]+)_\{?([0-9]+)\}?")  # 52_8: math-verify drops the base
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+# Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
 BOX_JOINT = re.compile(
-    r"(?:[\s$,;]|\\quad|\\qquad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*"
+    r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
+    r"|[A-Za-z](?:_\{?[0-9]\}?)?\s*=)*"
 )
+STATED_LETTER = re.compile(
+    r"(?:answer|option|choice)\s*(?:is|:)\s*:?[\s$*]*(?:\\text(?:bf)?\{|\(|\[)*\s*([A-Z])(?![A-Za-z'])"
+    r"|\bit(?:'s| is)\s+\(?([A-Z])\)?[.!\s]*$",
+    re.I,
+)
+# \frac with an argument that is not in braces: \frac \pi4, \dfrac {n^2} 4.
+FRACTION_PART = r"\s*(\{[^{}]*\}|\\(?:pi|theta|alpha|beta|lambda)(?![a-z])|[A-Za-z0-9])"
+FRACTION = re.compile(r"\\[dtc]?frac" + FRACTION_PART * 2)
 UNIT_WORDS = re.compile(
     r"(?<=[0-9}])\s*(?:square |cubic )?(?:weeks?|dollars?|cents?|people|times|units?)\.?$"
 )
@@ -53,11 +69,11 @@ def answer_part(response: str, require_think: bool = False) -> str | None:
 
 
 def _box(text: str, end: int) -> tuple[int, int, str] | None:
-    r"""(start, end, content) of the last \boxed{...} or \fbox{...} that starts before `end`; braces balanced."""
+    r"""(start, end, content) of the last \boxed{...} or \fbox{...} before `end`, braces balanced."""
     start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
     if start < 0:
         return None
-    i = brace = re.compile(r"\\f?box(?:ed)?\s*").match(text, start).end()
+    i = brace = BOX.match(text, start).end()
     if text[brace : brace + 1] != "{":
         return start, brace + 1, text[brace : brace + 1]  # LaTeX takes one token: \boxed 5
     depth = 0
@@ -73,31 +89,33 @@ def _box(text: str, end: int) -> tuple[int, int, str] | None:
 
 
 def boxed_answers(text: str) -> list[str]:
-    """The content of the last box; then, where boxes directly before it belong to it, all of them as a list."""
+    """The content of the last box; then, if boxes directly before it belong to it, all of them as a list."""
     box = _box(text, len(text))
     if box is None:
         return []
     run = [box]
-    while (before := _box(text, run[0][0])) and BOX_JOINT.fullmatch(text, before[1], run[0][0]):
+    while len(run) < MAX_BOXES and (before := _box(text, run[0][0])):
+        if not BOX_JOINT.fullmatch(text, before[1], run[0][0]):
+            break
         run.insert(0, before)
     contents = [content.strip() for _, _, content in run]
     return contents[-1:] + ([", ".join(contents)] if len(contents) > 1 else [])
 
 
 def _stated(text: str) -> str:
-    """The part of an answer without a box that is searched: what it calls its answer, else its last paragraph."""
-    tags = re.findall(r"<answer>(.*?)</answer>", text[-MAX_ANSWER:], re.S)
-    if tags:
-        return tags[-1].strip()
-    text = text.rsplit("####", 1)[-1][-MAX_ANSWER:].strip()
+    """What is searched in a text without a box: all if it speaks of an answer, else its last paragraph."""
+    text = text[-MAX_ANSWER:]
+    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.S):
+        return tagged[-1].strip()
+    text = text.rsplit("####", 1)[-1].strip()  # GSM8K's mark
     return text if "answer" in text.lower() else re.split(r"\n\s*\n", text)[-1][-400:]
 
 
 def _plain(text: str) -> str:
     """White space, dollar signs and a closing full stop taken away: equal plain texts are equal answers."""
-    text = " ".join(text.replace("\\!", "").replace("\\,", " ").replace("\\$", "").split())
+    text = text.replace("\\!", "").replace("\\,", " ").replace("\\$", "").replace("\u2212", "-")
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", re.sub(r"\\(?:left|right)(?![a-z])", "", text))
-    return text.strip("$ ").rstrip(".").strip("$ ")
+    return " ".join(text.split()).strip("$ ").rstrip(".").strip("$ ")
 
 
 def _words(text: str) -> str:
@@ -109,7 +127,9 @@ def _words(text: str) -> str:
 
 
 def _quick(answer: str, gold: str) -> bool | None:
-    """Right, wrong, or None: left to math-verify. Two integers are decided here, equal texts too."""
+    """Right, wrong, or None: left to math-verify. Two integers are decided here, and equal texts."""
+    if answer.isascii() and answer.isdigit() and gold.isascii() and gold.isdigit():
+        return int(answer) == int(gold)
     a, g = _plain(answer), _plain(gold)
     if not a or not g:
         return False
@@ -117,20 +137,15 @@ def _quick(answer: str, gold: str) -> bool | None:
         return True
     if INTEGER.fullmatch(a) and INTEGER.fullmatch(g):
         return int(a.replace(",", "").split(".")[0]) == int(g.replace(",", "").split(".")[0])
+    if BASED.fullmatch(a) and BASED.fullmatch(g):
+        return BASED.sub(r"\1_\2", a) == BASED.sub(r"\1_\2", g)
     if re.fullmatch(r"[+-]?[0-9]+,[0-9]+", a) and a.replace(",", ".") == g:
         return True  # a decimal comma, where the reference has a decimal point
     return None
 
 
-STATED = re.compile(
-    r"(?:answer|option|choice)\s*(?:is|:)\s*:?[\s$*]*(?:\\text(?:bf)?\{|\(|\[)*\s*([A-Z])(?![A-Za-z'])"
-    r"|\bit(?:'s| is)\s+\(?([A-Z])\)?[.!\s]*$",
-    re.I,
-)
-
-
 def _letter(text: str, options: list[str], count: int) -> str | None:
-    r"""The option that a short answer names: "c", "(C)", \text{C}., "Option C", "C: its text", or its whole text.
+    r"""The option a short answer names: "c", "(C)", \text{C}., "Option C", "C: its text", or its whole text.
 
     "" when it names two different options or one that does not exist; None when it names nothing.
     """
@@ -140,7 +155,9 @@ def _letter(text: str, options: list[str], count: int) -> str | None:
     bare = re.sub(r"^(?:(?:the )?answer(?: is)?:?|option|choice)\W+", "", bare, flags=re.I).strip()
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
         return bare.upper() if bare.upper() in allowed else ""
-    same = [LETTERS[k] for k, option in enumerate(options) if _plain(option) == _plain(text.strip(" {}"))]
+    same = [
+        LETTERS[k] for k, option in enumerate(options[:count]) if _plain(option) == _plain(text.strip(" {}"))
+    ]
     if len(same) == 1:
         return same[0]
     several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:${}]", "", bare)
@@ -153,11 +170,11 @@ def _letter(text: str, options: list[str], count: int) -> str | None:
 def _choice(text: str, golds: list[str], options) -> bool | None:
     """Multiple choice: the last box, else the last "answer is (X)", else the last "(X)". None: none found."""
     texts = [] if options is None or isinstance(options, int) else [str(option) for option in options]
-    count = len(texts) or options or len(LETTERS)
+    count = min(len(texts) or options or len(LETTERS), len(LETTERS))
     short = (boxed_answers(text) or _stated(text).splitlines()[-1:] or [""])[0]
     letter = _letter(short, texts, count) if len(short) <= MAX_ANSWER else None
     if letter is None:
-        stated = [a or b for a, b in STATED.findall(text) if (a or b).isupper()]
+        stated = [a or b for a, b in STATED_LETTER.findall(text) if (a or b).isupper()]
         stated = stated or re.findall(r"\(([A-Z])\)", text)
         letter = stated[-1] if stated and stated[-1] in LETTERS[:count] else None
     # A reference may carry its option's text after the letter.
@@ -167,7 +184,7 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
 
 
 def _decide(response: str, golds: list[str], kind: str, options, require_think: bool):
-    """(verdict, None) where string rules suffice (None: no answer found); (None, task for a worker) where not."""
+    """(verdict, None) if string rules suffice (None: no answer found), else (None, task for a worker)."""
     if kind not in ("math", "choice"):
         raise ValueError(f"kind {kind!r} is not known: use 'math' or 'choice'")
     text = answer_part(response, require_think)
@@ -190,46 +207,59 @@ def _decide(response: str, golds: list[str], kind: str, options, require_think: 
 
 
 def _tidy(text: str) -> str:
-    """Spellings that math-verify misreads: \\$5, 2i, +7, 2 1/2 (it adds: 3/2), 12 345 (it adds too), 1 2 3."""
-    text = re.sub(r"(?<=[0-9])i\b", " i", text.replace("\\$", ""))
+    r"""Spellings that math-verify misreads: \$5, 2i, \mathrm{e}, \frac \pi4, +7; it adds up 2 1/2, 12 345, 1 2."""
+    text = re.sub(r"(?<=[0-9])i\b", " i", text.replace("\\$", "").replace("\u2212", "-"))
+    text = re.sub(r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r" \1 ", text)
+    text = FRACTION.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
+    text = re.sub(r"^\s*f\(x\)\s*=", "y =", text)
     text = re.sub(r"((?:^|\bis|:|=)\s*)\+(?=[0-9])", r"\1", text)
     text = re.sub(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"(?<=[0-9])(?:\\[,;! ]|\{,\}|[ ~])(?=[0-9]{3}(?![0-9]))", "", text)
-    return UNIT_WORDS.sub("", re.sub(r"(?<=[0-9])[ \t]+(?=[0-9])", ", ", text))
+    return UNIT_WORDS.sub("", re.sub(r"(?<![\^_0-9])([0-9]+)[ \t]+(?=[0-9])", r"\1, ", text))
 
 
 def _parse(text: str, bare: bool) -> list:
-    """math-verify's reading of an answer, [] if none: a bare answer as LaTeX, prose searched for an answer."""
-    from math_verify import parse
+    """math-verify's reading of an answer, [] if none; a bare answer is LaTeX, prose is searched for one."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from sympy import Expr, I
 
     text = _tidy(text)
-    attempts = [f"${text}$", text] if bare and not MATHS_MARK.search(text) else [text]
-    if bare and text.count("=") == 1:
-        attempts.append(
-            f"${text.strip('$').split('=')[1]}$"
-        )  # "I_{\\max} = 3": a left side that it cannot read
+    marked = re.search(r"\$|\\boxed|\\\(|\\\[", text)
+    attempts = [f"${text}$", text] if bare and not marked else [text]
+    if bare and text.count("=") == 1:  # "I_{\max} = 3": the left side may be what it cannot read
+        attempts.append(f"${text.strip('$').split('=')[1]}$")
+    # Numbers are searched for in plain text only: in LaTeX that it cannot read it would find some exponent.
+    searches = [LatexExtractionConfig()] + ([] if bare and "\\" in text else [ExprExtractionConfig()])
     found = []
     for attempt in attempts:
-        found = parse(attempt, parsing_timeout=None) or found
+        found = parse(attempt, searches, parsing_timeout=None) or found
         if any(not isinstance(x, str) for x in found):
             break
-    # math-verify leaves i a symbol, and i(2 - i) would not be 1 + 2i.
-    return [
-        x.subs({v: I for v in x.free_symbols if v.name == "i"}) if isinstance(x, Expr) else x for x in found
-    ]
+    imaginary = [{s: I for s in getattr(x, "free_symbols", ()) if s.name == "i"} for x in found]
+    return [x.subs(i) if i and isinstance(x, Expr) else x for x, i in zip(found, imaginary, strict=True)]
+
+
+def _same_magnitude(answer, gold) -> bool:
+    """Exact numbers must agree to 12 digits: math-verify takes 2^-2013 and 3^-2013 both for 0."""
+    from sympy import Expr, Float, UnevaluatedExpr
+
+    pair = (answer, gold)
+    if not all(isinstance(x, Expr) and x.is_number and not x.has(Float, UnevaluatedExpr) for x in pair):
+        return True
+    return bool(abs((answer - gold).evalf(15)) <= 1e-12 * abs(gold.evalf(15)))
 
 
 def _mathematics(pairs: list, bare: bool) -> tuple[bool, bool]:
-    """(right?, readable?) for (answer, gold) pairs of which any may match. Runs in a worker: it may never end."""
+    """(right?, readable?) for (answer, gold) pairs of which any may match. May never end: for workers."""
     from math_verify import verify
 
     readable = False
     for answer, gold in pairs:
         found = _parse(answer, bare)
         readable |= any(not isinstance(x, str) for x in found)
-        if found and verify(_parse(gold, True), found, timeout_seconds=None):
-            return True, readable
+        for want in _parse(gold, True):
+            if any(verify(want, x, timeout_seconds=None) and _same_magnitude(x, want) for x in found):
+                return True, readable
     return False, readable
 
 
@@ -253,43 +283,46 @@ def _serve() -> None:
     print("{}", file=out)
     for line in sys.stdin:
         task = json.loads(line)
-        # A caller killed by -9 kills no worker: the processor-time limit ends one that is lost in a computation.
+        # A caller ended by kill -9 ends no worker: the processor-time limit ends one lost in a computation.
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime + task["seconds"]) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         try:
             right, parsed = _mathematics(task["pairs"], task["bare"])
         except MemoryError:
-            return  # state unknown: the caller counts a crash and starts a fresh worker
+            return  # its state is unknown: the caller counts a crash and starts a fresh worker
         except Exception:
-            right, parsed = (
-                False,
-                False,
-            )  # sympy and antlr raise anything on odd input; it is counted as a parse failure
-        print(json.dumps({"right": right, "parsed": parsed}), file=out)
+            right, parsed = False, False  # sympy raises anything on odd input: counted as a parse failure
+        print(json.dumps({"right": bool(right), "parsed": parsed}), file=out)
 
 
 class _Worker:
-    """One killable process; `task` is the index that it works on (None: idle), `deadline` when it is killed."""
+    """One killable process; `task` is the index it works on (None: idle), `deadline` when it is killed."""
 
     def __init__(self):
-        command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
+            [
+                sys.executable,
+                "-P",
+                os.path.abspath(__file__),
+                "--worker",
+            ],  # -P: our file names shadow nothing
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is the caller's to handle
         )
         self.ready, self.task, self.deadline = False, None, time.monotonic() + 120
 
     def kill(self):
         self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.process.communicate()
 
 
 _POOL: list[_Worker] = []  # started when the first hard answer comes, kept for the life of the process
 _POOL_LOCK = threading.RLock()  # callers on several threads take turns
-_POOL_OWNER = [0]  # process id: a forked child must not talk to, or kill, its parent's workers
+_POOL_OWNER = [0]  # process id: a forked child must neither use nor kill its parent's workers
 
 
 def close_workers() -> None:
@@ -305,10 +338,8 @@ atexit.register(close_workers)
 
 
 def _assign(tasks: list[dict], waiting: deque, timeout: float, workers: int) -> None:
-    """Starts workers as far as they are worth it and gives every idle one its next answer and its deadline."""
-    while waiting and len(_POOL) < min(
-        workers, 1 + len(waiting) // 8
-    ):  # a start costs a second: one for eight answers
+    """Starts workers, one for every eight answers, and gives each idle one its next answer and deadline."""
+    while waiting and len(_POOL) < min(workers, 1 + len(waiting) // 8):
         _POOL.append(_Worker())
     for worker in _POOL[:workers]:
         if worker.ready and worker.task is None and waiting:
@@ -318,15 +349,15 @@ def _assign(tasks: list[dict], waiting: deque, timeout: float, workers: int) -> 
                 worker.process.stdin.write(line)
                 worker.process.stdin.flush()
             except OSError:
-                pass  # it has died: its output ends too, which _collect reads as a crash
+                pass  # it has died: its output has ended too, which _collect reads as a crash
 
 
 def _collect() -> list[tuple[int, dict]]:
-    """Waits for the next replies or deadline; returns (task, result). A silent worker is killed at its deadline."""
+    """Waits for replies or a deadline, at which the worker is killed; returns (task, reply) pairs."""
     active = [w for w in _POOL if w.task is not None or not w.ready]
     patience = min(w.deadline for w in active) - time.monotonic()
     talking = wait([w.process.stdout for w in active], max(0.0, patience))
-    results = []
+    replies = []
     for worker in active:
         late = time.monotonic() >= worker.deadline
         if worker.process.stdout not in talking and not late:
@@ -336,17 +367,17 @@ def _collect() -> list[tuple[int, dict]]:
         if not worker.ready and reply:
             raise RuntimeError(f"the answer-checking process did not start: {reply.get('error', 'it died')}")
         if worker.task is not None:
-            results.append((worker.task, reply))
+            replies.append((worker.task, reply))
         worker.ready, worker.task = True, None
         if "failed" in reply:
             worker.kill()
             _POOL.remove(worker)
-    return results
+    return replies
 
 
-def _run_tasks(tasks: list[dict], timeout: float, workers: int, counts: Counter) -> list[bool]:
-    """Spreads the hard answers over the pool, one at a time per worker. Timed out, crashed or unreadable: wrong."""
-    right, waiting = [False] * len(tasks), deque(range(len(tasks)))
+def _run_tasks(tasks: list[dict], timeout: float, workers: int) -> list[tuple[bool, str]]:
+    """(right?, how it ended) for each hard answer, spread over the pool, one at a time per worker."""
+    results, waiting = [(False, "crashes")] * len(tasks), deque(range(len(tasks)))
     with _POOL_LOCK:
         if _POOL_OWNER[0] != os.getpid():
             _POOL.clear()
@@ -355,12 +386,12 @@ def _run_tasks(tasks: list[dict], timeout: float, workers: int, counts: Counter)
             while waiting or any(w.task is not None for w in _POOL):
                 _assign(tasks, waiting, timeout, workers)
                 for index, reply in _collect():
-                    right[index] = reply.get("right", False)
-                    counts[reply.get("failed", "solved" if reply.get("parsed") else "parse_failures")] += 1
+                    outcome = reply.get("failed", "solved" if reply.get("parsed") else "parse_failures")
+                    results[index] = (reply.get("right", False), outcome)
         except BaseException:
             close_workers()  # an interrupted worker would answer the next call with this call's results
             raise
-    return right
+    return results
 
 
 def check_answers(
@@ -374,32 +405,31 @@ def check_answers(
 ) -> tuple[list[bool], dict]:
     """Grades many responses; `timeout` is wall-clock seconds an answer. Safe on any thread.
 
-    A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` holds per response the option
-    texts, their number, or None (A-J). The counts: fast (decided without mathematics), solved, timeouts, crashes, parse_failures
-    (no answer found, or not readable as mathematics); the last three are wrong answers.
+    A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
+    response its option texts, their number, or None (A-J). Counts: fast (no mathematics needed), solved, and
+    three sorts of wrong answers: timeouts, crashes, parse_failures (no answer found, or not readable).
     """
     choices = [None] * len(responses) if choices is None else choices
-    if not len(responses) == len(golds) == len(kinds) == len(choices):
-        sizes = (len(responses), len(golds), len(kinds), len(choices))
+    sizes = (len(responses), len(golds), len(kinds), len(choices))
+    if len(set(sizes)) > 1:
         raise ValueError(f"responses, golds, kinds and choices must have one length, not {sizes}")
     counts = Counter(dict.fromkeys(("fast", "solved", "timeouts", "crashes", "parse_failures"), 0))
     verdicts, hard = [False] * len(responses), {}
     for i, (response, gold, kind, options) in enumerate(zip(responses, golds, kinds, choices, strict=True)):
         accepted = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
         # A reference solution counts by its box; math-verify reads one that has several.
-        accepted = [g if g.count("\\boxed") > 1 else (boxed_answers(g) or [""])[0] or g for g in accepted]
+        accepted = [g if g.count("\\boxed") > 1 else (boxed_answers(g) or [g])[0] or g for g in accepted]
         verdict, task = _decide(response, accepted, kind, options, require_think)
         if task is not None:
-            hard.setdefault(json.dumps(task), []).append(
-                i
-            )  # the same answer to the same problem is checked once
+            hard.setdefault(json.dumps(task), []).append(i)  # one answer to one problem is checked once
         else:
             verdicts[i] = bool(verdict)
             counts["parse_failures" if verdict is None else "fast"] += 1
     if hard:
         workers = workers or min(8, os.cpu_count() or 1)
-        tasks = [json.loads(key) for key in hard]
-        for places, right in zip(hard.values(), _run_tasks(tasks, timeout, workers, counts), strict=True):
+        results = _run_tasks([json.loads(key) for key in hard], timeout, workers)
+        for places, (right, outcome) in zip(hard.values(), results, strict=True):
+            counts[outcome] += len(places)
             for i in places:
                 verdicts[i] = right
     return verdicts, dict(counts)
@@ -408,160 +438,590 @@ def check_answers(
 def is_correct(
     response: str, gold: str | list[str], kind: str = "math", choices=None, require_think: bool = False
 ) -> bool:
-    """Whether one response (a whole completion or a bare answer) is right: check_answers for one, with its time limit."""
+    """Whether one response, a whole completion or a bare answer, is right: check_answers for one."""
     return check_answers([response], [gold], [kind], [choices], require_think)[0][0]
 
 
 def response_length(ids: list[int], count: str = "response", think_end: tuple[int, ...] = ()) -> int:
-    """Length in tokens: of the whole response, end token included, or ("thinking") up to the end of the last `</think>`.
+    """Tokens of the whole response, end token included, or ("thinking") up to the end of the last `</think>`.
 
-    `think_end` is the id sequence of `</think>`; a response that never closes its thinking counts whole.
+    `think_end` holds the ids of `</think>`; a response that never closes its thinking counts whole.
     """
     if count not in ("response", "thinking"):
         raise ValueError(f"count {count!r} is not known: use 'response' or 'thinking'")
     if count == "thinking":
-        if not think_end:
-            raise ValueError("count 'thinking' needs think_end, the token ids of </think>")
         ids, mark = list(ids), list(think_end)
+        if not mark:
+            raise ValueError("count 'thinking' needs think_end, the token ids of </think>")
         for end in range(len(ids), len(mark) - 1, -1):
             if ids[end - len(mark) : end] == mark:
                 return end
     return len(ids)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 2. Rewards: rollouts -> float64 [P, G]. Those with `parts` are sums and can return their terms.
+# ----------------------------------------------------------------------------------------------------------
+# 2. Rewards: (rollouts, **hyper-parameters with the paper's defaults) -> float64 [P, G]. In the formulas, L
+#    is the length, c the effective correctness, mean_c a mean over the correct rollouts of a group. A
+#    truncated answer is everywhere a wrong one. Rewards with `parts` are sums and can return their terms.
+
+
+def _get(rollouts: dict, name: str) -> np.ndarray:
+    """A field as float64, None as nan; one per prompt, [P], comes as [P, 1] to stand beside [P, G]."""
+    if name not in rollouts:
+        raise KeyError(f"this method needs rollouts[{name!r}]; the batch has {sorted(rollouts)}")
+    field = np.array(rollouts[name], dtype=np.float64)
+    return field[:, None] if field.ndim == 1 else field
+
+
+def _finished(rollouts: dict):
+    return 1 - _get(rollouts, "truncated") if "truncated" in rollouts else 1.0
 
 
 def _c(rollouts: dict) -> np.ndarray:
-    """Effective correctness [P, G]: a truncated answer is a wrong answer, whatever the checker found in it."""
-    correct = np.asarray(rollouts["correct"], dtype=np.float64)
-    return correct * (1 - np.asarray(rollouts["truncated"], dtype=np.float64))
+    """Effective correctness [P, G]: 0 for a truncated answer, whatever the checker found in it."""
+    return _get(rollouts, "correct") * _finished(rollouts)
 
 
-def _length(rollouts: dict) -> np.ndarray:
-    return np.asarray(rollouts["length"], dtype=np.float64)
+def _sum(parts: dict[str, np.ndarray], as_parts: bool):
+    return parts if as_parts else sum(parts.values())
 
 
-def _column(rollouts: dict, name: str) -> np.ndarray:
-    """A per-prompt quantity as [P, 1], to stand beside [P, G]; None becomes nan."""
-    return np.array(rollouts[name], dtype=np.float64)[:, None]
+def _z_correct(rollouts: dict, eps: float, ddof: int) -> np.ndarray:
+    """(L - mean_c) / (std_c + eps) against the correct rollouts of the group; 0 where their spread is 0."""
+    c, length = _c(rollouts), _get(rollouts, "length")
+    n = c.sum(1, keepdims=True)
+    gap = np.where(n > 0, length - (c * length).sum(1, keepdims=True) / np.maximum(n, 1), 0)
+    std = np.sqrt((c * gap**2).sum(1, keepdims=True) / np.maximum(n - ddof, 1))
+    return np.where(std > 0, gap / (std + eps), 0.0)
 
 
-def _sum(parts: dict, want_parts: bool):
-    return parts if want_parts else sum(parts.values())
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(z / 2))  # this form does not overflow
+
+
+# --- a target length in the prompt -------------------------------------------------------------------------
 
 
 def correct(rollouts: dict) -> np.ndarray:
-    """c: 1 right, 0 wrong or truncated."""
+    """c: 1 right, 0 wrong or truncated. Elastic Reasoning and ThinkPrune use it with their own limits."""
     return _c(rollouts)
 
 
 def lcpo_exact(rollouts: dict, alpha: float = 3e-4, parts: bool = False):
-    """c - alpha |budget - L|, alpha per token; wrong and truncated answers pay for length too. L1, arXiv 2503.04697 Eq. 1.
+    """c - alpha |budget - L|, alpha per token; wrong answers pay for length too. L1, 2503.04697 Eq. 1.
 
-    The authors' first commit has alpha = 1/3000; no budget: c.
+    No budget: c. The authors' first commit has alpha = 1/3000.
     """
-    error = np.abs(_column(rollouts, "budget") - _length(rollouts))
+    error = np.abs(_get(rollouts, "budget") - _get(rollouts, "length"))
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(-alpha * error)}, parts)
 
 
 def lcpo_max(rollouts: dict, alpha: float = 3e-4, delta: float = 0.5) -> np.ndarray:
-    """c clip(alpha (budget - L) + delta, 0, 1); wrong and truncated 0; no budget: c. L1, arXiv 2503.04697 Eq. 2.
+    """c clip(alpha (budget - L) + delta, 0, 1); wrong 0. L1-Max, 2503.04697 Eq. 2.
 
-    The paper does not state alpha for this reward; the first commit has 1e-3.
+    No budget: c. The paper states no alpha for this one (3e-4 is Eq. 1's); the first commit has 1e-3.
     """
-    budget = _column(rollouts, "budget")
-    factor = np.clip(alpha * (budget - _length(rollouts)) + delta, 0, 1)
+    budget = _get(rollouts, "budget")
+    factor = np.clip(alpha * (budget - _get(rollouts, "length")) + delta, 0, 1)
     return _c(rollouts) * np.where(np.isnan(budget), 1.0, factor)
 
 
-def lcpo_dual(
-    rollouts: dict, alpha_exact: float = 3e-4, alpha_max: float = 3e-4, delta: float = 0.5
-) -> np.ndarray:
-    """lcpo_exact for prompts of mode "exact", lcpo_max for "max", c for the others. L1-Max training, arXiv 2503.04697.
+def lcpo_dual(rollouts: dict, alpha_exact: float = 3e-4, alpha_max: float = 3e-4, delta: float = 0.5):
+    """lcpo_exact where the prompt's mode is "exact", lcpo_max where it is "max", else c. 2503.04697 (L1-Max).
 
-    The authors' later code shares one multiplier flag between both modes, which makes exact prompts earn 0: not copied.
+    The authors' later code has one multiplier flag for both modes: exact prompts earn 0. Not copied.
     """
     mode = np.array([m or "" for m in rollouts["mode"]])[:, None]
-    maximum = np.where(mode == "max", lcpo_max(rollouts, alpha_max, delta), _c(rollouts))
-    return np.where(mode == "exact", lcpo_exact(rollouts, alpha_exact), maximum)
+    rest = np.where(mode == "max", lcpo_max(rollouts, alpha_max, delta), _c(rollouts))
+    return np.where(mode == "exact", lcpo_exact(rollouts, alpha_exact), rest)
 
 
 def tulu_exact(rollouts: dict, scale: float = 8192, parts: bool = False):
-    """c + 1 - |L - budget| / scale, scale in tokens, not clamped; wrong and truncated keep the length term; no budget: c.
+    """c + 1 - |L - budget| / scale tokens, not clamped; wrong answers keep the length term. No budget: c.
 
-    AI2 blog "Results Replicating L1 for Tulu"; the open-instruct code multiplies every verifier by 10 and defaults to 32768.
+    AI2 blog "Results Replicating L1 for Tulu". open-instruct: scale 32768, everything times 10.
     """
-    term = 1 - np.abs(_length(rollouts) - _column(rollouts, "budget")) / scale
+    term = 1 - np.abs(_get(rollouts, "length") - _get(rollouts, "budget")) / scale
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(term)}, parts)
 
 
 def tulu_upto(rollouts: dict, scale: float = 8192, parts: bool = False):
-    """c + 1 - max(L - budget, 0) / scale; wrong and truncated keep the length term; no budget: c. AI2 blog, as tulu_exact.
+    """c + 1 - max(L - budget, 0) / scale tokens; wrong answers keep the length term. No budget: c. AI2 blog.
 
     The blog reports that it collapses to short answers: nothing pays for using the budget.
     """
-    term = 1 - np.maximum(_length(rollouts) - _column(rollouts, "budget"), 0) / scale
+    term = 1 - np.maximum(_get(rollouts, "length") - _get(rollouts, "budget"), 0) / scale
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(term)}, parts)
 
 
 def peaked_exact(rollouts: dict, tau: float = 6.0, parts: bool = False):
-    """c + exp(-|L - budget| / tau), tau in tokens; wrong and truncated keep the length term; no budget: c. Ours.
+    """c + exp(-|L - budget| / tau), tau in tokens; wrong answers keep the length term. No budget: c. Ours.
 
-    Near the target its slope is 1/tau, far above the linear rewards'; far away it is flat, so tau must suit the budgets.
+    Steep near the target, where the linear rewards are flat; nearly 0 far away: tau must suit the budgets.
     """
-    term = np.exp(-np.abs(_length(rollouts) - _column(rollouts, "budget")) / tau)
+    term = np.exp(-np.abs(_get(rollouts, "length") - _get(rollouts, "budget")) / tau)
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(term)}, parts)
 
 
+def longwriter_range(rollouts: dict, l_max: float = 14000) -> np.ndarray:
+    """Length part only: 1 in range [lo, hi], L/lo below, (l_max - L)/(l_max - hi) above. 2506.18841.
+
+    Needs `range` [P][lo, hi]. The paper's lengths are probably words; its other rewards come from models.
+    """
+    length = _get(rollouts, "length")
+    low, high = (column[:, None] for column in np.array(rollouts["range"], dtype=np.float64).T)
+    above = (l_max - length) / np.where(l_max > high, l_max - high, 1)
+    return np.where(length < low, length / np.maximum(low, 1), np.where(length > high, above, 1.0))
+
+
+def gdpo_conditioned(rollouts: dict, limit: float = 4000, threshold: float = 1.0, parts: bool = False):
+    """1 if L <= limit and c >= threshold: GDPO's conditioned LENGTH reward, 2601.05242 Eq. 8. Wrong 0.
+
+    `parts` adds correctness, its companion under ADVANTAGES["gdpo"].
+    """
+    c = _c(rollouts)
+    term = (c >= threshold) * (_get(rollouts, "length") <= limit) * 1.0
+    return {"correct": c, "length": term} if parts else term
+
+
+def curriculum_budget(step, b0: float = 256, gamma: float = 0.7, period: int = 150) -> np.ndarray:
+    """max(1, b0 gamma^floor(step / period)) tokens, not rounded. Train Long, Think Short, 2508.08940."""
+    return np.maximum(1.0, b0 * gamma ** np.floor(np.asarray(step, dtype=np.float64) / period))
+
+
+def curriculum_triangular(
+    rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256, gamma=0.7, period=150,
+    parts: bool = False, band: bool = False,
+):  # fmt: skip
+    """lam_c r_cor c + lam_l R_len + lam_f r_fmt well_formed; R_len = r_max L/B to B, then down to 0 at 2B.
+
+    B = curriculum_budget(step). Wrong answers keep R_len. 2508.08940; length-heavy weights are 0.3 / 0.6.
+    """
+    x = _get(rollouts, "length") / curriculum_budget(rollouts["step"], b0, gamma, period)
+    term = r_max * np.where(x <= 1, 1.0 if band else x, np.clip(2 - x, 0, 1))
+    form = lam_f * r_fmt * _get(rollouts, "well_formed")
+    return _sum({"correct": lam_c * r_cor * _c(rollouts), "length": lam_l * term, "format": form}, parts)
+
+
+def curriculum_band(
+    rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256, gamma=0.7, period=150,
+    parts: bool = False,
+):  # fmt: skip
+    """As curriculum_triangular, but R_len = r_max for every L <= B. 2508.08940: shorter, less right."""
+    weights = (lam_c, lam_l, lam_f, r_cor, r_max, r_fmt, b0, gamma, period)
+    return curriculum_triangular(rollouts, *weights, parts, band=True)
+
+
+def hbpo(rollouts: dict, alpha: float = 1 / 4096, beta: float = 4.0, l_max: float = 4096) -> np.ndarray:
+    """Right and L <= l_max: beta cos(pi max(L, b) / (2 l_max)) - alpha max(L - b, 0); else 0. 2507.15844.
+
+    b is `subgroup_budget` [P, G]. The paper's form: the code's min(f1, f2) lowers answers far below b, and
+    gives -1 for a format error.
+    """
+    length, b = _get(rollouts, "length"), _get(rollouts, "subgroup_budget")
+    value = beta * np.cos(np.pi * np.maximum(length, b) / (2 * l_max)) - alpha * np.maximum(length - b, 0)
+    return _c(rollouts) * np.where(length <= l_max, value, 0)
+
+
+# --- short is better ---------------------------------------------------------------------------------------
+
+
+def truncation(rollouts: dict, limit: float = 4000) -> np.ndarray:
+    """c if L <= limit tokens, else 0. DLER, 2510.15110; there generation simply ends at the limit."""
+    return _c(rollouts) * (_get(rollouts, "length") <= limit)
+
+
+def truncation_adaptive(
+    rollouts: dict, threshold: float = 0.5, limit_short: float = 2000, limit_long: float = 4000
+) -> np.ndarray:
+    """truncation at limit_short where the group's mean c >= threshold, else at limit_long. DA-DLER."""
+    c = _c(rollouts)
+    limit = np.where(c.mean(1, keepdims=True) >= threshold, limit_short, limit_long)
+    return c * (_get(rollouts, "length") <= limit)
+
+
+def efficient_reasoning(rollouts: dict, alpha: float = 0.1, eps: float = 1e-7, ddof: int = 0) -> np.ndarray:
+    """c (1 - alpha sigmoid((L - mean_c) / (std_c + eps))); wrong 0. Arora and Zanette, 2502.04463."""
+    return _c(rollouts) * (1 - alpha * _sigmoid(_z_correct(rollouts, eps, ddof)))
+
+
+def grpo_lambda(rollouts: dict, lam: float = 0.2, alpha: float = 0.6, ddof: int = 0) -> np.ndarray:
+    """efficient_reasoning for the best ceil(lam P) groups by correct ratio (at least one), c for the rest.
+
+    2505.18086, formula second-hand. Ties go to the lower prompt; the ranking sees the whole batch.
+    """
+    c = _c(rollouts)
+    count = max(1, int(np.ceil(lam * len(c) - 1e-9)))
+    chosen = np.argsort(-c.mean(1), kind="stable")[:count]
+    reward = c.copy()
+    reward[chosen] = efficient_reasoning(rollouts, alpha, ddof=ddof)[chosen]
+    return reward
+
+
+def crf(rollouts: dict, alpha: float = 0.2, s: float = 0.5) -> np.ndarray:
+    """c (1 + alpha conciseness (s + difficulty)); wrong 0. CRF, "Efficient Reasoning via Reward Model".
+
+    Second-hand. Needs `conciseness` [P, G] of a reward model and `difficulty` [P]; how s anneals: not found.
+    """
+    bonus = alpha * _get(rollouts, "conciseness") * (s + _get(rollouts, "difficulty"))
+    return _c(rollouts) * (1 + bonus)
+
+
+def hapo_cosine(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool = False):
+    """c + w r; f = cos(pi L / 2h) below 2h, then -1; right: r = max(clip, f), wrong: r = min(0, f).
+
+    HAPO, 2505.11225. h = `history` [P]: the prompt's shortest correct length so far; None: r = 0.
+    """
+    c, x = _c(rollouts), _get(rollouts, "length") / np.maximum(_get(rollouts, "history"), 1)
+    f = np.where(x < 2, np.cos(np.pi / 2 * np.minimum(x, 2)), -1)
+    term = np.where(np.isnan(x), 0, np.where(c > 0, np.maximum(clip, f), np.minimum(0, f)))
+    return _sum({"correct": c, "length": w * term}, parts)
+
+
+def hapo_linear(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool = False):
+    """c + w r; right: r = 1 - L/h below h, 0 to 1.1h, then max(clip, 1.1 - L/h).
+
+    Wrong: 0 to 1.1h, then max(-1, 1.1 - L/h). HAPO's linear variant, 2505.11225; h as in hapo_cosine.
+    """
+    c, h = _c(rollouts), np.maximum(_get(rollouts, "history"), 1)
+    x, late = _get(rollouts, "length") / h, _get(rollouts, "length") >= 1.1 * h
+    falling = np.where(late, 1.1 - x, 0)
+    right = np.where(x < 1, 1 - x, np.maximum(clip, falling))
+    term = np.where(np.isnan(x), 0, np.where(c > 0, right, np.maximum(-1, falling)))
+    return _sum({"correct": c, "length": w * term}, parts)
+
+
+def surrogate_format_length(rollouts: dict, p: float = 0.5, l_max: float = 3072, parts: bool = False):
+    """Well formed: 1 + R, else min(0, R). x = L/l_max; R = 1 - (1-x/p)^2 to p, then 1 - 2((x-p)/(1-p))^2.
+
+    2505.19439; label-free: correctness is not used. The code's format reward also has steps of 0.5.
+    """
+    x, form = _get(rollouts, "length") / l_max, _get(rollouts, "well_formed")
+    term = np.where(x <= p, 1 - (1 - x / p) ** 2, 1 - 2 * ((x - p) / (1 - p)) ** 2)
+    return _sum({"format": form, "length": np.where(form > 0, term, np.minimum(0, term))}, parts)
+
+
+def palu(rollouts: dict, l_max: float = 4096) -> np.ndarray:
+    """c if L <= `target` [P] (None: l_max), else 0. PALU, 2510.10168, second-hand; targets move by epoch."""
+    target = _get(rollouts, "target")
+    return _c(rollouts) * (_get(rollouts, "length") <= np.where(np.isnan(target), l_max, target))
+
+
+def dapo_overlong(
+    rollouts: dict, l_max=20480, l_cache=4096, reward_correct=1.0, reward_wrong=-1.0, parts: bool = False
+):
+    """reward_correct or reward_wrong, and 0 to -1 over the last l_cache tokens before l_max, right or wrong.
+
+    DAPO's soft overlong punishment, 2503.14476 Eq. 13: flat -1 above l_max (verl's code keeps falling).
+    """
+    term = np.clip((l_max - l_cache - _get(rollouts, "length")) / l_cache, -1, 0)
+    return _sum({"correct": np.where(_c(rollouts) > 0, reward_correct, reward_wrong), "length": term}, parts)
+
+
+def kimi(rollouts: dict, weight: float = 1.0, parts: bool = False):
+    """c + weight r; lam = 0.5 - (L - min)/(max - min) over the group; right: r = lam, wrong: min(0, lam).
+
+    Kimi k1.5, 2501.12599; one length in the whole group: r = 0. The weight is not given in the paper.
+    """
+    c, length = _c(rollouts), _get(rollouts, "length")
+    low, high = length.min(1, keepdims=True), length.max(1, keepdims=True)
+    lam = np.where(high > low, 0.5 - (length - low) / np.maximum(high - low, 1), 0)
+    return _sum({"correct": c, "length": weight * np.where(c > 0, lam, np.minimum(0, lam))}, parts)
+
+
+def shorter_better(rollouts: dict, alpha: float = 2.0, beta: float = 1e-3, parts: bool = False):
+    """alpha c - beta |L - SOL|; SOL: shortest correct length of the group, or mean of all. 2504.21370."""
+    c, length = _c(rollouts), _get(rollouts, "length")
+    shortest = np.where(c > 0, length, np.inf).min(1, keepdims=True)
+    sol = np.where(np.isinf(shortest), length.mean(1, keepdims=True), shortest)
+    return _sum({"correct": alpha * c, "length": -beta * np.abs(length - sol)}, parts)
+
+
+LASER_TARGETS = {"easy": 1024, "medium": 2048, "hard": 4096}
+
+
+def laser(
+    rollouts,
+    target=2048,
+    bonus=0.5,
+    reward_correct=1.0,
+    reward_wrong=-0.5,
+    reward_malformed=-1.0,
+    parts=False,
+):
+    """1 right, -0.5 wrong, -1 malformed or truncated; + bonus if right and L <= target tokens. 2505.15612.
+
+    Needs `well_formed` [P, G], which overrides correctness.
+    """
+    ok = _get(rollouts, "well_formed") * _finished(rollouts) > 0
+    right = ok & (_c(rollouts) > 0)
+    base = np.where(ok, np.where(right, reward_correct, reward_wrong), reward_malformed)
+    return _sum({"correct": base, "length": bonus * (right & (_get(rollouts, "length") <= target))}, parts)
+
+
+def laser_target(rollouts: dict, targets: dict = LASER_TARGETS) -> np.ndarray:
+    """Target [P, 1]: easy if 2/3 of the group or more are right and well formed, medium from 1/3, or hard."""
+    right = _c(rollouts) * _get(rollouts, "well_formed")
+    thirds, size = 3 * right.sum(1, keepdims=True), right.shape[1]
+    easier = np.where(thirds >= size, targets["medium"], targets["hard"])
+    return np.where(thirds >= 2 * size, targets["easy"], easier)
+
+
+def laser_d(
+    rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5, reward_malformed=-1.0,
+    parts: bool = False,
+):  # fmt: skip
+    """laser at the target of the prompt's class. 2505.15612, where a monitor set moves the targets."""
+    target = laser_target(rollouts, targets)
+    return laser(rollouts, target, bonus, reward_correct, reward_wrong, reward_malformed, parts)
+
+
+def laser_de(
+    rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5, reward_malformed=-1.0,
+    parts: bool = False,
+):  # fmt: skip
+    """laser_d; bonus also for a wrong, well-formed answer above the target, unless `repetitive` [P, G]."""
+    terms = laser_d(rollouts, targets, bonus, reward_correct, reward_wrong, reward_malformed, parts=True)
+    wrong = _get(rollouts, "well_formed") * _finished(rollouts) * (1 - _c(rollouts)) > 0
+    long = _get(rollouts, "length") > laser_target(rollouts, targets)
+    return _sum({**terms, "exploration": bonus * (wrong & long & (_get(rollouts, "repetitive") == 0))}, parts)
+
+
+def alp(rollouts: dict, beta: float = 1e-7, normaliser: float = 1.0, parts: bool = False):
+    """c - beta/normaliser max(mean_G c, 1/G) L: easy prompts pay more; wrong answers pay. 2506.05256 Eq. 2.
+
+    Second-hand; both defaults are unverified (the normaliser may be the maximum length).
+    """
+    c = _c(rollouts)
+    rate = np.maximum(c.mean(1, keepdims=True), 1 / c.shape[1])
+    return _sum({"correct": c, "length": -beta / normaliser * rate * _get(rollouts, "length")}, parts)
+
+
+def cosine(
+    rollouts: dict, l_max=14336, correct_range=(2.0, 1.0), wrong_range=(-10.0, 0.0), exceed=-10.0, margin=0
+) -> np.ndarray:
+    """Half a cosine from a value at L = 0 to one at l_max, one range for right, one for wrong. 2502.03373.
+
+    Short wrong answers are the worst. L + margin >= l_max: exceed, right or wrong. No n-gram penalty here.
+    """
+    length, right = _get(rollouts, "length"), _c(rollouts) > 0
+    start, end = (np.where(right, correct_range[k], wrong_range[k]) for k in (0, 1))
+    curve = end + 0.5 * (start - end) * (1 + np.cos(np.pi * np.minimum(length / l_max, 1)))
+    return np.where(length + margin >= l_max, exceed, curve)
+
+
+def adaptthink(rollouts: dict, delta: float = 0.05, parts: bool = False):
+    """c - ref_accuracy + delta no_think. 2505.13417; the paper uses it as the advantage itself ("raw").
+
+    Needs `ref_accuracy` [P] of the reference model and `no_think` [P, G] (1: forced to start so).
+    """
+    gain = _c(rollouts) - _get(rollouts, "ref_accuracy")
+    return _sum({"correct": gain, "no_think": delta * _get(rollouts, "no_think")}, parts)
+
+
+def grpo_lead(
+    rollouts: dict, alpha: float = 0.05, eps: float = 1e-6, ddof: int = 0, wrong_reward: float = 0.0
+) -> np.ndarray:
+    """exp(-alpha (L - mean_c)/(std_c + eps)) if right, else wrong_reward (the paper: perhaps -1).
+
+    2504.09696, second-hand, alpha unverified; its difficulty re-weighting of the advantages is not here.
+    """
+    return np.where(_c(rollouts) > 0, np.exp(-alpha * _z_correct(rollouts, eps, ddof)), wrong_reward)
+
+
+def prime_linear(rollouts: dict, w_out: float = 0.25, parts: bool = False):
+    """c - mean_G c w_out L / max_G L; wrong answers pay too. prime-rl's penalty, less inputs and turns."""
+    c, length = _c(rollouts), _get(rollouts, "length")
+    share = length / np.maximum(length.max(1, keepdims=True), 1)
+    return _sum({"correct": c, "length": -c.mean(1, keepdims=True) * w_out * share}, parts)
+
+
+def o1_pruner(rollouts: dict, lam: float = 5.0, clip: tuple | None = None) -> np.ndarray:
+    """ref_length / L - 1 + lam (c - ref_accuracy), both [P], of the reference model. 2501.12570, paper form.
+
+    The official code clips to [-2, 4], standardises over the data set and weights supervised rows with it.
+    """
+    gain = _get(rollouts, "ref_length") / np.maximum(_get(rollouts, "length"), 1) - 1
+    value = gain + lam * (_c(rollouts) - _get(rollouts, "ref_accuracy"))
+    return value if clip is None else np.clip(value, *clip)
+
+
+def dot_threshold(rollouts: dict, a: float = 3.0) -> np.ndarray:
+    """Not a reward: the cut length [P] floor(mean + a std) of groups that are all right, nan for others. DOT.
+
+    2601.03969, sample std; answers at least 32 tokens longer are cut there and verified again.
+    """
+    c, length = _c(rollouts), _get(rollouts, "length")
+    std = length.std(1, ddof=1) if length.shape[1] > 1 else np.zeros(len(length))
+    return np.where(c.all(1), np.floor(length.mean(1) + a * std), np.nan)
+
+
+# --- reconstructions: the mechanism is published, the formula was not found; every constant is a guess ----
+
+
+def tldr(rollouts: dict, short: float = 0.5, medium: float = 0.2, long: float = 0.05, l_max: float = 8192):
+    """RECONSTRUCTION of TLDR, 2505.07961: c (1 - alpha L / l_max), alpha by the prompt's `level`; wrong 0.
+
+    `level` [P]: "short", "medium" or "long", asked for in the prompt; all three are trained together.
+    """
+    alpha = np.array([{"short": short, "medium": medium, "long": long}[name] for name in rollouts["level"]])
+    return _c(rollouts) * (1 - alpha[:, None] * _get(rollouts, "length") / l_max)
+
+
+def adaptive_deep(
+    rollouts: dict, d: float = 0.2, l_max: float = 8192, l_cache: float = 2048, parts: bool = False
+):
+    """RECONSTRUCTION of Adaptive Deep Reasoning, 2505.20101: c +- d for the mode, + DAPO's overlong term.
+
+    `long_mode` [P, G] 0/1. Short is favoured (+d) in a group where it is at least as accurate, else long.
+    """
+    c, mode = _c(rollouts), _get(rollouts, "long_mode")
+    rate = [(c * m).sum(1, keepdims=True) / np.maximum(m.sum(1, keepdims=True), 1) for m in (1 - mode, mode)]
+    favoured = mode == (rate[1] > rate[0])
+    overlong = np.clip((l_max - l_cache - _get(rollouts, "length")) / l_cache, -1, 0)
+    return _sum({"correct": c, "mode": np.where(favoured, d, -d), "length": overlong}, parts)
+
+
+def affectgpt(rollouts: dict, k_max: float = 8, weight: float = 1.0, parts: bool = False):
+    """RECONSTRUCTION of AffectGPT-R1's list penalty, 2508.01318: c - weight clip((k - k_max) / k_max, 0, 1).
+
+    k = `labels` [P, G], the number of emotion words given, not tokens; wrong answers pay too.
+    """
+    excess = np.clip((_get(rollouts, "labels") - k_max) / k_max, 0, 1)
+    return _sum({"correct": _c(rollouts), "length": -weight * excess}, parts)
+
+
+def gr3(rollouts: dict, alpha: float = 0.5) -> np.ndarray:
+    """RECONSTRUCTION of GR3, 2603.10535: c / (1 + alpha L / mean_G L); wrong 0. Alpha is not calibrated."""
+    length = _get(rollouts, "length")
+    return _c(rollouts) / (1 + alpha * length / np.maximum(length.mean(1, keepdims=True), 1))
+
+
 REWARDS = {
-    f.__name__: f for f in (correct, lcpo_exact, lcpo_max, lcpo_dual, tulu_exact, tulu_upto, peaked_exact)
+    reward.__name__: reward
+    for reward in (
+        *(correct, lcpo_exact, lcpo_max, lcpo_dual, tulu_exact, tulu_upto, peaked_exact, longwriter_range),
+        *(gdpo_conditioned, curriculum_triangular, curriculum_band, hbpo, truncation, truncation_adaptive),
+        *(efficient_reasoning, grpo_lambda, crf, hapo_cosine, hapo_linear, surrogate_format_length, palu),
+        *(dapo_overlong, kimi, shorter_better, laser, laser_d, laser_de, alp, cosine, adaptthink, grpo_lead),
+        *(prime_linear, o1_pruner, dot_threshold, tldr, adaptive_deep, affectgpt, gr3),
+    )
 }
 
-# ----------------------------------------------------------------------------------------------------------------
-# 3. Advantages: rewards [P, G] -> [P, G], one number for every token of a rollout. Equal rewards give 0, never noise.
+# ----------------------------------------------------------------------------------------------------------
+# 3. Advantages: (rewards [P, G], rollouts, **hyper-parameters) -> [P, G], one number for all tokens of a
+#    rollout. Equal rewards, or a rollout alone, give exactly 0: noise over a tiny std would be a gradient.
 
 
 def _standard(x: np.ndarray, axis, eps: float, ddof: int, std: bool = True) -> np.ndarray:
-    """x minus its mean over axis, divided by (std + eps); exactly 0 where all are equal or alone."""
+    """(x - mean) / (std + eps) along axis (None: over everything); 0 where all are equal."""
     centred = x - x.mean(axis=axis, keepdims=True)
-    centred = np.where(x.max(axis=axis, keepdims=True) == x.min(axis=axis, keepdims=True), 0.0, centred)
+    centred = np.where(np.ptp(x, axis=axis, keepdims=True) > 0, centred, 0.0)
     if not std:
         return centred
     count = x.size if axis is None else x.shape[axis]
-    spread = np.sqrt((centred**2).sum(axis=axis, keepdims=True) / max(count - ddof, 1))
-    return centred / (spread + eps)
+    return centred / (np.sqrt((centred**2).sum(axis=axis, keepdims=True) / max(count - ddof, 1)) + eps)
 
 
 def grpo(rewards, rollouts=None, eps: float = 1e-6, std: bool = True, ddof: int = 1) -> np.ndarray:
-    """(r - mean) / (std + eps) within each group. arXiv 2402.03300; eps 1e-6 as verl, 1e-4 in TRL."""
+    """(r - mean_G) / (std_G + eps). 2402.03300; eps 1e-6 as verl, TRL has 1e-4."""
     return _standard(np.asarray(rewards, dtype=np.float64), 1, eps, ddof, std)
 
 
 def dr_grpo(rewards, rollouts=None) -> np.ndarray:
-    """r - mean within each group: no division, so a small spread stays small. Dr. GRPO, arXiv 2503.20783."""
+    """r - mean_G: without the division, a small spread stays small. Dr. GRPO, 2503.20783."""
     return grpo(rewards, std=False)
 
 
 def rloo(rewards, rollouts=None) -> np.ndarray:
-    """r minus the mean of the OTHER rollouts of the group = G/(G-1) (r - mean); 0 for a group of one. arXiv 2402.14740."""
-    group = np.shape(rewards)[1]
-    return grpo(rewards, std=False) * group / max(group - 1, 1)
+    """r - mean of the OTHER rollouts of the group = G/(G-1) (r - mean_G). 2402.14740."""
+    size = np.shape(rewards)[1]
+    return grpo(rewards, std=False) * size / max(size - 1, 1)
 
 
-def gdpo(rewards, rollouts=None, weights=None, eps: float = 1e-4, ddof: int = 1) -> np.ndarray:
-    """rewards [K, P, G]: each standardised in its groups, weighted, summed, standardised over the batch. arXiv 2601.05242.
+def raw(rewards, rollouts=None) -> np.ndarray:
+    """The reward itself, for rewards that bring their baseline (AdaptThink, 2505.13417)."""
+    return np.array(rewards, dtype=np.float64)
 
-    Here the batch is weighted by rollouts (TRL); the authors' verl code weights it by tokens.
+
+def batch_norm(
+    rewards, rollouts=None, eps: float = 1e-8, ddof: int = 1, weighting: str = "rollout"
+) -> np.ndarray:
+    """A = r - mean_G, then (A - mean) / (std + eps) over the batch. REINFORCE++-baseline, DLER 2510.15110.
+
+    weighting "token" lets every rollout count `length` times in mean and std, as verl's masked_whiten does.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    weights = np.ones(len(rewards)) if weights is None else np.asarray(weights, dtype=np.float64)
-    total = (weights[:, None, None] * np.stack([grpo(r, eps=eps, ddof=ddof) for r in rewards])).sum(axis=0)
-    return _standard(total, None, eps, ddof)
+    centred = grpo(rewards, std=False)
+    if weighting == "rollout":
+        return _standard(centred, None, eps, ddof)
+    tokens = _get(rollouts, "length")
+    mean = (tokens * centred).sum() / max(tokens.sum(), 1)
+    variance = (tokens * (centred - mean) ** 2).sum() / max(tokens.sum() - ddof, 1)
+    return (centred - mean) / (np.sqrt(variance) + eps) if np.ptp(centred) > 0 else np.zeros_like(centred)
 
 
-ADVANTAGES = {f.__name__: f for f in (grpo, dr_grpo, rloo, gdpo)}
+def gdpo(
+    rewards, rollouts=None, weights=None, eps: float = 1e-4, ddof: int = 1, whiten: bool = True
+) -> np.ndarray:
+    """rewards [K, P, G], each standardised in its groups; weighted sum; standardised over the batch.
+
+    2601.05242. Rollouts weigh alike (TRL); verl weighs tokens. LongWriter-Zero: weights 1/K, whiten False.
+    """
+    each = [grpo(r, eps=eps, ddof=ddof) for r in np.asarray(rewards, dtype=np.float64)]
+    total = np.tensordot(np.ones(len(each)) if weights is None else np.asarray(weights, float), each, 1)
+    return _standard(total, None, eps, ddof) if whiten else total
+
+
+def hbpo_advantage(rewards, rollouts, beta=4.0, l_max=4096, eps: float = 1e-6, ddof: int = 1) -> np.ndarray:
+    """grpo + (mean reward of the rollout's subgroup - beta cos(pi b / (2 l_max))). 2507.15844.
+
+    The authors' code adds the second term twice; the paper once.
+    """
+    rewards, b = np.asarray(rewards, dtype=np.float64), _get(rollouts, "subgroup_budget")
+    same = b[:, :, None] == b[:, None, :]
+    mean = (same * rewards[:, None, :]).sum(2) / same.sum(2)
+    return grpo(rewards, eps=eps, ddof=ddof) + mean - beta * np.cos(np.pi * b / (2 * l_max))
+
+
+def gfpo(
+    rewards, rollouts, k: int = 8, metric: str = "shortest", eps: float = 1e-6, ddof: int = 1
+) -> np.ndarray:
+    """grpo among the k kept rollouts of each group (shortest, or highest reward / length), 0 for the others.
+
+    2508.09726 (details second-hand, k unverified); ties keep the lower index.
+    """
+    if metric not in ("shortest", "token_efficiency"):
+        raise ValueError(f"metric {metric!r} is not known: use 'shortest' or 'token_efficiency'")
+    rewards, length = np.asarray(rewards, dtype=np.float64), _get(rollouts, "length")
+    cost = length if metric == "shortest" else -rewards / np.maximum(length, 1)
+    kept = np.argsort(cost, axis=1, kind="stable")[:, :k]
+    advantage = np.zeros_like(rewards)
+    np.put_along_axis(advantage, kept, grpo(np.take_along_axis(rewards, kept, 1), eps=eps, ddof=ddof), 1)
+    return advantage
+
+
+def drpo_weights(rollouts: dict, lam: float = 0.1, l_max: float = 8192) -> np.ndarray:
+    """DRPO's weights [P, G]: softmax of (1 - L/l_max)/lam over the correct rollouts. 2510.04474 Eq. 7.
+
+    Wrong: 0; they weigh the log-probs of DRPO's objective, not a reward.
+    """
+    c, length = _c(rollouts), _get(rollouts, "length")
+    shortest = np.where(c > 0, length, np.inf).min(1, keepdims=True)
+    gap = np.where(c > 0, length - shortest, 0)  # softmax does not change when all lengths shift
+    weight = c * np.exp(-gap / (lam * l_max))
+    return weight / np.maximum(weight.sum(1, keepdims=True), 1e-300)
+
+
+ADVANTAGES = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "raw": raw,
+    "batch_norm": batch_norm,
+    "gdpo": gdpo,
+    "hbpo": hbpo_advantage,
+    "gfpo": gfpo,
+}
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     _serve()

@@ -24,6 +24,8 @@ DIGITS = 3, 6  # a problem has between 3 and 6 digits (both included)
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
 BUDGETS = "bucket:16,32,48,64"  # 16 is the least that holds the longest plain chain of thought (14 tokens)
+ASKED_BEFORE = [16, 32, 48, 64]  # budgets of the evaluation before training, and of the one after it:
+ASKED = [16, 24, 32, 40, 48, 56, 64, 80, 96, 128]  # trained ones, ones between them, ones beyond them
 WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
 VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
 
@@ -91,7 +93,11 @@ def make_tokenizer():
     pattern = Regex(r"</?[a-z]+>|[+^=]?\d|[A-Za-z]+|[^\sA-Za-z\d]")
     inner.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=CONTEXT
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=CONTEXT,
     )
     # The thinking part is opened by the prompt, as in the templates of DeepSeek-R1 and its distillations.
     tokenizer.chat_template = (

@@ -137,8 +137,8 @@ def test_distributions_by_hand():
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "uniform", "uniform:100", "uniform:1:2:3", "uniform:a:b", "uniform:1.5:3", "fixed:", "fixed:1:2", "bucket:"]
-    + ["bucket:1,,2", "none:3", "normal:1:2", "fixed:1e3", "fixed:" + "9" * 5000, "uniform:²:5"],
+    ["", "uniform", "uniform:100", "uniform:1:2:3", "uniform:a:b", "uniform:1.5:3", "fixed:", "fixed:1:2"]
+    + ["bucket:", "bucket:1,,2", "none:3", "normal:1:2", "fixed:1e3", "fixed:" + "9" * 5000, "uniform:²:5"],
 )  # fmt: skip
 def test_malformed_budgets(spec):
     with pytest.raises(BadInput, match="malformed"):
@@ -268,7 +268,8 @@ def test_rows_round_trip(tmp_path, suffix, mode, spec):
 
 
 def test_levels_of_two_types_fit_in_parquet(tmp_path):
-    rows = annotate([problem | {"level": level} for problem, level in zip(CLEAN, [3, "hard", 2.5, 1], strict=True)], "fixed:5", "max")  # fmt: skip
+    mixed = [problem | {"level": level} for problem, level in zip(CLEAN, [3, "hard", 2.5, 1], strict=True)]
+    rows = annotate(mixed, "fixed:5", "max")
     data.write_rows(rows, str(tmp_path / "rows.parquet"))
     assert load_problems(str(tmp_path / "rows.parquet")) == rows
 
@@ -297,9 +298,10 @@ def test_real_samples():
 @pytest.mark.parametrize(
     "value, expected",
     [
-        (142.0, "142"), ("142.0", "142"), (0.5, "0.5"), (7, "7"), (-3.0, "-3"), ("3.50", "3.50"), (" x ", "x"),
-        ("6*7=<<6*7=42>>42\n#### 1,042", "1042"), ("#### 42", "42"), (["1", " -1 "], ["1", "-1"]), ([5.0], "5"),
-        (["2", "2"], "2"), (["None", "4"], "4"), ("[1, 2]", "[1, 2]"),
+        (142.0, "142"), ("142.0", "142"), (0.5, "0.5"), (7, "7"), (-3.0, "-3"), ("3.50", "3.50"),
+        (" x ", "x"),
+        ("6*7=<<6*7=42>>42\n#### 1,042", "1042"), ("#### 42", "42"), (["1", " -1 "], ["1", "-1"]),
+        ([5.0], "5"), (["2", "2"], "2"), (["None", "4"], "4"), ("[1, 2]", "[1, 2]"),
         ("None", None), ("", None), ("  ", None), (None, None), (float("nan"), None), (float("inf"), None),
         ([], None), ([None], None), (True, None), ({"a": 1}, None), ("\ud800", None), ("####", None),
     ],
@@ -310,13 +312,13 @@ def test_answers(value, expected):
 
 @pytest.mark.parametrize(
     "answer, expected",
-    [("B", "B"), ("(C)", "C"), ("A.", "A"), (0, "A"), (3.0, "D"), ([1], "B"), ([0, 2], ["A", "C"]), ("blue", "B"),
-     ("2", "C"), ("1", None), ("E", None), (4, None), (-1, None), ("b", None), ("", None), (None, None)],
+    [("B", "B"), ("(C)", "C"), ("A.", "A"), (0, "A"), (3.0, "D"), ([1], "B"), ([0, 2], ["A", "C"]),
+     ("blue", "B"), ("2", "C"), ("1", None), ("E", None), (4, None), (-1, None), ("b", None),
+     ("", None), (None, None)],
 )  # fmt: skip
 def test_choice_answers(answer, expected):
     # "1" may be option C, which reads 1, or index 1: it is left out rather than guessed.
-    row = {"question": "Q", "choices": ["red", "blue", "1", "2"], "answer": answer}
-    row["choices"] = ["red", "blue", "1", "sky"]
+    row = {"question": "Q", "choices": ["red", "blue", "1", "sky"], "answer": answer}
     if expected is None:
         with pytest.raises(data.Skip):
             one(row)
@@ -338,21 +340,27 @@ def user(text):
     return [{"role": "system", "content": "s"}, {"role": "user", "content": text}]
 
 
+def chat(text, gold, verifiers):
+    """A row of open-instruct; the assistant's turn is not part of the question."""
+    turns = [*user(text), {"role": "assistant", "content": "done"}]
+    return {"messages": turns, "ground_truth": gold, "dataset": verifiers}
+
+
 @pytest.mark.parametrize(
     "row, expected",
     [
-        # GSM8K, AMC, MMLU, Minerva, Omni-MATH, OlympiadBench, SVAMP, MATH, LSAT as evaluation sets carry them.
+        # GSM8K, AMC, MMLU, Minerva, Omni-MATH, OlympiadBench, SVAMP, MATH, LSAT.
         ({"question": "Q", "answer": "r\n#### 42"}, {"problem": "Q", "answer": "42"}),
         ({"id": 3, "problem": "Q", "answer": 142.0, "url": "u"}, {"id": "3", "answer": "142"}),
-        ({"question": "Q", "subject": "law", "choices": list("wxyz"), "answer": 3}, {"answer": "D", "subject": "law"}),
+        ({"question": "Q", "subject": "law", "choices": list("wxyz"), "answer": 3}, {"answer": "D"}),
         ({"question": "Q", "answer": ["1", "2"]}, {"answer": ["1", "2"]}),
         ({"problem": "Q", "difficulty": 4.5, "domain": ["Algebra"], "answer": "1"}, {"level": 4.5}),
-        ({"question": "Q", "final_answer": ["$2$"], "subfield": "Algebra"}, {"answer": "$2$", "subject": "Algebra"}),
-        ({"ID": "c-1", "Body": "Two cats.", "Question": "Legs?", "Answer": 8.0}, {"problem": "Two cats. Legs?"}),
-        ({"problem": "Q", "solution": "\\boxed{1} so \\boxed{\\frac{1}{2}}.", "level": "Level 5", "type": "Algebra"},
-         {"answer": "\\frac{1}{2}", "level": 5, "subject": "Algebra"}),
-        ({"query": "P Q: q Answer Choices: (A)x (B)y", "choices": ["(A)x", "(B)y"], "gold": [1]},
-         {"problem": "P Q: q Answer Choices: (A)x (B)y", "answer": "B", "choices": ["x", "y"], "kind": "choice"}),
+        ({"question": "Q", "final_answer": ["$2$"], "subfield": "X"}, {"answer": "$2$", "subject": "X"}),
+        ({"ID": "c", "Body": "Two cats.", "Question": "Legs?", "Answer": 8.0}, {"answer": "8"}),
+        ({"problem": "Q", "solution": "\\boxed{1} \\boxed{\\frac{1}{2}}.", "level": "Level 5", "type": "X"},
+         {"answer": "\\frac{1}{2}", "level": 5, "subject": "X"}),
+        ({"query": "P Q: q (A)x (B)y", "choices": ["(A)x", "(B)y"], "gold": [1]},
+         {"problem": "P Q: q (A)x (B)y", "answer": "B", "choices": ["x", "y"], "kind": "choice"}),
         # verl: L1's rows (the sign of num_tokens is the mode) and Eurus-2.
         ({"prompt": user(f"Q {STEPS} Think for 300 tokens."), "ability": "math",
           "reward_model": {"ground_truth": "4", "num_tokens": 300}},
@@ -360,17 +368,18 @@ def user(text):
         ({"prompt": user(f"Q {STEPS} Think for maximum 300 tokens."),
           "reward_model": {"ground_truth": ["4", "5"], "num_tokens": -300}},
          {"problem": "Q", "answer": ["4", "5"], "budget": 300, "mode": "max"}),
-        ({"prompt": user("Q"), "ability": "math", "data_source": "numina", "reward_model": {"ground_truth": "4"}},
+        ({"prompt": user("Q"), "ability": "math", "data_source": "numina",
+          "reward_model": {"ground_truth": "4"}},
          {"problem": "Q", "prompt": "Q", "budget": None, "mode": None, "source": "numina"}),
-        # open-instruct: plain, parallel lists, the old encoding; "Use no more than" is its old up-to sentence.
-        ({"messages": [*user("Q"), {"role": "assistant", "content": "a"}], "ground_truth": "4", "dataset": "MATH"},
-         {"problem": "Q", "answer": "4"}),
-        ({"messages": user("Q\nThink for 77 tokens."), "ground_truth": ["4", "77"], "dataset": ["math", "max_length"]},
+        # open-instruct: plain, parallel lists, the old encoding; its old sentence for an upper limit.
+        (chat("Q", "4", "MATH") | {"extra": 1}, {"problem": "Q", "answer": "4"}),
+        (chat("Q\nThink for 77 tokens.", ["4", "77"], ["math", "max_length"]),
          {"problem": "Q", "answer": "4", "budget": 77, "mode": "exact", "prompt": "Q\nThink for 77 tokens."}),
-        ({"messages": user("Q\nThink for 77 tokens."), "ground_truth": "4<sep>77", "dataset": "MATH,max_length"},
+        (chat("Q\nThink for up to 77 tokens.", ["4", "77"], ["math", "up_to_max_length"]),
+         {"problem": "Q", "answer": "4", "budget": 77, "mode": "max"}),
+        (chat("Q\nThink for 77 tokens.", "4<sep>77", "MATH,max_length"),
          {"problem": "Q", "answer": "4", "budget": 77, "mode": "exact"}),
-        ({"messages": user("Q\nUse no more than 9 tokens."), "ground_truth": "4", "dataset": "MATH"},
-         {"problem": "Q", "budget": 9, "mode": "max"}),
+        (chat("Q\nUse no more than 9 tokens.", "4", "MATH"), {"problem": "Q", "budget": 9, "mode": "max"}),
     ],
 )  # fmt: skip
 def test_layouts(row, expected):
@@ -429,10 +438,9 @@ def test_an_unusable_row_is_counted_not_a_crash(tmp_path, row, reason):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"messages": user("Q\nThink for 5 tokens."), "ground_truth": ["4", "6"], "dataset": ["m", "max_length"]},
-         "budget in text and metadata differ"),
-        ({"messages": user("Q"), "ground_truth": ["4", "6"], "dataset": ["m", "max_length"]}, "budget in text"),
-        ({"messages": user("Q"), "ground_truth": ["4", "x"], "dataset": ["m", "max_length"]}, "wrong type"),
+        (chat("Q\nThink for 5 tokens.", ["4", "6"], ["m", "max_length"]), "budget in text"),
+        (chat("Q", ["4", "6"], ["m", "max_length"]), "budget in text and metadata differ"),
+        (chat("Q", ["4", "x"], ["m", "max_length"]), "wrong type"),
         ({"messages": [], "ground_truth": "4", "dataset": "m"}, "no user turn"),
         ({"messages": "Q", "ground_truth": "4", "dataset": "m"}, "no user turn"),
     ],
@@ -442,6 +450,41 @@ def test_an_unusable_chat_row_is_counted(tmp_path, row, reason):
     counts = Counter()
     assert len(load_problems(put(tmp_path / "x.jsonl", [good, row]), counts=counts)) == 1
     assert any(reason in key for key in counts)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["A", "5", "#### 1"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=4,
+)
+NAMES = sorted(
+    {name for wanted, _ in data.LAYOUTS.values() for name in wanted} | {"id", "passage", "choices", "answers"}
+)
+NAMES += ["answer", "question", "level", "subject", "prompt", "budget", "mode", "kind", "source"]
+
+
+@given(st.sampled_from(sorted(data.LAYOUTS)), st.dictionaries(st.sampled_from(NAMES), JSON_VALUES))
+@settings(max_examples=300, deadline=None)
+def test_no_row_whatever_ends_the_run(layout, row):
+    """Any JSON under the known names is a problem of the Row contract or one counted row."""
+    records = iter([row])
+    found = list(data.to_problems(records, data.LAYOUTS[layout][1], "x", Counter()))
+    for problem in found:
+        assert isinstance(problem["problem"], str) and problem["problem"].strip()
+        assert isinstance(problem["answer"], (str, list)) and problem["answer"]
+        json.dumps(annotate([problem], "fixed:5", "max"), allow_nan=False).encode()
+
+
+def test_a_csv_row_with_too_many_fields_is_counted(tmp_path):
+    (tmp_path / "x.csv").write_text("problem,answer\nQ,1\nR,2,3\nS\n")
+    counts = Counter()
+    assert [problem["id"] for problem in load_problems(str(tmp_path / "x.csv"), counts=counts)] == ["x-00000"]
+    assert counts == {"read": 3, "not an object with the file's columns": 1, "no answer": 1}
 
 
 def test_code_rows_are_left_out(tmp_path, capsys):
@@ -588,7 +631,7 @@ def test_duplicates_overlap_limit_and_missing_answers(tmp_path, capsys):
     assert data.main([*argv, "--limit", "4"]) == 0
     kept = rows_of(tmp_path / "o.jsonl")
     assert [row["problem"] for row in kept] == ["Q 0", "Q 1", "Q 3", "Q 4"]
-    assert len({row["id"] for row in kept}) == 4
+    assert [row["id"] for row in kept] == ["0", "0-2", "0-3", "0-4"]  # ids in the file were all 0
     text = capsys.readouterr().out
     for told in [
         "read 9",
@@ -756,5 +799,5 @@ def test_the_data_commands_in_the_recipes_are_valid(tmp_path, monkeypatch):
         assert args.input in data.PRESETS and f"--data {args.out}" in text, recipe.name
         assert f"--mode {args.mode}" in text and f"--wording {args.wording}" in text, recipe.name
         assert high <= int(re.search(r"--max-tokens (\d+)", text)[1]), recipe.name  # a budget above the cap
-    names = {recipe.name for recipe in recipes}
-    assert {f"{name}.args" for name in "l1_exact l1_max tulu_exact_4k tulu_exact_8k tulu_bucketed tulu_upto".split()} <= names  # fmt: skip
+    shipped = "l1_exact l1_max tulu_exact_4k tulu_exact_8k tulu_bucketed tulu_upto"
+    assert {f"{name}.args" for name in shipped.split()} <= {recipe.name for recipe in recipes}

@@ -1,4 +1,4 @@
-"""evaluate.py: metrics on numbers worked out by hand, then saved samples and real sampling, to the pictures."""
+"""evaluate.py: metrics on numbers worked out by hand, then saved samples and real sampling."""
 
 import gzip
 import json
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import evaluate
 import toy
+import train_grpo
 from data import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +32,6 @@ COMPARISONS = {
 
 
 def golden_metrics() -> list[dict]:
-    if not GOLDEN.exists():
-        return []
     cases = json.loads(GOLDEN.read_text())["cases"]
     return [c for c in cases if c["kind"] == "metric" and c["name"] not in COMPARISONS]
 
@@ -337,25 +336,24 @@ def bad_samples(tmp_path: Path) -> dict:
     def file(name, *rows):
         return write(tmp_path / name, rows)
 
-    without = {k: v for k, v in sample().items() if k != "length"}
+    lengthless, textless = ({k: v for k, v in sample().items() if k != key} for key in ("length", "response"))
+    nan = '{"id": 1, "source": "s", "budget": 5, "length": NaN, "finish_reason": null, "correct": true}'
+    (tmp_path / "fake.jsonl.gz").write_text("not gzip")
     return {
         "no such file": ["--samples", tmp_path / "nope.jsonl"],
         "holds no samples": ["--samples", file("empty.jsonl")],
         "line 2 is no JSON": ["--samples", file("broken.jsonl", sample(), '{"id": 1')],
         "line 1: it is a list": ["--samples", file("list.jsonl", "[1]")],
-        "no field length": ["--samples", file("missing.jsonl", without)],
+        "no field length": ["--samples", file("missing.jsonl", lengthless)],
         "budget is 0": ["--samples", file("zero.jsonl", sample(budget=0))],
-        "length is nan": ["--samples", file("nan.jsonl", '{"id": 1, "source": "s", "budget": 5, "length": NaN, '
-                                            '"finish_reason": null, "correct": true}')],
+        "length is nan": ["--samples", file("nan.jsonl", nan)],
         "correct is None": ["--samples", file("ungraded.jsonl", sample(correct=None))],
-        "no field response": ["--regrade", "--samples", file("textless.jsonl", {
-            k: v for k, v in sample().items() if k != "response"})],
-        "cannot be read": ["--samples", file("plain.gz.jsonl", sample()).replace("plain.gz.jsonl", "fake.jsonl.gz")],
-    }  # fmt: skip
+        "no field response": ["--regrade", "--samples", file("textless.jsonl", textless)],
+        "cannot be read": ["--samples", tmp_path / "fake.jsonl.gz"],
+    }
 
 
 def test_bad_samples_are_refused_in_one_line(tmp_path, capsys):
-    (tmp_path / "fake.jsonl.gz").write_text("not gzip")
     for words, args in bad_samples(tmp_path).items():
         assert run(*args, "--out", tmp_path / "out") == 2, words
         error = capsys.readouterr().err
@@ -367,6 +365,7 @@ BAD_FLAGS = {
     "not both or neither": [],
     "not both": ["--samples", SAMPLES, "--model", "m"],
     "leave out --data": ["--samples", SAMPLES, "--data", "toy"],
+    "leave out --limit": ["--samples", SAMPLES, "--limit", "3"],
     "--regrade needs --samples": ["--model", "m", "--data", "toy", "--budgets", "8", "--regrade"],
     "--data is missing": ["--model", "m", "--budgets", "8"],
     "--budgets is missing": ["--model", "m", "--data", "toy"],
@@ -440,45 +439,18 @@ def test_plan_fits_prompt_and_response_into_the_context(model_folder):
         assert r["max_tokens"] == 512 - len(r["ids"])
     in_max = list(evaluate.plan(problems, [16], "max", "tulu", tokenizer, 512, max_tokens=50))
     assert all(r["max_tokens"] == 50 and "up to 16" in r["prompt"] for r in in_max)
-    for bad in (
-        {"budgets": [512]},
-        {"budgets": [16], "max_tokens": 512},
-        {"budgets": [64], "max_tokens": 32},
-    ):
-        options = {
-            "budgets": [16],
-            "mode": "exact",
-            "wording": "tulu",
-            "tokenizer": tokenizer,
-            "context": 512,
-        }
+    for budget, cap in ((512, None), (16, 512), (64, 32)):
         with pytest.raises(BadInput, match="context of 512|below the budget"):
-            list(evaluate.plan(problems, **(options | bad)))
+            list(evaluate.plan(problems, [budget], "exact", "tulu", tokenizer, 512, cap))
 
 
 def test_sampling_in_process(model_folder, tmp_path):
-    train_grpo = pytest.importorskip("train_grpo")
-    sampler = train_grpo.load_sampler(model_folder, "hf")
+    sampler = loader.load_sampler(model_folder, "hf")
     problems = toy.problems("toy", "test", 3) + toy.problems("toy_ood", "test", 2)
-    options = {
-        "wording": "tulu",
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "trained_budgets": [8],
-        "model": model_folder,
-    }
-    lines = []
-    results = evaluate.evaluate(
-        sampler,
-        problems,
-        [None, 8, 12],
-        "exact",
-        2,
-        str(tmp_path / "a"),
-        max_tokens=24,
-        log=lines.append,
-        **options,
-    )
+    lines, what = [], (sampler, problems, [None, 8, 12], "exact", 2)
+    options = {"wording": "tulu", "temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
+    options |= {"trained_budgets": [8], "model": model_folder}
+    results = evaluate.evaluate(*what, str(tmp_path / "a"), **options)
     assert results == read(tmp_path / "a") and set(results["datasets"]) == {"toy", "toy_ood"}
     assert results["versions"]["torch"] and results["sampler"] == "hf" and results["verify"]["checked"] == 30
     assert any("30/30 samples" in line for line in lines)
@@ -492,18 +464,7 @@ def test_sampling_in_process(model_folder, tmp_path):
         assert ("thinking_length" in row) == ("</think>" in row["response"])
         assert not (row["correct"] and row["finish_reason"] == "length")
     # The same seed samples the same, and the saved samples alone give the same figures and pictures.
-    again = evaluate.evaluate(
-        sampler,
-        problems,
-        [None, 8, 12],
-        "exact",
-        2,
-        str(tmp_path / "b"),
-        max_tokens=24,
-        log=lines.append,
-        **options,
-    )
-    assert again == results
+    assert evaluate.evaluate(*what, str(tmp_path / "b"), **options) == results
     assert run("--samples", tmp_path / "a" / "samples.jsonl", "--out", tmp_path / "c") == 0
     rebuilt = read(tmp_path / "c")
     assert rebuilt.pop("samples") and rebuilt.pop("versions") and results.pop("versions")
@@ -513,9 +474,9 @@ def test_sampling_in_process(model_folder, tmp_path):
 
 
 def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypatch):
-    train_grpo = pytest.importorskip("train_grpo")
-    sampler = train_grpo.load_sampler(model_folder, "hf")
+    sampler = loader.load_sampler(model_folder, "hf")
     monkeypatch.setattr(evaluate, "BATCH", 4)
+    assert run("--samples", SAMPLES, "--out", tmp_path) == 0
     path, seen = tmp_path / "samples.jsonl", []
 
     def log(line):
@@ -528,12 +489,12 @@ def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypat
         evaluate.evaluate(
             sampler, problems, [8], "exact", 2, str(tmp_path), wording="tulu", max_tokens=16, log=log
         )
+    # What the folder held of an earlier evaluation does not pass for the figures of this one.
     assert seen == [4, 8] and not (tmp_path / "results.json").exists()
     assert run("--samples", path, "--out", tmp_path / "rest") == 0
 
 
 def test_command_samples_a_model(model_folder, tmp_path, capsys):
-    pytest.importorskip("train_grpo")
     out = tmp_path / "out"
     problems = write(tmp_path / "own.jsonl", [{"problem": "add 1 2 3", "answer": "6", "source": "elsewhere"}])
     command = [

@@ -68,7 +68,10 @@ def test_kl_by_hand():
 
 
 def test_tis_by_hand():
-    close(tis_weight(torch.tensor([0.0, 0.0, -100.0]), torch.tensor([-1.0, 1.0, 100.0]), 2.0), [2.0, math.exp(-1), 0.0])
+    close(
+        tis_weight(torch.tensor([0.0, 0.0, -100.0]), torch.tensor([-1.0, 1.0, 100.0]), 2.0),
+        [2.0, math.exp(-1), 0.0],
+    )
 
 
 # Golden vectors ---------------------------------------------------------------------------------------------------
@@ -135,7 +138,11 @@ def test_chunked_logps_equal_full_logits(tokens, chunk, temperature):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), ratio=st.sampled_from(["token", "sequence", "cispo"]), kl=st.sampled_from([0.0, 0.1]))
+@given(
+    seed=st.integers(0, 10_000),
+    ratio=st.sampled_from(["token", "sequence", "cispo"]),
+    kl=st.sampled_from([0.0, 0.1]),
+)
 def test_float32_agrees_with_float64_and_is_finite(seed, ratio, kl):
     torch.manual_seed(seed)
     row = torch.tensor([0] * 3 + [1] * 5)
@@ -153,6 +160,8 @@ def test_float32_agrees_with_float64_and_is_finite(seed, ratio, kl):
 
 def test_extreme_log_ratios_stay_finite():
     logp = torch.tensor([0.0, -1000.0], requires_grad=True)
-    loss, _ = policy_loss(logp, torch.tensor([-1000.0, 0.0]), torch.tensor([-1.0, 1.0]), torch.ones(2), torch.zeros(2).long())
+    loss, _ = policy_loss(
+        logp, torch.tensor([-1000.0, 0.0]), torch.tensor([-1.0, 1.0]), torch.ones(2), torch.zeros(2).long()
+    )
     loss.backward()
     assert math.isfinite(loss) and torch.isfinite(logp.grad).all()

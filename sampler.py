@@ -1,0 +1,260 @@
+"""Two samplers with one face, both living in the trainer's process: transformers' generate, and a vLLM engine.
+
+    sampler.generate(prompts, n, max_tokens, temperature, top_p, seed)
+        -> for each prompt a list of n responses {"ids", "logps", "finish_reason": "stop" | "length"}
+    sampler.sync(model)    push the trainer's weights; the next response comes from them
+
+`ids` end with the end token where there is one; `logps` are log-probs of the distribution that was sampled from
+(before top_p), which is what the importance correction of the loss needs.
+"""
+
+import os
+
+from data import BadInput, load_tokenizer
+
+
+def stop_tokens(model_config, tokenizer) -> list[int]:
+    """Ids that end a response: the tokenizer's end token and those of the model's generation settings."""
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"the tokenizer {tokenizer.name_or_path} has no eos_token, so no response could end: set one"
+        )
+    ids = {tokenizer.eos_token_id}
+    declared = getattr(model_config, "eos_token_id", None)
+    ids.update(declared if isinstance(declared, list) else [declared])
+    return sorted(i for i in ids if i is not None)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+class HFSampler:
+    """generate() of the model that is being trained: always in sync, no second copy; slow for big models."""
+
+    name = "hf"
+
+    def __init__(self, model, tokenizer, stop_ids: list[int], max_model_len: int):
+        self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
+        self.max_model_len = max_model_len
+
+    def sync(self, model) -> None:
+        """Nothing to push: this sampler reads the trained model itself."""
+
+    def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None) -> list[list[dict]]:
+        """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible."""
+        import torch
+
+        if seed is not None:
+            torch.manual_seed(seed)
+        caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        was_training, done, per_call = self.model.training, [], max(1, 512 // n)
+        self.model.eval()
+        for start in range(0, len(prompts), per_call):
+            part = slice(start, start + per_call)
+            done += self._generate(prompts[part], n, caps[part], temperature, top_p)
+        self.model.train(was_training)
+        return done
+
+    def _generate(self, prompts, n, caps, temperature, top_p):
+        import torch
+
+        width, device = max(map(len, prompts)), self.model.device
+        # Prompts are padded on the left, so that all responses begin in the same column.
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        ids, mask = (t.repeat_interleave(n, 0).to(device) for t in (ids, mask))
+        logps, last = [], []
+
+        def record(sequences, scores):  # a logits processor that changes nothing: it sees the logits go by
+            if last:
+                logps.append(last.pop().gather(-1, sequences[:, -1:])[:, 0])
+            last.append((scores.float() / (temperature or 1.0)).log_softmax(-1))
+            return scores
+
+        options = {"do_sample": False}
+        if temperature > 0:
+            options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        with torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max(caps),
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.stop_ids[0],
+                logits_processor=[record],
+                **options,
+            )[:, width:]
+        logps = torch.stack(logps + [last.pop().gather(-1, out[:, -1:])[:, 0]], 1).tolist()
+        result = []
+        for i, tokens in enumerate(out.tolist()):
+            tokens = tokens[: caps[i // n]]
+            # The response ends with its first end token, whatever pads the rest (it may be the same token).
+            end = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
+            tokens, reason = tokens[:end], "length" if end is None else "stop"
+            result.append({"ids": tokens, "logps": logps[i][: len(tokens)], "finish_reason": reason})
+        return [result[i : i + n] for i in range(0, len(result), n)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# vLLM
+
+
+class VLLMSampler:
+    """A vLLM engine inside this process; the trainer pushes its weights into it after every step."""
+
+    name = "vllm"
+
+    def __init__(self, path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, sequences):
+        # In-process engine: only then can weights be handed over without a copy through disk or sockets.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        import torch
+
+        threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+        import vllm
+
+        self.tokenizer, self.stop_ids, self.max_model_len = tokenizer, stop_ids, max_model_len
+        self.vllm, options = vllm, {"enforce_eager": True}
+        if torch.cuda.is_available():
+            options = {"gpu_memory_utilization": memory, "enable_prefix_caching": True}
+        else:
+            keep_cpu_weights_unpacked()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        self.llm = vllm.LLM(
+            model=path,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_model_len,
+            max_num_seqs=min(sequences, 512),
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **options,
+        )
+        set_threads(threads)  # vLLM's CPU worker changes it for the whole process and disables the setter
+
+    def engine_model(self):
+        """The engine's torch module: the one place that reaches into vLLM (checked with 0.32.0)."""
+        try:
+            return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        except AttributeError as error:
+            version = self.vllm.__version__
+            raise RuntimeError(f"vLLM {version} hides its model ({error}): install the pinned one") from error
+
+    def sync(self, model) -> None:
+        """Push every parameter of `model` into the engine; what it cached under the old ones is dropped."""
+        self.engine_model().load_weights((name, p.detach()) for name, p in model.named_parameters())
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache after the update: are requests running?")
+
+    def stale_weights(self, model) -> list[str]:
+        """Names of parameters that differ from the trainer's (cast to the engine's type), where both have them.
+
+        The engine fuses q, k, v and the two halves of the MLP; the rest (embedding, norms, output projections)
+        keeps its name. Its embedding is padded to a multiple of 64 rows.
+        """
+        engine = dict(self.engine_model().named_parameters())
+        both = [
+            (name, engine[name].detach(), p.detach())
+            for name, p in model.named_parameters()
+            if name in engine
+        ]
+        return [name for name, a, b in both if not (a[: len(b)] == b.to(a.device, a.dtype)).all()]
+
+    def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None) -> list[list[dict]]:
+        """As HFSampler.generate; one request a prompt: its prefix is computed once for all n responses."""
+        import torch
+
+        if seed is not None:
+            torch.manual_seed(seed)  # the engine draws from this process's generator
+        caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        common = {"n": n, "temperature": temperature, "top_p": top_p, "stop_token_ids": self.stop_ids}
+        common |= {"logprobs": 0, "detokenize": False}
+        params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        result = []
+        for request in self.llm.generate(requests, params, use_tqdm=False):
+            result.append([])
+            for out in request.outputs:
+                ids = list(out.token_ids)
+                logps = [entry[i].logprob for i, entry in zip(ids, out.logprobs, strict=True)]
+                result[-1].append({"ids": ids, "logps": logps, "finish_reason": out.finish_reason})
+        return result
+
+
+def keep_cpu_weights_unpacked() -> None:
+    """vLLM's CPU build repacks weights for its kernels; packed ones cannot be updated: use plain F.linear."""
+    import torch
+    import vllm.model_executor.layers.utils as utils
+
+    if not hasattr(utils, "dispatch_cpu_unquantized_gemm"):
+        raise RuntimeError("this vLLM has no dispatch_cpu_unquantized_gemm: install the pinned version")
+
+    def plain_linear(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = plain_linear
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Building one
+
+
+def load_model(path: str, device="cpu"):
+    """A causal language model in float32 (in training: the master weights) on `device`."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model ({path}) does not load: {str(error).splitlines()[0]}") from None
+    return model.to(device)
+
+
+def pick_sampler(name: str, log=print) -> str:
+    """`auto` -> vllm on a CUDA machine that has it, else hf; says which and why."""
+    import importlib.util
+
+    import torch
+
+    installed, cuda = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
+    if name == "vllm" and not installed:
+        raise BadInput(
+            "--sampler vllm: the package vllm is not installed; see the README, or use --sampler hf"
+        )
+    if name == "auto":
+        name = "vllm" if installed and cuda else "hf"
+        why = "CUDA found" if name == "vllm" else "no CUDA device" if installed else "vllm is not installed"
+        log(f"sampler: {name} ({why})")
+    return name
+
+
+def make_sampler(
+    kind, model, path, tokenizer, max_model_len, dtype="float32", seed=0, memory=0.35, sequences=256
+):
+    """An HFSampler on `model`, or a VLLMSampler whose engine is built from the folder or hub id `path`."""
+    stop_ids = stop_tokens(model.generation_config, tokenizer)
+    if kind == "hf":
+        return HFSampler(model, tokenizer, stop_ids, max_model_len)
+    return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, sequences)
+
+
+def load_sampler(path: str, sampler: str = "auto", max_model_len: int | None = None, seed: int = 0):
+    """A sampler for a finished model, as evaluate.py needs it: made by the same code as the trainer's."""
+    import torch
+
+    tokenizer, kind = load_tokenizer(path), pick_sampler(sampler)
+    cuda = torch.cuda.is_available()
+    model = load_model(path, "cuda" if kind == "hf" and cuda else "cpu")
+    max_model_len = min(max_model_len or 1 << 30, model.config.max_position_embeddings)
+    dtype = "bfloat16" if cuda and kind == "vllm" else "float32"
+    return make_sampler(kind, model, path, tokenizer, max_model_len, dtype, seed, memory=0.85)
