@@ -33,6 +33,16 @@ class BadInput(ValueError):
     """A user's mistake, told in one line: the value, the rule, the reason and the way out."""
 
 
+def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let argparse complain through BadInput: one line, instead of the whole usage."""
+
+    def fail(message: str):
+        raise BadInput(f"{message} (python {parser.prog} --help lists the flags)")
+
+    parser.error = fail
+    return parser
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Prompts: what the model is asked. The wordings are those of the published training data.
 
@@ -842,11 +852,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-prompt-tokens", type=int, help="drop rows whose prompt, chat template included, is longer")
     add("--tokenizer", help="model folder or hub id whose tokenizer counts the prompt's tokens")
 
-    def fail(message: str):
-        raise BadInput(f"{message} (python data.py --help lists the flags)")
-
-    parser.error = fail  # one line instead of the whole usage
-    return parser.parse_args(argv)
+    return one_line_errors(parser).parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> dict:

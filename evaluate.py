@@ -26,7 +26,15 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 import rewards
-from data import BadInput, budget_prompt, encode_prompt, load_problems, load_tokenizer, parse_budgets
+from data import (
+    BadInput,
+    budget_prompt,
+    encode_prompt,
+    load_problems,
+    load_tokenizer,
+    one_line_errors,
+    parse_budgets,
+)
 
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
@@ -377,7 +385,7 @@ def evaluate(
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over.
-    With `state` (accelerate's PartialState) its processes share the work; the first one writes and has the results.
+    With `state` (accelerate's PartialState) its processes share the work; the first one writes and returns.
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     tokenizer, table, verify, done, start = sampler.tokenizer, {}, {}, 0, time.monotonic()
@@ -868,7 +876,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of the training run, tokens, for the pictures: 512,1024 or uniform:100:4000",
     )
     add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
-    return parser.parse_args(argv)
+    return one_line_errors(parser).parse_args(argv)
 
 
 def evaluate_model(args: argparse.Namespace) -> dict:
@@ -899,8 +907,8 @@ def evaluate_model(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         check_args(args)
         if args.model:
             evaluate_model(args)

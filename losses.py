@@ -1,9 +1,9 @@
 """The mathematics of the policy update: log-probs without logits, ratios, clipping, KL, importance weights.
 
-Pure functions on tensors, nothing of the project is imported. Responses are ragged, so nothing here is padded: the T
-response tokens of a (micro-)batch lie in one flat row, `row[t]` says to which of its N responses token t belongs.
-Every reduction is a fixed weight per response, computed once over the whole batch (all micro-batches and processes).
-A loss is then a plain weighted sum: it cannot depend on how the batch was split.
+Pure functions on tensors; nothing of the project is imported. Responses are ragged and never padded here: the
+T response tokens of a (micro-)batch lie in one flat row, and `row[t]` says to which response token t belongs.
+Every reduction is a fixed weight per response, computed once over the whole batch (all micro-batches and all
+processes). A loss is then a plain weighted sum: it cannot depend on how the batch was split.
 
     >>> import torch
     >>> weight = response_weights(torch.tensor([2, 1]), "token_mean")  # 3 tokens in all: each counts a third
@@ -16,7 +16,7 @@ A loss is then a plain weighted sum: it cannot depend on how the batch was split
 import torch
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Log-probs of the sampled tokens
 
 
@@ -37,9 +37,9 @@ def token_logps(
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [T] of `targets` [T] and entropies [T] (nats, no gradient), from hidden states [T, d] and head [V, d].
+    """Log-probs [T] of `targets` [T] and entropies [T] (nats, no gradient); hidden [T, d], head [V, d].
 
-    The head is applied to `chunk` tokens at a time and recomputed in the backward pass: no [T, V] tensor is kept.
+    The head is applied to `chunk` tokens at a time and again in the backward pass: no [T, V] tensor is kept.
     """
     parts = []
     for start in range(0, len(targets), chunk):
@@ -53,14 +53,14 @@ def token_logps(
     return torch.cat(logps), torch.cat(entropies)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ingredients of the loss
 
 
 def response_weights(lengths: torch.Tensor, reduction: str, constant: float | None = None) -> torch.Tensor:
-    """Weight [N] that each token of a response gets; `lengths` [N] must be those of the WHOLE batch, in tokens.
+    """Weight [N] that each token of a response gets; `lengths` [N], in tokens, are those of the WHOLE batch.
 
-    token_mean: 1 / all tokens (DAPO, 2503.14476). sequence_mean: the mean of per-response means (GRPO, 2402.03300).
+    token_mean: 1 / all tokens (DAPO, 2503.14476). sequence_mean: mean of response means (GRPO, 2402.03300).
     constant: 1 / (N * constant), blind to length (Dr. GRPO, 2503.20783; constant = the response cap).
     """
     lengths = lengths.double()
@@ -78,7 +78,7 @@ def response_weights(lengths: torch.Tensor, reduction: str, constant: float | No
 
 
 def kl_estimate(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
-    """Estimate of KL(policy || reference) per token [T], in nats: k1, k2 or k3 (Schulman's note on approximating KL)."""
+    """Estimate of KL(policy || reference) per token [T], in nats: k1, k2 or k3 (Schulman's note)."""
     d = logp - ref_logp
     if estimator == "k1":
         return d
@@ -95,7 +95,7 @@ def row_sum(values: torch.Tensor, row: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def sequence_ratio(logp: torch.Tensor, old_logp: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """GSPO's ratio exp(mean over the response of logp - old_logp), spread over its tokens [T] (2507.18071)."""
+    """GSPO's ratio exp(mean of logp - old_logp over a response), spread over its tokens [T] (2507.18071)."""
     n = int(row.max()) + 1 if len(row) else 0
     tokens = row_sum(torch.ones_like(logp), row, n).clamp(min=1)
     return (row_sum(logp - old_logp, row, n) / tokens).exp()[row]
@@ -104,8 +104,8 @@ def sequence_ratio(logp: torch.Tensor, old_logp: torch.Tensor, row: torch.Tensor
 def tis_weight(old_logp, sampler_logp, cap: float, row=None) -> torch.Tensor:
     """Truncated importance weight min(exp(old - sampler), cap) per token [T], without gradient.
 
-    It corrects for a sampler whose numerics differ from the trainer's. With `row`, one weight per response, from the
-    sum over its tokens, spread over them.
+    It corrects for a sampler whose numerics differ from the trainer's. With `row`: one weight per response,
+    from the sum over its tokens.
     """
     gap = (old_logp - sampler_logp).detach()
     if row is not None and len(row):
@@ -114,26 +114,27 @@ def tis_weight(old_logp, sampler_logp, cap: float, row=None) -> torch.Tensor:
     return gap.clamp(max=60).exp().clamp(max=cap)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
 def policy_loss(
-    logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, weight: torch.Tensor, row: torch.Tensor,
-    *, ratio: str = "token", clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
+    logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, weight: torch.Tensor,
+    row: torch.Tensor, *, ratio: str = "token", clip_low: float = 0.2, clip_high: float = 0.2,
+    dual_clip: float | None = None,
     sampler_logp: torch.Tensor | None = None, tis_cap: float | None = None,
     ref_logp: torch.Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
 ) -> tuple[torch.Tensor, dict]:  # fmt: skip
     """Weighted sum over T tokens of the clipped policy loss, and sums (not means) of its diagnostics.
 
-    All tensors are flat [T]; `advantage` and `weight` (from response_weights) are spread over the tokens already.
-    -min(r A, clip(r, 1 - low, 1 + high) A), r per token (PPO, GRPO), per sequence (GSPO), or cispo:
-    -stopgrad(min(r, 1 + high)) A logp (2506.13585). Dual clip bounds the loss by -c A where A < 0 (1912.09729).
+    All tensors are flat [T]; `advantage` and `weight` (from response_weights) are spread over the tokens.
+    -min(r A, clip(r, 1 - low, 1 + high) A), r per token (PPO, GRPO) or per sequence (GSPO); cispo:
+    -stopgrad(clip(r)) A logp (2506.13585). Dual clip bounds the loss by -c A where A < 0 (1912.09729).
     """
     if ratio == "sequence":
         r = sequence_ratio(logp, old_logp, row)
     elif ratio in ("token", "cispo"):
-        # Ratios beyond e^20 only ever come from a broken run; the clamp keeps them finite, so that it can be seen.
+        # Ratios beyond e^20 only come from a broken run; the clamp keeps them finite, so that it can be seen.
         r = (logp - old_logp).clamp(-20, 20).exp()
     else:
         raise ValueError(f"ratio ({ratio!r}) must be token, sequence or cispo")

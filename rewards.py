@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from functools import lru_cache
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -49,6 +50,7 @@ BOX_JOINT = re.compile(
 )
 STATED_LETTER = re.compile(
     r"(?:answer|option|choice)\s*(?:is|:)\s*:?[\s$*]*(?:\\text(?:bf)?\{|\(|\[)*\s*([A-Z])(?![A-Za-z'])"
+    r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b)"  # "A or B" states nothing
     r"|\bit(?:'s| is)\s+\(?([A-Z])\)?[.!\s]*$",
     re.I,
 )
@@ -150,16 +152,14 @@ def _letter(text: str, options: list[str], count: int) -> str | None:
     "" when it names two different options or one that does not exist; None when it names nothing.
     """
     allowed = LETTERS[:count]
-    text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])", " ", text)
+    text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])", " ", text).strip(" {}")
     bare = text.strip(" \n\t${}*.:()[]\\")
     bare = re.sub(r"^(?:(?:the )?answer(?: is)?:?|option|choice)\W+", "", bare, flags=re.I).strip()
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
         return bare.upper() if bare.upper() in allowed else ""
-    same = [
-        LETTERS[k] for k, option in enumerate(options[:count]) if _plain(option) == _plain(text.strip(" {}"))
-    ]
-    if len(same) == 1:
-        return same[0]
+    plain = [_plain(option) for option in options]
+    if plain.count(_plain(text)) == 1:
+        return LETTERS[plain.index(_plain(text))]
     several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:${}]", "", bare)
     if several and set(several) <= set(allowed):
         return several[0] if len(set(several)) == 1 else ""
@@ -169,14 +169,18 @@ def _letter(text: str, options: list[str], count: int) -> str | None:
 
 def _choice(text: str, golds: list[str], options) -> bool | None:
     """Multiple choice: the last box, else the last "answer is (X)", else the last "(X)". None: none found."""
-    texts = [] if options is None or isinstance(options, int) else [str(option) for option in options]
+    texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
     count = min(len(texts) or options or len(LETTERS), len(LETTERS))
-    short = (boxed_answers(text) or _stated(text).splitlines()[-1:] or [""])[0]
-    letter = _letter(short, texts, count) if len(short) <= MAX_ANSWER else None
+    boxes = boxed_answers(text)
+    letter = _letter(boxes[0], texts, count) if boxes and len(boxes[0]) <= MAX_ANSWER else None
     if letter is None:
         stated = [a or b for a, b in STATED_LETTER.findall(text) if (a or b).isupper()]
+        short = _stated(text).splitlines()[-1:]  # a bare answer
+        if not stated and short:
+            letter = _letter(short[0], texts, count)
         stated = stated or re.findall(r"\(([A-Z])\)", text)
-        letter = stated[-1] if stated and stated[-1] in LETTERS[:count] else None
+        if letter is None and stated and stated[-1] in LETTERS[:count]:
+            letter = stated[-1]
     # A reference may carry its option's text after the letter.
     lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
     right = {_letter(g, texts, count) or (m[1] if m else "") for g, m in zip(golds, lead, strict=True)}
@@ -202,14 +206,13 @@ def _decide(response: str, golds: list[str], kind: str, options, require_think: 
     # Prose is searched for mathematics; a bare answer is read as mathematics from end to end.
     prose = re.search(r"[A-Za-z]{3}.*\s[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", answers[0]))
     bare = bool(boxes) or len(answers[0]) < 200 and not prose
-    pairs = [(a, g[:MAX_ANSWER]) for (a, g), verdict in quick.items() if verdict is None]
-    return None, {"pairs": pairs, "bare": bare}
+    return None, {"pairs": [pair for pair, verdict in quick.items() if verdict is None], "bare": bare}
 
 
 def _tidy(text: str) -> str:
-    r"""Spellings that math-verify misreads: \$5, 2i, \mathrm{e}, \frac \pi4, +7; it adds up 2 1/2, 12 345, 1 2."""
-    text = re.sub(r"(?<=[0-9])i\b", " i", text.replace("\\$", "").replace("\u2212", "-"))
-    text = re.sub(r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r" \1 ", text)
+    r"""Spellings that math-verify misreads: \$5, \mathrm{e}, \frac \pi4, +7; 2 1/2 and 1 234 it adds up."""
+    text = text.replace("\\$", "").replace("\u2212", "-")
+    text = re.sub(r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"{\1}", text)
     text = FRACTION.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
     text = re.sub(r"^\s*f\(x\)\s*=", "y =", text)
     text = re.sub(r"((?:^|\bis|:|=)\s*)\+(?=[0-9])", r"\1", text)
@@ -218,6 +221,7 @@ def _tidy(text: str) -> str:
     return UNIT_WORDS.sub("", re.sub(r"(?<![\^_0-9])([0-9]+)[ \t]+(?=[0-9])", r"\1, ", text))
 
 
+@lru_cache(maxsize=1000)  # a group's answers share their reference
 def _parse(text: str, bare: bool) -> list:
     """math-verify's reading of an answer, [] if none; a bare answer is LaTeX, prose is searched for one."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -240,13 +244,14 @@ def _parse(text: str, bare: bool) -> list:
 
 
 def _same_magnitude(answer, gold) -> bool:
-    """Exact numbers must agree to 12 digits: math-verify takes 2^-2013 and 3^-2013 both for 0."""
+    """Exact numbers must agree exactly, or to 12 digits: math-verify takes 2^-2013 and 3^-2013 both for 0."""
     from sympy import Expr, Float, UnevaluatedExpr
 
     pair = (answer, gold)
     if not all(isinstance(x, Expr) and x.is_number and not x.has(Float, UnevaluatedExpr) for x in pair):
         return True
-    return bool(abs((answer - gold).evalf(15)) <= 1e-12 * abs(gold.evalf(15)))
+    gap = (answer - gold).doit()
+    return gap == 0 if gap.is_Rational else bool(abs(gap.evalf(15)) <= 1e-12 * abs(gold.evalf(15)))
 
 
 def _mathematics(pairs: list, bare: bool) -> tuple[bool, bool]:
@@ -255,9 +260,9 @@ def _mathematics(pairs: list, bare: bool) -> tuple[bool, bool]:
 
     readable = False
     for answer, gold in pairs:
-        found = _parse(answer, bare)
-        readable |= any(not isinstance(x, str) for x in found)
-        for want in _parse(gold, True):
+        found, wanted = _parse(answer, bare), _parse(gold, True)
+        readable |= all(any(not isinstance(x, str) for x in side) for side in (found, wanted))
+        for want in wanted:
             if any(verify(want, x, timeout_seconds=None) and _same_magnitude(x, want) for x in found):
                 return True, readable
     return False, readable
@@ -273,8 +278,13 @@ def _serve() -> None:
     os.dup2(2, 1)  # nothing that a library prints may reach the pipe
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def limit(what: int, value: int) -> None:
+        hard = resource.getrlimit(what)[1]  # the administrator's: it cannot be raised
+        resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+    limit(resource.RLIMIT_AS, WORKER_MEMORY)
+    limit(resource.RLIMIT_CORE, 0)
     try:
         _mathematics([("\\frac{1}{2}", "0.5")], True)  # imports sympy, builds the grammar: before any clock
     except Exception as error:
@@ -285,8 +295,7 @@ def _serve() -> None:
         task = json.loads(line)
         # A caller ended by kill -9 ends no worker: the processor-time limit ends one lost in a computation.
         used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime + task["seconds"]) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + task["seconds"]) + 2)
         try:
             right, parsed = _mathematics(task["pairs"], task["bare"])
         except MemoryError:
@@ -300,13 +309,9 @@ class _Worker:
     """One killable process; `task` is the index it works on (None: idle), `deadline` when it is killed."""
 
     def __init__(self):
+        # -P keeps this folder off the worker's path: no data.py or the like shadows a library's module.
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                os.path.abspath(__file__),
-                "--worker",
-            ],  # -P: our file names shadow nothing
+            [sys.executable, "-P", os.path.abspath(__file__), "--worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -365,7 +370,9 @@ def _collect() -> list[tuple[int, dict]]:
         line = worker.process.stdout.readline() if worker.process.stdout in talking else b""
         reply = json.loads(line) if line.endswith(b"\n") else {"failed": "timeouts" if late else "crashes"}
         if not worker.ready and reply:
-            raise RuntimeError(f"the answer-checking process did not start: {reply.get('error', 'it died')}")
+            raise RuntimeError(
+                f"the answer-checking process did not start: {reply.get('error', 'no sign of it')}"
+            )
         if worker.task is not None:
             replies.append((worker.task, reply))
         worker.ready, worker.task = True, None
@@ -377,7 +384,7 @@ def _collect() -> list[tuple[int, dict]]:
 
 def _run_tasks(tasks: list[dict], timeout: float, workers: int) -> list[tuple[bool, str]]:
     """(right?, how it ended) for each hard answer, spread over the pool, one at a time per worker."""
-    results, waiting = [(False, "crashes")] * len(tasks), deque(range(len(tasks)))
+    results, waiting = [None] * len(tasks), deque(range(len(tasks)))
     with _POOL_LOCK:
         if _POOL_OWNER[0] != os.getpid():
             _POOL.clear()
@@ -387,6 +394,8 @@ def _run_tasks(tasks: list[dict], timeout: float, workers: int) -> list[tuple[bo
                 _assign(tasks, waiting, timeout, workers)
                 for index, reply in _collect():
                     outcome = reply.get("failed", "solved" if reply.get("parsed") else "parse_failures")
+                    if outcome == "crashes" and results[index] is None:
+                        waiting.append(index)  # once more: the worker may have died of something else
                     results[index] = (reply.get("right", False), outcome)
         except BaseException:
             close_workers()  # an interrupted worker would answer the next call with this call's results
@@ -419,6 +428,7 @@ def check_answers(
         accepted = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
         # A reference solution counts by its box; math-verify reads one that has several.
         accepted = [g if g.count("\\boxed") > 1 else (boxed_answers(g) or [g])[0] or g for g in accepted]
+        accepted = [g[-MAX_ANSWER:] for g in accepted]
         verdict, task = _decide(response, accepted, kind, options, require_think)
         if task is not None:
             hard.setdefault(json.dumps(task), []).append(i)  # one answer to one problem is checked once

@@ -1,11 +1,11 @@
-"""Two samplers with one face, both living in the trainer's process: transformers' generate, and a vLLM engine.
+"""Two samplers with one face, both in the trainer's process: transformers' generate, and a vLLM engine.
 
     sampler.generate(prompts, n, max_tokens, temperature, top_p, seed)
         -> for each prompt a list of n responses {"ids", "logps", "finish_reason": "stop" | "length"}
     sampler.sync(model)    push the trainer's weights; the next response comes from them
 
-`ids` end with the end token where there is one; `logps` are log-probs of the distribution that was sampled from
-(before top_p), which is what the importance correction of the loss needs.
+`ids` end with the end token where there is one; `logps` are log-probs under the distribution that was sampled
+from (temperature included, top_p not): what the importance correction of the loss needs.
 """
 
 import os
@@ -155,10 +155,10 @@ class VLLMSampler:
             raise RuntimeError("vLLM did not drop its prefix cache after the update: are requests running?")
 
     def stale_weights(self, model) -> list[str]:
-        """Names of parameters that differ from the trainer's (cast to the engine's type), where both have them.
+        """Names of parameters that differ from the trainer's (cast to the engine's type).
 
-        The engine fuses q, k, v and the two halves of the MLP; the rest (embedding, norms, output projections)
-        keeps its name. Its embedding is padded to a multiple of 64 rows.
+        Compared are those that keep their names: embedding (padded to a multiple of 64 rows there), norms and
+        output projections. It fuses q, k, v and the two halves of the MLP.
         """
         engine = dict(self.engine_model().named_parameters())
         both = [

@@ -1,14 +1,14 @@
 """A world small enough for a laptop: a reasoning task, a tokenizer and a base model of 0.5M parameters.
 
-Here it plays the part that shakespeare_char plays in nanoGPT. The base model can reason (a running sum modulo ten),
-can check itself (`wait` and a few steps once more), and thinks for a random number of tokens whatever it is asked:
+It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), can
+check itself (`wait` and a few steps once more), and thinks for a random number of tokens whatever one asks:
 
     prompt    add 7 3 9 Think for 24 tokens.
     response  7 +3 =0 +9 =9 wait =0 +9 =9 wait wait =9 </think> 9 <eos>
 
-That is the state of a real reasoning model before L1: able, and deaf to budgets. A second task, the running maximum
-(`max 7 3 9`: `7 ^3 =7 ^9 =9`), is taught in the warm-up and never trained by RL: the out-of-domain test.
-Everything is drawn from seeds; the finished base model is an ordinary Hugging Face folder, which vLLM loads as it is.
+That is the state of a real reasoning model before L1: able, and deaf to budgets. A second task, the running
+maximum (`max 7 3 9`: `7 ^3 =7 ^9 =9`), is taught in the warm-up, never trained by RL: the out-of-domain test.
+All is drawn from seeds; the finished base model is an ordinary Hugging Face folder that vLLM loads too.
 """
 
 import json
@@ -30,7 +30,7 @@ WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
 VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The task
 
 
@@ -49,7 +49,7 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     while len(rows) < n:
         digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
         problem = " ".join([TASKS[task], *map(str, digits)])
-        # A checksum of the text decides the split, so that it does not depend on seeds or on how many were drawn.
+        # A checksum of the text decides the split, whatever the seed and however many were drawn.
         in_test = zlib.crc32(problem.encode()) % 10 == 0
         if in_test != (split == "test") or problem in seen:
             continue
@@ -61,7 +61,7 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
-    """A right chain of thought for `problem`, prolonged by re-checks until they hold at least `extra` tokens."""
+    """A right chain of thought for `problem`, prolonged by re-checks of at least `extra` tokens."""
     word, *digits = problem.split()
     digits = [int(d) for d in digits]
     sign, results = ("+" if word == "add" else "^"), solve(word, digits)
@@ -77,12 +77,12 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
     return " ".join([*words, "</think>", str(results[-1])])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tokenizer and the model
 
 
 def make_tokenizer():
-    """Word-level tokenizer of 56 tokens; a number is spelled digit by digit, so that any budget can be written."""
+    """Word-level tokenizer of 56 tokens; numbers are spelled digit by digit, so any budget can be written."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -101,8 +101,9 @@ def make_tokenizer():
     )
     # The thinking part is opened by the prompt, as in the templates of DeepSeek-R1 and its distillations.
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}{{ m.content }} <eos>"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
+        "{% else %}{{ m.content }} <eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
     )
     return tokenizer
 
@@ -110,7 +111,7 @@ def make_tokenizer():
 def make_model(tokenizer, seed: int):
     """A 2-layer Llama with random weights; heads of 32 because vLLM's CPU attention takes no smaller ones.
 
-    Not a Qwen2: transformers 5 replaces the tokenizer of every Qwen2 folder by Qwen's own, whatever the folder holds.
+    Not a Qwen2: transformers 5 opens every Qwen2 folder with Qwen's own tokenizer class, whatever it holds.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,7 +119,8 @@ def make_model(tokenizer, seed: int):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -148,7 +150,7 @@ def warmup_batch(tokenizer, rng: np.random.Generator, batch_size: int, extra: in
 
 
 def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
-    """Path of the toy's base model; made on the first call (about a minute on two cores), then kept under `cache`."""
+    """Path of the toy's base model; made on the first call (a minute or two), then kept in `cache`."""
     path = os.path.join(cache, f"toy_base_v{VERSION}_seed{seed}")
     if os.path.exists(os.path.join(path, "model.safetensors")):
         log(f"toy: base model {path} (cached)")

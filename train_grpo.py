@@ -5,9 +5,9 @@
     accelerate launch --num_processes 8 train_grpo.py @recipes/l1_exact.args
 
 One step: draw prompts with budgets, sample a group of responses to each, check the answers, turn (correct,
-length, budget) into rewards and advantages, take one or a few clipped policy-gradient steps, push the weights to
-the sampler. Left out on purpose: critics, reward models, replay, tool use, more than one machine.
-Every random draw is a function of (seed, step, process): a resumed run draws what an undisturbed one would have.
+length, budget) into rewards and advantages, take a few clipped policy-gradient steps, push the weights to the
+sampler. Left out on purpose: critics, reward models, replay, tool use, more than one machine.
+Every random draw is a function of (seed, step, process): a resumed run draws what an undisturbed one would.
 """
 
 import argparse
@@ -24,27 +24,24 @@ import numpy as np
 
 import evaluate
 import toy
-from data import BadInput, annotate, encode_prompt, load_problems, load_tokenizer, parse_budgets
+from data import (
+    BadInput,
+    annotate,
+    encode_prompt,
+    load_problems,
+    load_tokenizer,
+    one_line_errors,
+    parse_budgets,
+)  # fmt: skip
 from rewards import ADVANTAGES, REWARDS, check_answers, response_length
 
 # What `python train_grpo.py` without a model does: these replace the defaults below, flags still win.
 TOY = {
-    "data": "toy",
-    "budgets": toy.BUDGETS,
-    "wording": "tulu",
-    "reward": "peaked_exact",
-    "advantage": "gdpo",
-    "steps": 200,
-    "prompts_per_step": 32,
-    "group_size": 8,
-    "max_tokens": 96,
-    "require_think": True,
-    "minibatches": 2,
-    "lr": 3e-4,
-    "warmup_steps": 10,
-    "save_every": 100,
+    "data": "toy", "budgets": toy.BUDGETS, "wording": "tulu", "reward": "peaked_exact", "advantage": "gdpo",
+    "steps": 200, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
+    "minibatches": 2, "micro_tokens": 2048, "lr": 3e-4, "warmup_steps": 10, "save_every": 100,
     "out": "out/toy",
-}
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=form,
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    one_line_errors(parser).convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", help="folder or hub id of the model to train; none: the toy (see toy.py)")
@@ -150,10 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tis-cap", type=float, default=2.0, help="cap of the sampler/trainer importance weight; 0: off")
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
-    add("--eval-data", help="held-out problems (file, preset, toy, toy_ood)")
+    add("--eval-data", help="held-out problems: files, presets, toy, toy_ood; comma-separated")
     add("--eval-every", type=int, default=0, help="evaluate every so many steps; 0: never")
     add("--eval-budgets", help="budgets to ask for, comma-separated (default: the trained ones)")
-    add("--eval-limit", type=int, default=200, help="problems in an evaluation")
+    add("--eval-limit", type=int, default=200, help="problems of each held-out set")
     add("--eval-n", type=int, default=1, help="samples per problem and budget")
     add("--save-every", type=int, default=50, help="checkpoint every so many steps; 0: only at the end")
     add("--keep", type=int, default=2, help="how many checkpoints to keep")
@@ -223,8 +220,6 @@ def check_args(args: argparse.Namespace) -> None:
             f"--prompts-per-step ({args.prompts_per_step}) must be a multiple of the number of processes "
             f"({processes}): use {near} or {near + processes}"
         )
-    if args.minibatches > args.prompts_per_step:
-        raise BadInput(f"--minibatches ({args.minibatches}) must not exceed --prompts-per-step: use fewer")
     positive = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip"
     for name in (positive + " verify_timeout eval_n eval_limit").split():
         if not getattr(args, name) > 0:
@@ -232,6 +227,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed".split():
         if not getattr(args, name) >= 0:
             raise BadInput(f"--{name.replace('_', '-')} ({getattr(args, name)}) must not be negative")
+    if args.minibatches > args.prompts_per_step:
+        raise BadInput(f"--minibatches ({args.minibatches}) must not exceed --prompts-per-step: use fewer")
     if not 0 < args.vllm_memory < 1:
         raise BadInput(
             f"--vllm-memory ({args.vllm_memory}) must lie between 0 and 1: a share of the GPU memory"
@@ -271,7 +268,7 @@ def load_rows(args: argparse.Namespace) -> list[dict]:
         rows = annotate(rows, parse_budgets(args.budgets), args.mode, args.wording, 1, args.seed)
     if not all(row.get("prompt") for row in rows):
         raise BadInput(
-            f"--data ({args.data}) has rows without a prompt: annotate it with data.py first, or give --budgets"
+            f"--data ({args.data}) has rows without a prompt: annotate them with data.py, or give --budgets"
         )
     budgets = [row["budget"] for row in rows if row.get("budget")]
     if not budgets and args.reward.startswith(("lcpo", "tulu", "peaked")):
@@ -280,19 +277,10 @@ def load_rows(args: argparse.Namespace) -> list[dict]:
         )
     if budgets and max(budgets) > args.max_tokens:
         raise BadInput(
-            f"a budget of {max(budgets)} tokens exceeds --max-tokens ({args.max_tokens}), the cap of a response: "
+            f"a budget of {max(budgets)} tokens exceeds --max-tokens ({args.max_tokens}), the response cap: "
             f"raise --max-tokens or draw smaller budgets"
         )
     return rows
-
-
-def load_held_out(args: argparse.Namespace) -> list[dict]:
-    """The first --eval-limit problems of --eval-data; none without it."""
-    if not args.eval_data:
-        return []
-    if args.eval_data in toy.TASKS:
-        return toy.problems(args.eval_data, "test", args.eval_limit)
-    return load_problems(args.eval_data)[: args.eval_limit]
 
 
 def rows_of_step(rows: list[dict], args: argparse.Namespace, step: int) -> list[dict]:
@@ -322,8 +310,8 @@ def check_prompts(rows: list[dict], tokenizer, args: argparse.Namespace, context
     longest = max(len(encode_prompt(tokenizer, row["prompt"])) for row in rows)
     if longest + args.max_tokens > context:
         raise BadInput(
-            f"the longest prompt ({longest} tokens) and --max-tokens ({args.max_tokens}) exceed the model's context "
-            f"({context}): lower --max-tokens, or drop long prompts with data.py --max-prompt-tokens"
+            f"the longest prompt ({longest} tokens) and --max-tokens ({args.max_tokens}) exceed the model's "
+            f"context ({context}): lower --max-tokens, or drop long prompts with data.py --max-prompt-tokens"
         )
     return longest
 
@@ -338,20 +326,16 @@ def score(groups: list[list[dict]], rows: list[dict], tokenizer, args) -> dict:
     flat = [(r, row) for row, group in zip(rows, groups, strict=True) for r in group]
     for r, _ in flat:
         stopped = r["finish_reason"] == "stop"
-        # Only the end token is cut off: </think> is a special token too in many models, and must stay readable.
+        # Only the end token is cut off: </think> is a special token in many models, and must stay readable.
         r["text"] = tokenizer.decode(r["ids"][:-1] if stopped else r["ids"], skip_special_tokens=False)
         r["length"] = response_length(r["ids"], args.count, think_end)
         r["truncated"] = int(not stopped)
     # A response that was cut off earns nothing for its answer in any method: it is not worth checking.
     whole = [(r, row) for r, row in flat if not r["truncated"]]
     correct, counts = check_answers(
-        [r["text"] for r, _ in whole],
-        [row["answer"] for _, row in whole],
-        [row["kind"] for _, row in whole],
-        [row.get("choices") for _, row in whole],
-        args.require_think,
-        args.verify_timeout,
-    )
+        [r["text"] for r, _ in whole], [row["answer"] for _, row in whole], [row["kind"] for _, row in whole],
+        [row.get("choices") for _, row in whole], args.require_think, args.verify_timeout,
+    )  # fmt: skip
     for r, _ in flat:
         r["correct"] = 0
     for (r, _), ok in zip(whole, correct, strict=True):
@@ -399,14 +383,14 @@ def total_length(r: dict) -> int:
 
 
 def share_of(batch: list[dict], rank: int, processes: int) -> list[dict]:
-    """This process's part of the batch: dealt out by length, back and forth, so that all get as many tokens."""
+    """This process's part of the batch: dealt out by length, back and forth, so that all get equally much."""
     turns = [*range(processes), *reversed(range(processes))]
     order = sorted(batch, key=total_length, reverse=True)
     return [r for i, r in enumerate(order) if turns[i % len(turns)] == rank]
 
 
 def to_tensors(micro: list[dict], device) -> dict:
-    """Padded input ids [N, width], and flat [T] tensors of the response tokens: place, target, what they carry."""
+    """Padded input ids [N, width], and flat [T] tensors of the response tokens: place, target, cargo."""
     import torch
 
     # Which tokens count follows from lengths alone: the end token is trained even if it is also the padding.
@@ -452,7 +436,7 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
     n, sums, gap_max, norms = args.minibatches, {}, torch.zeros(1, device=device), []
     parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
     for part in parts:
-        # The denominator of the loss is that of all processes and micro-batches together, fixed before any is run.
+        # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
         weights = response_weights(
             torch.tensor([len(r["ids"]) for r in part]), args.loss_reduction, args.max_tokens
         )
@@ -471,20 +455,10 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
                 with torch.no_grad():
                     ref, _ = model_logps(reference, t, args)
             loss, stats = policy_loss(
-                logp,
-                old,
-                t["advantage"],
-                t["weight"],
-                t["row"],
-                ratio=args.ratio,
-                clip_low=args.clip_low,
-                clip_high=args.clip_high,
-                sampler_logp=t["sampler_logp"],
-                tis_cap=args.tis_cap or None,
-                ref_logp=ref,
-                kl_coef=args.kl_coef,
-                kl_estimator=args.kl_estimator,
-            )
+                logp, old, t["advantage"], t["weight"], t["row"], ratio=args.ratio, clip_low=args.clip_low,
+                clip_high=args.clip_high, sampler_logp=t["sampler_logp"], tis_cap=args.tis_cap or None,
+                ref_logp=ref, kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
+            )  # fmt: skip
             loss.backward()
             gap = (old - t["sampler_logp"]).abs()
             gap_max = torch.maximum(gap_max, gap.max())
@@ -554,15 +528,15 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
     add_old_logps(model, batch, args, device)
     gap = max(abs(a - b) for r in batch for a, b in zip(r["logps"], r["old_logps"], strict=True))
-    # Measured in float32: below 2e-5. bf16 kernels disagree by a few hundredths, and one small step hides in that:
+    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off, and a small step hides in that:
     # so the weights themselves are compared as well.
     limit = 1e-3 if args.dtype == "float32" else 0.5
     stale = sampler.stale_weights(model) if sampler.name == "vllm" else []
     if stale or not gap < limit:
         raise SystemExit(
-            f"train_grpo.py: error: the sampler does not hold the trainer's weights: log-probs of a probe differ "
-            f"by {gap:.2g} (limit {limit:g}), {len(stale)} weights differ ({', '.join(stale[:3])}). An update was "
-            f"lost; a run that went on would learn from another policy's responses."
+            f"train_grpo.py: error: the sampler does not hold the trainer's weights: log-probs of a probe "
+            f"differ by {gap:.2g} (limit {limit:g}), {len(stale)} weights differ ({', '.join(stale[:3])}). "
+            f"An update was lost; a run that went on would learn from another policy's responses."
         )
     return gap
 
@@ -627,8 +601,8 @@ def show_step(m: dict, args, bar, log) -> None:
         return
     spent = sum(m[f"seconds_{k}"] for k in ("sample", "verify", "train", "sync"))
     log(
-        f"step {m['step'] + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
-        f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {spent:.1f} s"
+        f"step {m['step'] + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  "
+        f"entropy {m['entropy']:.2f}  grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {spent:.1f} s"
     )
 
 
@@ -648,7 +622,7 @@ def peak_memory() -> float:
 
 
 def save_checkpoint(out: str, step: int, model, tokenizer, optimizer, memory: dict, keep: int) -> str:
-    """Write OUT/checkpoint-STEP under a temporary name, flush it to the disk, rename it; delete older ones."""
+    """Write OUT/checkpoint-STEP under a temporary name, flush it to disk, rename it; delete older ones."""
     import torch
 
     final, temporary = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".writing-{step}")
@@ -691,8 +665,8 @@ def load_state(folder: str) -> dict:
         return {key: state[key] for key in ("step", "optimizer", "memory", "torch_rng")}
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise BadInput(
-            f"--resume: {folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:80]}); delete that "
-            f"folder to go on from the one before, or start again with --overwrite"
+            f"--resume: {folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:80]}); "
+            f"delete it to go on from the one before, or start again with --overwrite"
         ) from None
 
 
@@ -709,7 +683,7 @@ def newest_checkpoint(args) -> str | None:
 
 
 def open_run(args, start: int) -> None:
-    """Prepare --out: an old run is deleted with --overwrite, metrics from `start` on are dropped on --resume."""
+    """Prepare --out: --overwrite deletes an old run, --resume drops its metrics from step `start` on."""
     if args.overwrite and os.path.exists(os.path.join(args.out, "args.json")):
         shutil.rmtree(args.out)
     os.makedirs(args.out, exist_ok=True)
@@ -733,10 +707,10 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
 
     from sampler import load_model, make_sampler, pick_sampler
 
-    s = argparse.Namespace(
-        memory={}, reference=None, start=0, rows=load_rows(args), held_out=load_held_out(args)
-    )
+    s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[])
     s.folder, s.path = newest_checkpoint(args), args.model
+    if args.eval_data:
+        s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
     if args.optim == "adamw8bit" and state.device.type != "cuda":
         raise BadInput(
             "--optim adamw8bit needs a CUDA device: its kernels exist only there; use --optim adamw"
@@ -776,11 +750,14 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     """The whole run; see the docstring of this file."""
+    import torch
     from accelerate import PartialState
     from tqdm import tqdm
 
     # ---- Setup ---------------------------------------------------------------------------------------------
-    state = PartialState()
+    state = PartialState(
+        cpu=not torch.cuda.is_available()
+    )  # under plain torchrun it takes one CPU process for all
     rank, processes, device, first = (
         state.process_index,
         state.num_processes,
@@ -792,8 +769,9 @@ def train(args: argparse.Namespace) -> None:
     began = time.monotonic()
     s = set_up(args, state, log)
     log(
-        f"{s.model.num_parameters() / 1e6:.2f}M parameters on {device}, {processes} process(es), {len(s.rows)} rows, "
-        f"reward {args.reward}, advantage {args.advantage}, sampler {s.sampler.name}, steps {s.start}..{args.steps}"
+        f"{s.model.num_parameters() / 1e6:.2f}M parameters on {device}, {processes} process(es), "
+        f"{len(s.rows)} rows, reward {args.reward}, advantage {args.advantage}, sampler {s.sampler.name}, "
+        f"steps {s.start}..{args.steps}"
     )
     # The engine was built from the starting model: it gets the trainer's weights before anything is sampled.
     probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
@@ -815,7 +793,7 @@ def train(args: argparse.Namespace) -> None:
         groups = s.sampler.generate(prompts, args.group_size, args.max_tokens, args.temperature, seed=seed)
         clock.append(time.monotonic())
 
-        # ---- Verify and reward: every process gets the whole batch, so advantages cannot differ -------------
+        # ---- Verify and reward: every process gets the whole batch, so advantages cannot differ ------------
         counts = score(groups, own, s.tokenizer, args)
         for ids, group in zip(prompts, groups, strict=True):
             for r in group:
@@ -893,25 +871,13 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
 
 def run_evaluation(s, args, problems, budgets, mode, n, name, state, log, max_tokens=None) -> None:
     """evaluate.py on the live sampler, shared by all processes; sampled as in training."""
+    trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
     evaluate.evaluate(
-        s.sampler,
-        problems,
-        budgets,
-        mode,
-        n,
-        os.path.join(args.out, name),
-        wording=args.wording,
-        temperature=args.temperature,
-        top_p=1.0,
-        max_tokens=max_tokens,
-        seed=args.seed,
-        count=args.count,
-        require_think=args.require_think,
-        trained_budgets=sorted({row["budget"] for row in s.rows if row.get("budget")}),
-        model=s.folder or s.path,
-        log=log,
-        state=state,
-    )
+        s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=args.wording,
+        temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed, count=args.count,
+        require_think=args.require_think, trained_budgets=trained, model=s.folder or s.path,
+        log=log, state=state,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -924,5 +890,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def start_cpu_processes() -> None:
+    """Make `accelerate launch --cpu --num_processes N` start N processes: by itself it starts one, silently.
+
+    accelerate leaves several CPU processes to mpirun. What it leaves is a MASTER_ADDR without a WORLD_SIZE;
+    the number stands in the launcher's command line only. torchrun then starts what was asked for.
+    """
+    if (
+        os.environ.get("ACCELERATE_USE_CPU") != "True"
+        or "MASTER_ADDR" not in os.environ
+        or "WORLD_SIZE" in os.environ
+    ):
+        return
+    import psutil
+
+    words = " ".join(psutil.Process().parent().cmdline()).replace("=", " ").replace("-", "_").split()
+    processes = words[words.index("__num_processes") + 1] if "__num_processes" in words[:-1] else ""
+    if not processes.isdigit():
+        sys.exit("train_grpo.py: error: accelerate started one CPU process of several: use torchrun instead")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    os.execv(sys.executable, torchrun + sys.argv)
+
+
 if __name__ == "__main__":
+    start_cpu_processes()
     sys.exit(main())

@@ -1,10 +1,14 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
 # One thread a process: the tests start several processes, and the models are too small to gain from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def pytest_addoption(parser):
@@ -16,3 +20,32 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a small random Qwen2 with a BPE tokenizer trained on real problems."""
+    from tiny import make_tiny
+
+    return make_tiny(str(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pad_is_eos(tmp_path_factory):
+    """The same with pad == eos: the case in which masks made from token values lose the end token."""
+    from tiny import make_tiny
+
+    return make_tiny(str(tmp_path_factory.mktemp("models") / "tiny_pad"), pad_is_eos=True)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script("train_grpo.py", ...) runs the real command line and returns the finished process."""
+
+    def run(*words, check=True, timeout=300, **options):
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout} | options
+        done = subprocess.run([sys.executable, *map(str, words)], **options)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run

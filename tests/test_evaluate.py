@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import evaluate
 import toy
-import train_grpo
 from data import BadInput
+from sampler import load_sampler
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -445,7 +445,7 @@ def test_plan_fits_prompt_and_response_into_the_context(model_folder):
 
 
 def test_sampling_in_process(model_folder, tmp_path):
-    sampler = loader.load_sampler(model_folder, "hf")
+    sampler = load_sampler(model_folder, "hf")
     problems = toy.problems("toy", "test", 3) + toy.problems("toy_ood", "test", 2)
     lines, what = [], (sampler, problems, [None, 8, 12], "exact", 2)
     options = {"wording": "tulu", "temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
@@ -474,7 +474,7 @@ def test_sampling_in_process(model_folder, tmp_path):
 
 
 def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypatch):
-    sampler = loader.load_sampler(model_folder, "hf")
+    sampler = load_sampler(model_folder, "hf")
     monkeypatch.setattr(evaluate, "BATCH", 4)
     assert run("--samples", SAMPLES, "--out", tmp_path) == 0
     path, seen = tmp_path / "samples.jsonl", []

@@ -1,7 +1,7 @@
 """Every test vector of tests/data/golden.json, and of the file in the environment variable GOLDEN, if set.
 
-The schema: a list "cases" of {kind, name, note, batch, params, expected, tol}. A case passes when every number
-has |got - expected| <= tol max(1, |expected|) in float64 and null is nan. A name that is not implemented fails.
+The schema: a list "cases" of {kind, name, note, batch, params, expected, tol}. A case passes when every
+number has |got - expected| <= tol max(1, |expected|) in float64 and null is nan. An unknown name fails.
 """
 
 import json
@@ -34,8 +34,8 @@ def run_schedule(name, batch, params):
     return {"curriculum_budget": rewards.curriculum_budget}[name](batch["step"], **params)
 
 
-# One runner per kind: (name, batch, params) -> something that nested() turns into the shape of "expected". The
-# kinds loss and kl, and the weights tis and gspo_ratio, belong to losses.py; metric belongs to evaluate.py.
+# One runner per kind: (name, batch, params) -> the shape of "expected". The kinds loss and kl, and the
+# weights tis and gspo_ratio, belong to losses.py, the kind metric to evaluate.py.
 RUNNERS = {
     "reward": run_reward,
     "advantage": run_advantage,

@@ -31,7 +31,7 @@ def close(got, expected, tol=1e-6):
     assert torch.allclose(got.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=tol, atol=tol)
 
 
-# Hand-worked ------------------------------------------------------------------------------------------------------
+# Hand-worked ------------------------------------------------------------------------------------------------
 
 
 def test_reductions_by_hand():
@@ -44,14 +44,14 @@ def test_reductions_by_hand():
 
 
 def test_clip_by_hand():
-    # ratios 2 and 0.5: a good action is not pushed beyond 1.2, a bad one not below 0.8; clipped tokens have no gradient
+    # ratios 2 and 0.5: a good action is not pushed beyond 1.2, a bad one not below 0.8: no gradient
     logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
     one = torch.ones(2)
     loss, stats = policy_loss(logp, torch.zeros(2), torch.tensor([1.0, -1.0]), one, torch.tensor([0, 1]))
     loss.backward()
     assert loss.item() == pytest.approx(-1.2 + 0.8)
     assert logp.grad.tolist() == [0.0, 0.0] and stats["clip_fraction"] == 2
-    # ... and in the other direction nothing is clipped: a good action that became rarer is pulled back in full
+    # in the other direction nothing is clipped: a good action that became rarer is pulled back in full
     logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
     loss, stats = policy_loss(logp, torch.zeros(2), torch.tensor([-1.0, 1.0]), one, torch.tensor([0, 1]))
     loss.backward()
@@ -74,7 +74,7 @@ def test_tis_by_hand():
     )
 
 
-# Golden vectors ---------------------------------------------------------------------------------------------------
+# Golden vectors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", cases("loss", {"clipped", "gspo", "cispo"}))
@@ -115,7 +115,7 @@ def test_golden_weight(case):
         close(tis_weight(old, flat(b["sampler_logp"]), p["cap"], row)[first], case["expected"], case["tol"])
 
 
-# Log-probs --------------------------------------------------------------------------------------------------------
+# Log-probs --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,4 +1,4 @@
-"""A small random Qwen2 with a byte-level BPE tokenizer trained on real problems: `python tests/tiny.py FOLDER`."""
+"""A small random Qwen2 with a BPE tokenizer trained on real problems: `python tests/tiny.py FOLDER`."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ SAMPLE = os.path.join(HERE, "data", "math_train_small.jsonl.gz")
 
 
 def make_tiny(folder: str, data: str = SAMPLE, pad_is_eos: bool = False, seed: int = 0) -> str:
-    """Save a 2-layer Qwen2 of width 64 (2 heads of 32, the least that vLLM's CPU attention takes) into `folder`."""
+    """Save a 2-layer Qwen2 of width 64 (2 heads of 32, vLLM's least on a CPU) into `folder`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -33,8 +33,9 @@ def make_tiny(folder: str, data: str = SAMPLE, pad_is_eos: bool = False, seed: i
     )
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8192,
+        tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)

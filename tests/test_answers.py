@@ -1,0 +1,340 @@
+"""The answer checker: public test cases, multiple choice, hostile input, worker processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import rewards
+from rewards import check_answers, is_correct
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(rewards.__file__).parent
+
+
+def grade(rows):
+    """Verdicts for rows of the answer-case schema, those that need `</think>` apart from the others."""
+    verdicts = [None] * len(rows)
+    for think in (False, True):
+        chosen = [i for i, row in enumerate(rows) if bool(row.get("needs_think_close")) == think]
+        columns = ([rows[i][key] for i in chosen] for key in ("prediction", "gold", "kind"))
+        for i, verdict in zip(chosen, check_answers(*columns, require_think=think)[0], strict=True):
+            verdicts[i] = verdict
+    return verdicts
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def agreement(rows, verdicts):
+    """(share that agrees, rows that do not), without those whose source contradicts itself or mathematics."""
+    judged = [i for i, row in enumerate(rows) if not row.get("conflict") and not row.get("quirk")]
+    wrong = [i + 1 for i in judged if verdicts[i] != rows[i]["expected"]]
+    return 1 - len(wrong) / len(judged), wrong
+
+
+def test_public_cases():
+    """At least 92% agreement with the tests of six libraries; what differs is listed with its reason."""
+    rows = read_rows(DATA / "answer_cases.jsonl")
+    share, wrong = agreement(rows, grade(rows))
+    listed = [
+        int(n) for n in re.findall(r"^\| (\d+) \|", (DATA / "answer_disagreements.md").read_text(), re.M)
+    ]
+    assert wrong == sorted(listed)
+    assert share >= 0.92
+    accepted = [n for n in wrong if not rows[n - 1]["expected"]]
+    assert len(accepted) <= 3, "wrong answers that are accepted need a stated convention"
+
+
+@pytest.mark.skipif("ANSWER_CASES" not in os.environ, reason="set ANSWER_CASES to a file of more cases")
+def test_other_cases():
+    rows = read_rows(os.environ["ANSWER_CASES"])
+    share, wrong = agreement(rows, grade(rows))
+    for n in wrong:
+        print(n, rows[n - 1]["expected"], repr(rows[n - 1]["gold"]), repr(rows[n - 1]["prediction"][-80:]))
+    assert share >= 0.92, f"{share:.4f}, rows {wrong}"
+
+
+CONVENTIONS = [
+    # answer, gold, right?
+    (r"\frac{1}{2}", "0.5", True),
+    (r"\frac12", r"\dfrac{1}{2}", True),
+    ("0.333333", r"\frac{1}{3}", True),
+    ("0.33", r"\frac{1}{3}", False),  # rounding is not accepted unless it is to six digits
+    ("50%", "0.5", True),
+    ("50", r"50\%", True),
+    (r"10 \text{ cm}", "10", True),  # units and degree signs are ignored
+    (r"90^\circ", "90", True),
+    ("1,000", "1000", True),
+    ("10{,}000", "10000", True),
+    ("3,5", "3.5", True),  # a decimal comma
+    ("2 1/2", "2.5", True),
+    ("1 2", "3", False),
+    (r"\$5.50", "5.5", True),
+    ("+7", "7", True),
+    ("\u22125", "-5", True),
+    ("x = 5", "5", True),
+    ("y = 5", "x = 5", False),
+    ("3, 5", "5, 3", True),  # a list is a set
+    (r"\{1, 2\}", "1, 2", True),
+    ("(1, 2)", "(2, 1)", False),
+    ("[0, 1)", "[0, 1]", False),
+    ("5 or 6", "6", False),  # hedging is wrong
+    (r"1 \pm \sqrt{2}", r"1 - \sqrt{2}, 1 + \sqrt{2}", True),
+    (r"i(2 - i)", "1 + 2i", True),
+    (r"\text{East}", "east", True),
+    (r"\text{not east}", "east", False),
+    ("52_8", "52_9", False),
+    (r"1 + \frac{1}{\mathrm{e}}", r"1 - \frac{1}{\mathrm{e}}", False),
+    (r"\frac{1}{2^{3012}}", r"\frac{1}{2^{2012}}", False),  # both are 0 to 15 digits
+    (r"\frac \pi4 + 2", r"\frac{\pi}{4} + 2", True),
+    (r"\frac{5}{\sqrt{3}} \sin^2 80^\circ", r"\frac{4}{\sqrt{3}} \sin^2 80^\circ", False),
+    ("5xyz", "5", False),
+]
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_conventions(boxed):
+    answers, golds, expected = zip(*CONVENTIONS, strict=True)
+    answers = [f"So it is \\boxed{{{a}}}, as I said." if boxed else a for a in answers]
+    got, counts = check_answers(answers, golds, ["math"] * len(golds))
+    assert [(a, g, v) for a, g, v in zip(answers, golds, got, strict=True)] == [
+        (a, g, v) for a, g, v in zip(answers, golds, expected, strict=True)
+    ]
+    assert counts["timeouts"] == counts["crashes"] == 0
+
+
+def test_where_the_answer_is_looked_for():
+    think = r"<think> \boxed{1} </think>"
+    assert is_correct(think + r" It is \boxed{2}, no, \boxed{3}.", "3")
+    assert not is_correct(think + r" It is \boxed{2}, no, \boxed{3}.", "2")
+    assert not is_correct(think + " I do not know.", "1")
+    assert is_correct("a </think> b </think> 4", "4")
+    assert is_correct(r"\boxed{\frac{1}{1 + \sqrt{\frac{2}{3}}}}", r"\frac{1}{1 + \sqrt{2/3}}")
+    assert not is_correct(r"The answer is 5, so \boxed{5", "5"), "a box that never closes is no answer"
+    assert not is_correct(r"The answer is 5: \boxed{}", "5")
+    assert is_correct(r"\boxed{2} and \boxed{-2}", "-2, 2"), "neighbouring boxes are a list"
+    assert is_correct("... which makes 72 in all.\n#### 72", "72")
+    assert is_correct("<answer>42</answer>", "42")
+    assert is_correct("First 7.\n\nFinal Answer: The final answer is $12$.", "12")
+    assert is_correct("anything \\boxed{1/2}", ["0.3", "0.5"]), "any gold may match"
+    assert is_correct("\\boxed{142}", 142.0), "golds may be numbers"
+    assert not is_correct("\\boxed{42}", ["\\boxed{}", ""])
+
+
+def test_require_think():
+    assert is_correct("the answer: </think> \\boxed{5}", "5", require_think=True)
+    assert not is_correct("the answer: \\boxed{5}", "5", require_think=True)
+    assert is_correct("the answer: \\boxed{5}", "5")
+    assert not is_correct("</think> </think>", "5", require_think=True)
+
+
+CHOICES = [
+    # response, gold, choices, right?
+    (r"\boxed{E}", "E", None, True),
+    (r"\boxed{(C)}", "C", 5, True),
+    (r"\boxed{\text{B}}", "B", 4, True),
+    (r"\boxed{D.}", "D", 4, True),
+    (r"\boxed{c}", "C", 4, True),
+    (r"\boxed{Option C}", "C", 4, True),
+    (r"\boxed{C: all of them}", "C", 4, True),
+    (r"\boxed{J}", "J", 10, True),
+    (r"\boxed{E}", "E", 4, False),  # beyond the options
+    (r"\boxed{A, B}", "B", 4, False),  # two letters in one box
+    (r"\boxed{(A) and (B)}", "A", 4, False),
+    ("(A). Because it fits.", "A", 4, True),
+    ("(A). Because it fits.", "B", 4, False),  # "B" is only a capital letter
+    ("The answer is (A). Done.", "A", 4, True),
+    ("The answer is A or B", "A", 4, False),
+    ("Answer: **D**", "D", 4, True),
+    ("(A) is wrong, thus the answer is (B), since (C) is too long.", "B", 4, True),
+    (r"<think> \boxed{A} </think> So \boxed{B}", "B", 4, True),
+    (r"<think> \boxed{A} </think> I give up", "A", 4, False),
+    ("I cannot say.", "A", 4, False),
+    ("a", "A", 4, True),
+    ("", "A", 4, False),
+    (r"\boxed{Paris}", "B", ["London", "Paris", "Rome"], True),
+    (r"\boxed{7}", "A", ["7", "7", "8"], False),  # two options read the same
+    (r"\boxed{$\frac{1}{2}$}", "C", ["1", "2", r"\frac{1}{2}"], True),
+    (r"\boxed{42} hence the answer is (C)", "C", ["1", "2", "3"], True),
+    ("C", "C: all of them", 4, True),  # the reference carries its text
+    ("B", ["A", "B"], 4, True),
+]
+
+
+def test_multiple_choice():
+    responses, golds, choices, expected = zip(*CHOICES, strict=True)
+    got, counts = check_answers(responses, golds, ["choice"] * len(golds), choices)
+    assert list(zip(responses, golds, got, strict=True)) == list(zip(responses, golds, expected, strict=True))
+    assert counts["solved"] == 0, "letters need no worker"
+
+
+def test_misuse():
+    with pytest.raises(ValueError, match="'maths' is not known: use 'math' or 'choice'"):
+        is_correct("1", "1", kind="maths")
+    with pytest.raises(ValueError, match=r"one length, not \(2, 1, 2, 2\)"):
+        check_answers(["1", "2"], ["1"], ["math", "math"])
+
+
+def test_plain_integers_are_free():
+    """The toy's answers: no worker starts, 256 cost a millisecond (the bar here suits a busy machine)."""
+    rewards.close_workers()
+    responses = [f"3 +4 =7 </think> {i % 10}" for i in range(256)]
+    golds = [str(i % 7) for i in range(256)]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        got, counts = check_answers(responses, golds, ["math"] * 256, require_think=True)
+        times.append(time.perf_counter() - start)
+    assert got == [i % 10 == i % 7 for i in range(256)]
+    assert counts == {"fast": 256, "solved": 0, "timeouts": 0, "crashes": 0, "parse_failures": 0}
+    assert not rewards._POOL and min(times) < 0.02
+
+
+HOSTILE = {
+    "power tower": r"\boxed{9^{9^{9^9}}}",
+    "factorial": r"\boxed{99999999!}",
+    "deep fraction": "\\boxed{" + r"\frac{1}{" * 90 + "2" + "}" * 90 + "}",
+    "parentheses": "\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
+    "200 kB": "1+" * 100_000,
+    "200 kB box": "\\boxed{" + "1+" * 100_000 + "1}",
+    "braces": "\\boxed{" + "{" * 10_000 + "5" + "}" * 10_000 + "}",
+    "open boxes": "\\boxed{" * 10_000,
+    "boxes": "\\boxed{5} " * 20_000,
+    "null bytes": "\\boxed{\0" + "\0" * 100 + "}",
+    "unbalanced": r"\boxed{\frac{1}{2}",
+    "right to left": "\\boxed{\u202e5\u05d0\u0627\u0663}",
+    "lone surrogate": "\\boxed{\ud800}",
+    "digits": "\\boxed{" + "9" * 1999 + "}",
+    "dollars": "$" * 20_000,
+    "paragraphs": "\n \n" * 60_000,
+    "tags": "<answer>" * 20_000,
+    "thinking": "<think>" * 50_000 + "</think>",
+}
+
+
+def test_hostile_answers():
+    """Each costs at most the limit and is wrong; the honest answers among them are still right."""
+    responses, golds = [], []
+    for text in HOSTILE.values():
+        responses += [text, r"\boxed{\frac{2}{4}}"]
+        golds += ["4", "0.5"]
+    start = time.perf_counter()
+    got, counts = check_answers(responses, golds, ["math"] * len(golds), timeout=1.0, workers=2)
+    assert time.perf_counter() - start < 30
+    assert got == [False, True] * len(HOSTILE)
+    assert 2 <= counts["timeouts"] <= 5 and sum(counts.values()) == len(responses)
+    start = time.perf_counter()
+    assert not any(check_answers(list(HOSTILE.values()), ["A"] * len(HOSTILE), ["choice"] * len(HOSTILE))[0])
+    assert time.perf_counter() - start < 5
+
+
+def test_workers_are_limited():
+    """Address space and core files are limited from the start, processor time by the first task."""
+    assert is_correct("\\frac{3}{2}", "1.5")
+    limits = Path(f"/proc/{rewards._POOL[0].process.pid}/limits").read_text()
+    soft = {
+        name: re.search(rf"^Max {name}\s+(\S+)", limits, re.M)[1]
+        for name in ("address space", "core file size")
+    }
+    assert soft == {"address space": str(rewards.WORKER_MEMORY), "core file size": "0"}
+    assert int(re.search(r"^Max cpu time\s+(\S+)", limits, re.M)[1]) < 60
+
+
+def test_a_killed_worker_is_replaced():
+    assert is_correct("\\frac{1}{2}", "0.5")
+    for worker in rewards._POOL:
+        os.kill(worker.process.pid, signal.SIGKILL)
+    verdicts, counts = check_answers(["\\frac{1}{3}", "\\frac{3}{4}"], ["2/6", "0.75"], ["math"] * 2)
+    assert verdicts == [True, True] and counts["crashes"] == 0
+
+
+def test_threads_take_turns():
+    results = {}
+
+    def work(k):
+        results[k] = check_answers([f"\\frac{{{k}}}{{7}}"] * 3, [f"{2 * k}/14", "1/2", "9"], ["math"] * 3)[0]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {k: [True, False, False] for k in range(1, 5)}
+
+
+def test_forked_child_has_its_own_workers():
+    assert is_correct("\\frac{1}{2}", "0.5")
+    mine = [worker.process.pid for worker in rewards._POOL]
+    child = os.fork()
+    if child == 0:
+        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.process.pid for w in rewards._POOL}
+        rewards.close_workers()
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert is_correct("\\frac{1}{4}", "0.25") and [w.process.pid for w in rewards._POOL] == mine
+
+
+def run_script(code, tmp_path, **env):
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, str(script)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_script_without_main_guard_ends_quietly(tmp_path):
+    code = "import rewards\nprint(rewards.is_correct('\\\\frac12', '0.5'), rewards._POOL[0].process.pid)\n"
+    done = run_script(code, tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    verdict, pid = done.stdout.split()
+    assert verdict == "True" and not alive(int(pid))
+
+
+def test_workers_of_a_killed_caller_end(tmp_path):
+    code = (
+        "import os, rewards, threading, time\nrewards.is_correct('1/2', '0.50')\n"
+        "print(rewards._POOL[0].process.pid, flush=True)\n"
+        "threading.Timer(0.5, lambda: os.kill(os.getpid(), 9)).start()\n"
+        "rewards.check_answers(['9^{9^{9^9}}'], ['4'], ['math'], timeout=1)\n"
+    )
+    done = run_script(code, tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    pid, deadline = int(done.stdout), time.time() + 20
+    while alive(pid) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not alive(pid)
+
+
+def test_missing_library_is_said(tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
+    code = "import rewards\nprint(rewards.is_correct('4', '4'))\nrewards.is_correct('\\\\frac12', '0.5')\n"
+    done = run_script(code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.stdout == "True\n", "plain answers need no library"
+    assert "did not start" in done.stderr and "No module named math_verify" in done.stderr
+
+
+@pytest.mark.slow
+def test_ten_thousand_answers_in_a_minute():
+    responses = [
+        f"\\boxed{{\\frac{{{i}}}{{{i + 1}}}}}" if i % 4 == 0 else f"\\boxed{{{i}}}" for i in range(10_000)
+    ]
+    start = time.perf_counter()
+    got, counts = check_answers(responses, ["1/2"] * 10_000, ["math"] * 10_000, workers=2)
+    assert time.perf_counter() - start < 60
+    assert sum(counts.values()) == 10_000 and counts["timeouts"] == 0

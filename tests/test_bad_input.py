@@ -1,0 +1,179 @@
+"""A user's mistakes: one line with the value, the rule and the way out, exit code 2, nothing touched."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import ROOT
+
+import data
+import evaluate
+import train_grpo
+
+DATA = os.path.join(ROOT, "tests", "data")
+MATH = os.path.join(DATA, "math_train_small.jsonl.gz")
+HF = ["--sampler", "hf"]
+
+
+@pytest.fixture(scope="module")
+def world(tiny, tmp_path_factory):
+    """Paths that the cases name: good and broken files, models and runs."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "empty.jsonl").write_text("")
+    (root / "columns.jsonl").write_text(json.dumps({"foo": 1, "bar": 2}) + "\n")
+    (root / "answers.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": None}) + "\n")
+    (root / "broken.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n{"problem": \n')
+    (root / "rows.txt").write_text("1 + 1 = 2")
+    (root / "file").write_text("not a folder")
+    (root / "plain").mkdir()
+    (root / "no_tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(os.path.join(tiny, name), root / "no_tokenizer" / name)
+    flags = [
+        "--data",
+        MATH,
+        "--budgets",
+        "fixed:8",
+        "--max-tokens",
+        "8",
+        "--steps",
+        "1",
+        "--prompts-per-step",
+        "2",
+    ]
+    run = ["--model", tiny, *flags, "--group-size", "2", *HF]
+    assert train_grpo.main([*run, "--out", str(root / "run")]) == 0
+    shutil.copytree(root / "run", root / "torn")
+    with open(root / "torn" / "checkpoint-1" / "trainer_state.pt", "r+b") as f:
+        f.truncate(1000)
+    shutil.copytree(root / "run", root / "bare")
+    shutil.rmtree(root / "bare" / "checkpoint-1")
+    return {"tiny": tiny, "root": str(root), "math": MATH}
+
+
+# (flags after --model tiny --data math --budgets fixed:8, what the message must name)
+TRAIN = [
+    ("--data {root}/missing.jsonl", ["missing.jsonl"]),
+    ("--data {root}/columns.jsonl", ["columns.jsonl", "foo", "problem"]),
+    ("--data {root}/empty.jsonl", ["empty.jsonl"]),
+    ("--data {root}/answers.jsonl", ["answers.jsonl", "answer"]),
+    ("--data {root}/broken.jsonl", ["broken.jsonl", "line 2"]),
+    ("--data {root}/rows.txt", ["rows.txt", ".jsonl"]),
+    ("--reward lcpo_exakt", ["lcpo_exakt", "lcpo_exact"]),
+    ("--reward-args gamma=1", ["gamma", "alpha"]),
+    ("--reward-args alpha=much", ["alpha=much"]),
+    ("--advantage grop", ["grop", "rloo"]),
+    ("--budgets uniform:100", ["uniform:100"]),
+    ("--budgets uniform:400:100", ["400", "100"]),
+    ("--budgets bucket:8,x", ["bucket:8,x"]),
+    ("--budgets fixed:4097", ["4097", "--max-tokens", "4096"]),
+    ("--group-size 1", ["--group-size", "1", "2"]),
+    ("--prompts-per-step 0", ["--prompts-per-step", "0"]),
+    ("--minibatches 200", ["--minibatches", "200"]),
+    ("--lr -1", ["--lr", "-1"]),
+    ("--temperature 0", ["--temperature", "0"]),
+    ("--max-tokens 9000", ["9000", "8192", "--max-prompt-tokens"]),
+    ("--eval-every 5", ["--eval-every", "--eval-data"]),
+    ("--eval-data {root}/missing.jsonl --eval-every 1", ["missing.jsonl"]),
+    ("--model {root}/no_tokenizer", ["no_tokenizer", "tokenizer"]),
+    ("--model {root}/plain", ["plain", "config.json"]),
+    ("--model {root}/nowhere", ["nowhere"]),
+    ("--optim adamw8bit", ["adamw8bit", "CUDA"]),
+    ("--out {root}/run", ["{root}/run", "--resume", "--overwrite"]),
+    ("--out {root}/file", ["{root}/file", "folder"]),
+    ("--resume --out {root}/plain", ["{root}/plain", "--resume"]),
+    ("--resume --out {root}/bare --budgets fixed:8", ["{root}/bare", "checkpoint"]),
+    ("--resume --out {root}/torn --budgets fixed:8 --steps 2", ["checkpoint-1", "damaged"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", TRAIN, ids=[flags for flags, _ in TRAIN])
+def test_train(world, flags, words, capsys, tmp_path):
+    base = [
+        "--model",
+        world["tiny"],
+        "--data",
+        MATH,
+        "--budgets",
+        "fixed:8",
+        "--out",
+        str(tmp_path / "out"),
+        *HF,
+    ]
+    assert train_grpo.main(base + flags.format(**world).split()) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("train_grpo.py: error: ")
+    assert all(word.format(**world) in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_budgets(world, capsys, tmp_path):
+    for flags, words in [([], ["--budgets"]), (["--reward", "lcpo_max"], ["--budgets"])]:
+        assert (
+            train_grpo.main(["--model", world["tiny"], "--data", MATH, "--out", str(tmp_path / "o"), *flags])
+            == 2
+        )
+        assert all(word in capsys.readouterr().err for word in words)
+
+
+def test_data_without_a_model(capsys, tmp_path):
+    assert train_grpo.main(["--data", MATH, "--out", str(tmp_path / "o")]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_batch_not_divisible_by_processes(world, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    flags = [
+        "--model",
+        world["tiny"],
+        "--data",
+        MATH,
+        "--prompts-per-step",
+        "12",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert train_grpo.main(flags) == 2
+    message = capsys.readouterr().err
+    assert "--prompts-per-step (12)" in message and "use 8 or 16" in message
+
+
+@pytest.mark.parametrize("name", ["train_grpo.py", "evaluate.py", "data.py"])
+def test_unknown_flag_is_refused_and_help_is_fast(script, name):
+    needed = {"data.py": ["in.jsonl", "--out", "out.jsonl"], "evaluate.py": ["--out", "out"]}.get(name, [])
+    unknown = script(name, *needed, "--stepz", "5", check=False, timeout=20)
+    assert unknown.returncode == 2 and "--stepz" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+    shown = script("-X", "importtime", name, "--help", timeout=20)
+    assert "usage" in shown.stdout
+    heavy = ("torch", "transformers", "datasets", "vllm", "matplotlib", "sympy", "math_verify", "accelerate")
+    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines() if "|" in line}
+    assert not imported & set(heavy)
+
+
+def test_real_command_lines_exit_with_2_and_one_line(script, world):
+    for words in (
+        ["train_grpo.py", "--model", world["tiny"], "--data", "nowhere.jsonl"],
+        ["evaluate.py", "--samples", "nowhere.jsonl", "--out", "/tmp/none"],
+        ["data.py", "nowhere.jsonl", "--budgets", "fixed:8", "--mode", "exact", "--out", "/tmp/none.jsonl"],
+    ):
+        done = script(*words, check=False, timeout=60)
+        assert done.returncode == 2 and "nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and not os.path.exists("/tmp/none")
+
+
+def test_recipes_parse():
+    for name in sorted(os.listdir(os.path.join(ROOT, "recipes"))):
+        if name.endswith(".args"):
+            args = train_grpo.build_parser().parse_args(
+                ["@" + os.path.join(ROOT, "recipes", name), "--lr", "2e-6"]
+            )
+            assert args.model and args.data and args.lr == 2e-6, name
+            assert (
+                train_grpo.keyword_args("--reward", args.reward, train_grpo.REWARDS, args.reward_args)
+                is not None
+            )
+
+
+def test_every_script_has_the_same_kind_of_error():
+    assert train_grpo.BadInput is data.BadInput is evaluate.BadInput

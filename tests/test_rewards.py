@@ -1,0 +1,365 @@
+"""Rewards and advantages: numbers worked by hand, and properties on random batches."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import rewards
+from rewards import ADVANTAGES, REWARDS, response_length
+
+BATCH_RANKED = {"grpo_lambda"}  # its top groups depend on the other prompts
+TOTALS = sorted(set(REWARDS) - {"dot_threshold"})
+PER_ROLLOUT = (
+    ("correct", "truncated", "length", "well_formed", "repetitive", "no_think", "long_mode", "labels")
+    + ("conciseness", "subgroup_budget")
+)  # fmt: skip
+
+
+def property_of(**strategies):
+    """hypothesis' given with this file's settings: the same examples each time."""
+    return lambda test: settings(max_examples=25, deadline=None, derandomize=True)(given(**strategies)(test))
+
+
+def one_prompt(correct, length, **fields):
+    """A batch of one prompt: lists of G rollouts; other fields as given, scalars per prompt wrapped."""
+    batch = {"correct": [correct], "length": [length], "truncated": [[0] * len(correct)]}
+    return batch | {k: v if k == "step" else [v] for k, v in fields.items()}
+
+
+@st.composite
+def batches(draw, max_prompts=4, max_group=6):
+    """A batch with every field that any reward reads; G = 1, zero lengths and no budget occur."""
+    shape = (draw(st.integers(1, max_prompts)), draw(st.integers(1, max_group)))
+    bits = arrays(np.int64, shape, elements=st.integers(0, 1))
+    per_prompt = lambda values: st.lists(values, min_size=shape[0], max_size=shape[0])  # noqa: E731
+    tokens = st.one_of(st.none(), st.integers(1, 6000))
+    batch = {k: draw(bits) for k in ("correct", "well_formed", "repetitive", "no_think", "long_mode")}
+    batch["length"] = draw(arrays(np.int64, shape, elements=st.integers(0, 20000)))
+    batch["truncated"] = draw(st.one_of(st.just(np.zeros(shape, np.int64)), bits))
+    batch["labels"] = draw(arrays(np.int64, shape, elements=st.integers(0, 40)))
+    batch["conciseness"] = draw(arrays(np.float64, shape, elements=st.floats(0.1, 1)))
+    batch["subgroup_budget"] = draw(arrays(np.int64, shape, elements=st.sampled_from([512, 1024, 2560])))
+    for name in ("budget", "history", "target"):
+        batch[name] = draw(per_prompt(tokens))
+    for name in ("difficulty", "ref_accuracy"):
+        batch[name] = draw(per_prompt(st.floats(0, 1)))
+    batch["ref_length"] = draw(per_prompt(st.floats(1, 5000)))
+    batch["level"] = draw(per_prompt(st.sampled_from(["short", "medium", "long"])))
+    batch["mode"] = draw(per_prompt(st.sampled_from(["exact", "max", None])))
+    batch["range"] = [sorted(pair) for pair in draw(per_prompt(st.tuples(*[st.integers(0, 14000)] * 2)))]
+    return batch | {"step": draw(st.integers(0, 1000)), "max_length": 20000}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers worked by hand
+
+
+BY_HAND = [
+    # name, hyper-parameters, batch, expected
+    ("lcpo_exact", {}, one_prompt([1, 0, 1], [1200, 1200, 1000], budget=1000), [0.94, -0.06, 1]),
+    ("lcpo_max", {}, one_prompt([1] * 3 + [0], [500, 1000, 3000, 500], budget=1000), [0.65, 0.5, 0, 0]),
+    ("lcpo_max", {"alpha": 1e-3}, one_prompt([1] * 3, [500, 750, 1500], budget=1000), [1, 0.75, 0]),
+    ("tulu_exact", {}, one_prompt([0], [3000], budget=1000), [0.755859]),
+    ("tulu_upto", {}, one_prompt([0, 0], [3000, 900], budget=1000), [0.755859, 1]),
+    ("peaked_exact", {}, one_prompt([1, 0, 1], [32, 38, 26], budget=32), [2, np.exp(-1), 1 + np.exp(-1)]),
+    ("longwriter_range", {}, one_prompt([0] * 3, [800, 1500, 5000], range=[1000, 2000]), [0.8, 1, 0.75]),
+    ("gdpo_conditioned", {}, one_prompt([1, 1, 0, 0], [10, 5000, 10, 10]), [1, 0, 0, 0]),
+    ("efficient_reasoning", {}, one_prompt([1] * 3, [100, 200, 300]), [0.97729, 0.95, 0.92271]),
+    ("grpo_lambda", {}, one_prompt([1] * 3, [100, 200, 300]), [0.86374, 0.7, 0.53626]),
+    ("grpo_lambda", {"ddof": 1}, one_prompt([1] * 3, [100, 200, 300]), [0.83864, 0.7, 0.56136]),
+    ("grpo_lead", {}, one_prompt([1, 1, 1, 0], [100, 200, 300, 9]), [1.06315, 1, 0.94060, 0]),
+    ("truncation", {}, one_prompt([1, 1, 0], [4000, 4001, 9]), [1, 0, 0]),
+    ("truncation_adaptive", {}, one_prompt([1, 1, 0, 0], [2000, 2001, 9, 9]), [1, 0, 0, 0]),
+    ("truncation_adaptive", {}, one_prompt([1, 0, 0], [4000, 9, 9]), [1, 0, 0]),
+    ("palu", {}, one_prompt([1, 1, 0], [900, 901, 9], target=900), [1, 0, 0]),
+    ("crf", {}, one_prompt([1, 0], [9, 9], conciseness=[0.8, 0.8], difficulty=0.3), [1.128, 0]),
+    ("hbpo", {}, one_prompt([1, 1], [1000, 300], subgroup_budget=[512, 512]), [3.5903, 3.9231]),
+    ("hbpo", {}, one_prompt([1, 0], [2600, 2600], subgroup_budget=[2560, 2560]), [2.1612, 0]),
+    ("hapo_cosine", {}, one_prompt([1] * 4, [0, 500, 1500, 2500], history=1000), [2, 1.7071, 0.3, 0.3]),
+    ("hapo_cosine", {}, one_prompt([0] * 4, [500, 1000, 1500, 2500], history=1000), [0, 0, -0.7071, -1]),
+    ("hapo_linear", {}, one_prompt([1] * 4, [500, 1050, 1500, 2500], history=1000), [1.5, 1, 0.6, 0.3]),
+    ("hapo_linear", {}, one_prompt([0] * 4, [500, 1050, 1500, 2500], history=1000), [0, 0, -0.4, -1]),
+    (
+        "curriculum_triangular",
+        {"lam_l": 1, "b0": 200},
+        one_prompt([0] * 4, [100, 200, 300, 500], well_formed=[0] * 4, step=0),
+        [0.5, 1, 0.5, 0],
+    ),
+    (
+        "surrogate_format_length",
+        {},
+        one_prompt([0] * 4, [1536, 3072, 768, 3072], well_formed=[1, 1, 0, 0]),
+        [2, 0, 0, -1],
+    ),
+    ("dapo_overlong", {}, one_prompt([1, 1, 0, 1], [16384, 18432, 20480, 20481]), [1, 0.5, -2, 0]),
+    ("kimi", {}, one_prompt([1, 0, 1], [100, 200, 300]), [1.5, 0, 0.5]),
+    ("shorter_better", {}, one_prompt([1, 1, 0], [500, 900, 400]), [2, 1.6, -0.1]),
+    ("laser", {}, one_prompt([1, 1, 0, 1], [2000, 3000, 1, 1], well_formed=[1, 1, 1, 0]), [1.5, 1, -0.5, -1]),
+    ("alp", {"beta": 1, "normaliser": 1e4}, one_prompt([1, 1, 1, 0], [2000] * 4), [0.85] * 3 + [-0.15]),
+    ("cosine", {}, one_prompt([1, 1, 0, 0], [0, 7168, 0, 7168]), [2, 1.5, -10, -5]),
+    ("adaptthink", {}, one_prompt([1, 0], [1, 1], ref_accuracy=0.75, no_think=[1, 0]), [0.3, -0.75]),
+    ("prime_linear", {}, one_prompt([1, 1, 1], [10, 20, 30]), [0.916667, 0.833333, 0.75]),
+    ("o1_pruner", {}, one_prompt([1, 0], [1000, 2000], ref_length=1400, ref_accuracy=0.75), [1.65, -4.05]),
+    ("tldr", {}, one_prompt([1, 0], [4096, 4096], level="short"), [0.75, 0]),
+    ("adaptive_deep", {}, one_prompt([1, 1, 0], [8192, 1, 1], long_mode=[1, 1, 0]), [0.2, 1.2, -0.2]),
+    ("affectgpt", {}, one_prompt([0] * 3, [1] * 3, labels=[6, 10, 20]), [0, -0.25, -1]),
+    ("gr3", {"alpha": 1}, one_prompt([1, 1, 0], [100, 300, 200]), [1 / 1.5, 1 / 2.5, 0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "hyper", "batch", "expected"), BY_HAND)
+def test_by_hand(name, hyper, batch, expected):
+    np.testing.assert_allclose(REWARDS[name](batch, **hyper)[0], expected, rtol=0, atol=1e-4)
+
+
+def test_dual_takes_each_prompt_by_its_mode():
+    two = {"correct": [[1, 0]] * 3, "truncated": [[0, 0]] * 3, "length": [[1200, 1200]] * 3}
+    two |= {"budget": [1000, 1000, np.nan], "mode": ["exact", "max", None]}
+    expected = [[0.94, -0.06], [0.44, 0], [1, 0]]
+    np.testing.assert_allclose(REWARDS["lcpo_dual"](two), expected, atol=1e-12)
+
+
+def test_dot_threshold():
+    lengths = [1000] * 30 + [1100, 9000]
+    assert REWARDS["dot_threshold"](one_prompt([1] * 32, lengths)).tolist() == [5494]
+    assert np.isnan(REWARDS["dot_threshold"](one_prompt([1, 0], [5, 6])))
+
+
+def test_laser_classes():
+    batch = {"correct": [[1, 1, 0], [1, 0, 0], [0, 0, 0]], "well_formed": [[1, 1, 1]] * 3}
+    assert rewards.laser_target(batch).ravel().tolist() == [1024, 2048, 4096]
+
+
+def test_missing_field_is_named():
+    with pytest.raises(KeyError, match="needs rollouts\\['history'\\]"):
+        REWARDS["hapo_cosine"](one_prompt([1], [10]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Properties of rewards
+
+
+@pytest.mark.parametrize("name", TOTALS)
+@property_of(batch=batches())
+def test_finite_float64_and_inputs_untouched(name, batch):
+    before = {k: np.array(v, dtype=object) for k, v in batch.items()}
+    total = REWARDS[name](batch)
+    assert total.shape == batch["length"].shape and total.dtype == np.float64 and np.isfinite(total).all()
+    assert all((np.array(batch[k], dtype=object) == before[k]).all() for k in batch)
+    if "parts" in inspect.signature(REWARDS[name]).parameters:
+        parts = REWARDS[name](batch, parts=True)
+        assert all(p.shape == total.shape and p.dtype == np.float64 for p in parts.values())
+        if name != "gdpo_conditioned":  # there the parts are GDPO's two rewards
+            np.testing.assert_allclose(sum(parts.values()), total, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TOTALS)
+@property_of(batch=batches(), data=st.data())
+def test_order_of_rollouts_does_not_matter(name, batch, data):
+    order = data.draw(st.permutations(range(batch["length"].shape[1])))
+    shuffled = batch | {k: batch[k][:, order] for k in PER_ROLLOUT}
+    np.testing.assert_allclose(REWARDS[name](shuffled), REWARDS[name](batch)[:, order], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(set(TOTALS) - BATCH_RANKED))
+@property_of(batch=batches())
+def test_other_prompts_do_not_matter(name, batch):
+    first = {k: v if k in ("step", "max_length") else v[:1] for k, v in batch.items()}
+    np.testing.assert_array_equal(REWARDS[name](first), REWARDS[name](batch)[:1])
+
+
+BOUNDS = {
+    "correct": (0, 1), "lcpo_exact": (-np.inf, 1), "lcpo_max": (0, 1), "lcpo_dual": (-np.inf, 1),
+    "tulu_exact": (-np.inf, 2), "tulu_upto": (-np.inf, 2), "peaked_exact": (0, 2),
+    "longwriter_range": (-np.inf, 1),
+    "gdpo_conditioned": (0, 1), "curriculum_triangular": (0, 1), "curriculum_band": (0, 1), "hbpo": (-1, 4),
+    "truncation": (0, 1), "truncation_adaptive": (0, 1), "efficient_reasoning": (0, 1), "grpo_lambda": (0, 1),
+    "crf": (0, 1.3), "hapo_cosine": (-1, 2), "hapo_linear": (-1, 2), "surrogate_format_length": (-np.inf, 2),
+    "palu": (0, 1), "dapo_overlong": (-2, 1), "kimi": (-0.5, 1.5), "shorter_better": (-np.inf, 2),
+    "laser": (-1, 1.5), "laser_d": (-1, 1.5), "laser_de": (-1, 1.5), "alp": (-np.inf, 1), "cosine": (-10, 2),
+    "adaptthink": (-1, 1.05), "prime_linear": (-0.25, 1), "adaptive_deep": (-1.2, 1.2), "affectgpt": (-1, 1),
+    "tldr": (-np.inf, 1), "gr3": (0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@property_of(batch=batches())
+def test_bounds(name, batch):
+    low, high = BOUNDS[name]
+    total = REWARDS[name](batch)
+    assert total.min() >= low - 1e-9 and total.max() <= high + 1e-9
+
+
+@pytest.mark.parametrize("name", ["lcpo_exact", "tulu_exact", "peaked_exact"])
+@property_of(lengths=st.lists(st.integers(0, 9000), min_size=2, max_size=8), right=st.integers(0, 1))
+def test_best_at_the_budget_and_worse_away_from_it(name, lengths, right):
+    lengths = sorted(lengths + [1000], key=lambda n: abs(n - 1000))
+    total = REWARDS[name](one_prompt([right] * len(lengths), lengths, budget=1000))[0]
+    assert total[0] == total.max() and (np.diff(total) <= 0).all()
+
+
+# Not hbpo: just below l_max its value is a little under the 0 above it.
+FALLING = """
+    lcpo_max tulu_upto gdpo_conditioned curriculum_band truncation truncation_adaptive efficient_reasoning
+    grpo_lambda hapo_cosine hapo_linear palu dapo_overlong kimi shorter_better laser laser_d laser_de alp
+    cosine grpo_lead prime_linear o1_pruner tldr gr3
+""".split()
+
+
+@pytest.mark.parametrize("name", FALLING)
+@property_of(batch=batches(max_prompts=1, max_group=8))
+def test_longer_right_answers_never_earn_more(name, batch):
+    shape = batch["length"].shape
+    same = {"correct": np.ones(shape), "truncated": np.zeros(shape), "well_formed": np.ones(shape)}
+    same |= {"length": np.sort(batch["length"]), "subgroup_budget": np.full(shape, 512)}
+    same |= {"conciseness": np.ones(shape), "labels": np.zeros(shape)}
+    assert (np.diff(REWARDS[name](batch | same)) <= 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["lcpo_exact", "lcpo_max", "lcpo_dual", "tulu_exact", "tulu_upto", "peaked_exact"]
+)
+@property_of(batch=batches())
+def test_without_a_budget_only_correctness_counts(name, batch):
+    batch = batch | {"budget": [None] * len(batch["budget"])}
+    np.testing.assert_array_equal(REWARDS[name](batch), REWARDS["correct"](batch))
+
+
+@property_of(batch=batches())
+def test_truncated_is_wrong(batch):
+    cut = batch | {"truncated": np.ones_like(batch["length"])}
+    wrong = cut | {"correct": np.zeros_like(batch["length"])}
+    for name in TOTALS:
+        np.testing.assert_array_equal(REWARDS[name](cut), REWARDS[name](wrong), err_msg=name)
+
+
+@property_of(steps=st.lists(st.integers(0, 10_000), min_size=1), gamma=st.floats(0.1, 0.99))
+def test_curriculum_budget_falls_to_one(steps, gamma):
+    budget = rewards.curriculum_budget(sorted(steps), gamma=gamma)
+    assert (np.diff(budget) <= 0).all() and budget.min() >= 1 and budget.max() <= 256
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def advantages_of(values, batch):
+    """Every advantage of one reward matrix; gdpo gets it twice, as two rewards."""
+    twice = {"gdpo": np.stack([values, values[:, ::-1]])}
+    for name, function in ADVANTAGES.items():
+        yield name, function(twice.get(name, values), batch)
+
+
+@property_of(batch=batches())
+def test_advantages_are_finite(batch):
+    for values in (REWARDS["lcpo_exact"](batch), batch["correct"] * 1.0, np.full(batch["length"].shape, 0.1)):
+        for name, result in advantages_of(values, batch):
+            assert (
+                result.shape == values.shape and result.dtype == np.float64 and np.isfinite(result).all()
+            ), name
+
+
+@property_of(batch=batches(), value=st.floats(-10, 10))
+def test_equal_rewards_give_exactly_nothing(batch, value):
+    for name, result in advantages_of(np.full(batch["length"].shape, value), batch):
+        if name not in ("raw", "hbpo"):  # hbpo compares a subgroup with its ideal as well
+            assert (result == 0).all(), name
+    assert (
+        ADVANTAGES["batch_norm"](np.full((2, 3), value), {"length": [[1, 2, 3]] * 2}, weighting="token") == 0
+    ).all()
+
+
+@property_of(batch=batches(), shift=st.floats(-5, 5))
+def test_group_advantages_have_no_mean_and_ignore_a_shift(batch, shift):
+    values = REWARDS["lcpo_exact"](batch)
+    for name in ("grpo", "dr_grpo", "rloo"):
+        result = ADVANTAGES[name](values)
+        np.testing.assert_allclose(result.sum(1), 0, atol=1e-9)
+        if name != "grpo":  # where a spread is mere rounding, grpo's division shows it
+            np.testing.assert_allclose(ADVANTAGES[name](values + shift), result, atol=1e-9)
+
+
+@property_of(batch=batches(), data=st.data())
+def test_advantages_follow_the_order_of_rollouts(batch, data):
+    order = data.draw(st.permutations(range(batch["length"].shape[1])))
+    batch["length"] = np.cumsum(batch["length"] + 1, axis=1)  # gfpo breaks ties by index
+    shuffled = batch | {k: batch[k][:, order] for k in PER_ROLLOUT}
+    values = REWARDS["tulu_exact"](batch).round(3)
+    for name in ("grpo", "dr_grpo", "rloo", "raw", "batch_norm", "hbpo", "gfpo"):
+        result, permuted = (
+            ADVANTAGES[name](v, b) for v, b in ((values, batch), (values[:, order], shuffled))
+        )
+        np.testing.assert_allclose(permuted, result[:, order], atol=1e-6, err_msg=name)
+
+
+def test_advantages_by_hand():
+    np.testing.assert_allclose(
+        ADVANTAGES["grpo"]([[1, 0, 0, 1]]), [[0.866024, -0.866024, -0.866024, 0.866024]], atol=1e-6
+    )
+    np.testing.assert_allclose(ADVANTAGES["rloo"]([[1, 0.5, 0]]), [[0.75, 0, -0.75]])
+    two = [[[1, 1, 0, 0]], [[1, 0, 0, 0]]]
+    np.testing.assert_allclose(ADVANTAGES["gdpo"](two), [[1.3321, 0.2061, -0.7691, -0.7691]], atol=1e-3)
+    np.testing.assert_allclose(
+        ADVANTAGES["gdpo"](two, whiten=False), [[2.366, 0.366, -1.366, -1.366]], atol=1e-3
+    )
+    kept = ADVANTAGES["gfpo"]([[1, 1, 0, 1]], {"length": [[10, 40, 20, 30]]}, k=2)
+    np.testing.assert_allclose(kept, [[0.7071, 0, -0.7071, 0]], atol=1e-4)
+    subgroup = {"subgroup_budget": [[512] * 4]}
+    gap = ADVANTAGES["hbpo"]([[3.9231, 3.9231, 3.5903, 0]], subgroup) - ADVANTAGES["grpo"](
+        [[3.9231, 3.9231, 3.5903, 0]]
+    )
+    np.testing.assert_allclose(gap, -1.0640, atol=1e-3)
+
+
+def test_batch_norm_by_tokens():
+    """Tokens [1, 3] of one group [1, 0]: centred +-.5, token mean -.25, variance (.5625 + 3 .0625) / 4."""
+    got = ADVANTAGES["batch_norm"]([[1, 0]], {"length": [[1, 3]]}, eps=0, ddof=0, weighting="token")
+    np.testing.assert_allclose(got, [[0.75 / np.sqrt(0.1875), -0.25 / np.sqrt(0.1875)]])
+
+
+def test_gfpo_metric_is_checked():
+    with pytest.raises(ValueError, match="'longest' is not known: use 'shortest' or 'token_efficiency'"):
+        ADVANTAGES["gfpo"]([[1, 0]], {"length": [[1, 2]]}, metric="longest")
+
+
+@property_of(batch=batches())
+def test_drpo_weights_sum_to_one_over_the_right_answers(batch):
+    weights, right = rewards.drpo_weights(batch), rewards._c(batch) > 0
+    np.testing.assert_allclose(weights.sum(1), right.any(1) * 1.0)
+    assert (weights[~right] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Length, and the file on its own
+
+
+def test_response_length():
+    assert response_length([5, 6, 7]) == 3
+    assert response_length([1, 9, 2, 9, 3], "thinking", (9,)) == 4, "the last end of thinking counts"
+    assert response_length([1, 8, 9, 2, 3], "thinking", (8, 9)) == 3
+    assert response_length([1, 2, 3], "thinking", (8, 9)) == 3, "never closed: all of it"
+    assert response_length([], "thinking", (8,)) == 0
+    with pytest.raises(ValueError, match="use 'response' or 'thinking'"):
+        response_length([1], "answer")
+    with pytest.raises(ValueError, match="needs think_end"):
+        response_length([1], "thinking")
+
+
+def test_file_runs_alone(tmp_path):
+    """Copied into an empty folder the docstring's example works, and the caller loads numpy only."""
+    shutil.copy(rewards.__file__, tmp_path / "rewards.py")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = dict(cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "doctest", "rewards.py"], **run)
+    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
+    code = "import sys, rewards; print(sorted({'torch', 'sympy', 'math_verify', 'data'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], **run)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

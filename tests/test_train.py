@@ -1,0 +1,279 @@
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sampler as samplers
+import toy
+import train_grpo
+from data import load_tokenizer
+
+DATA = os.path.join(ROOT, "tests", "data")
+SMALL = (
+    "--budgets bucket:8,16 --max-tokens 24 --prompts-per-step 4 --group-size 4 --lr 1e-3 --sampler hf".split()
+)
+
+
+def arguments(*words):
+    return train_grpo.build_parser().parse_args(list(words))
+
+
+def random_batch(n=7, seed=0, vocab=600):
+    rng = np.random.default_rng(seed)
+    batch = []
+    for _ in range(n):
+        ids = rng.integers(5, vocab, rng.integers(1, 30)).tolist()
+        prompt = rng.integers(5, vocab, rng.integers(3, 12)).tolist()
+        response = {"prompt_ids": prompt, "ids": ids, "logps": [-6.0] * len(ids)}
+        batch.append(response | {"advantage": float(rng.normal()), "weight": 0.1})
+    return batch
+
+
+def weights_after_update(model, batch, args, **options):
+    """Weights after plain gradient descent with step 1: their change IS the gradient."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stats = train_grpo.update(model, None, optimizer, copy.deepcopy(batch), args, **options)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), stats
+
+
+# What is trained --------------------------------------------------------------------------------------------
+
+
+def test_end_token_is_trained_when_pad_is_eos(tiny_pad_is_eos):
+    tokenizer, model = load_tokenizer(tiny_pad_is_eos), samplers.load_model(tiny_pad_is_eos)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    short = {"prompt_ids": [5, 6], "ids": [7, tokenizer.eos_token_id], "logps": [0.0, 0.0]}
+    long = {"prompt_ids": [5, 6, 7], "ids": [8] * 9, "logps": [0.0] * 9}
+    batch = [r | {"advantage": 1.0, "weight": 1.0} for r in (short, long)]
+    t = train_grpo.to_tensors(batch, "cpu")
+    assert t["target"].tolist() == [7, tokenizer.eos_token_id] + [8] * 9
+    # and its log-prob is pushed up: its row of the head has a gradient
+    logp, _ = train_grpo.model_logps(model, t, arguments())
+    logp[1].backward()
+    assert model.get_output_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+
+
+def test_logps_equal_a_plain_forward_pass_and_change_no_input(tiny):
+    model, batch = samplers.load_model(tiny), random_batch()
+    t = train_grpo.to_tensors(batch, "cpu")
+    before = {k: v.clone() for k, v in t.items()}
+    for temperature in ("1.0", "0.6"):
+        got, _ = train_grpo.model_logps(model, t, arguments("--temperature", temperature))
+        want = []
+        for r in batch:  # one response at a time, nothing padded
+            logits = model(torch.tensor([r["prompt_ids"] + r["ids"]])).logits[0] / float(temperature)
+            logp = logits.log_softmax(-1)[len(r["prompt_ids"]) - 1 : -1]
+            want.append(logp.gather(-1, torch.tensor(r["ids"])[:, None])[:, 0])
+        torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in t.items())
+
+
+def test_more_padding_changes_nothing(tiny):
+    model, t = samplers.load_model(tiny), train_grpo.to_tensors(random_batch(), "cpu")
+    want, _ = train_grpo.model_logps(model, t, arguments())
+    t["ids"] = torch.cat([t["ids"], torch.full((len(t["ids"]), 13), 3)], 1)
+    got, _ = train_grpo.model_logps(model, t, arguments())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+def test_update_does_not_depend_on_micro_batches(tiny, reduction):
+    model, batch = samplers.load_model(tiny), random_batch()
+    flags = ["--loss-reduction", reduction, "--grad-clip", "1e9"]
+    whole, stats = weights_after_update(model, batch, arguments("--micro-tokens", "100000", *flags))
+    for tokens in ("60", "1"):
+        split, split_stats = weights_after_update(model, batch, arguments("--micro-tokens", tokens, *flags))
+        torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
+        assert split_stats["loss"] == pytest.approx(stats["loss"], abs=1e-6)
+        assert split_stats["padding"] <= stats["padding"]
+
+
+def test_two_processes_give_the_same_update_as_one(tiny, script, tmp_path):
+    model, batch = samplers.load_model(tiny), random_batch()
+    one, stats = weights_after_update(model, batch, arguments("--minibatches", "2"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script(*launch, os.path.join(ROOT, "tests", "two_processes.py"), tiny, tmp_path / "weights.pt")
+    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
+    torch.testing.assert_close(saved["weights"], one, rtol=1e-5, atol=1e-5)
+    assert saved["loss"] == pytest.approx(stats["loss"], abs=1e-5)
+    assert saved["loss"] != 0 and saved["processes"] == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 5))
+def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
+    batch = random_batch(n, seed=n)
+    shares = [train_grpo.share_of(batch, rank, processes) for rank in range(processes)]
+    assert sorted(id(r) for share in shares for r in share) == sorted(map(id, batch))
+    parts = train_grpo.micro_batches(batch, limit)
+    assert sorted(id(r) for part in parts for r in part) == sorted(map(id, batch))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(map(train_grpo.total_length, part)) <= limit
+
+
+def test_learning_rate_by_hand():
+    args = arguments("--lr", "1", "--warmup-steps", "2", "--steps", "6", "--lr-schedule", "linear")
+    assert [train_grpo.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    args = arguments("--lr", "1", "--steps", "4", "--lr-schedule", "cosine")
+    assert train_grpo.learning_rate(2, args) == pytest.approx(0.5)
+
+
+# Data and samples -------------------------------------------------------------------------------------------
+
+
+def test_rows_of_step_cover_every_epoch_once():
+    rows = [{"id": i} for i in range(10)]
+    args = arguments("--prompts-per-step", "4", "--seed", "3")
+    ids = [row["id"] for step in range(5) for row in train_grpo.rows_of_step(rows, args, step)]
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10)) and ids[:10] != ids[10:]
+
+
+def test_resampled_budgets_differ_between_epochs_only():
+    args = arguments("--data", "toy", "--budgets", "uniform:8:60", "--wording", "tulu", "--resample-budgets")
+    args.max_tokens = 64
+    rows = train_grpo.load_rows(args)[:8]
+    args.prompts_per_step = 8
+    draw = [
+        sorted((r["id"], r["budget"]) for r in train_grpo.rows_of_step(rows, args, step))
+        for step in (0, 1, 1)
+    ]
+    assert draw[0] != draw[1] == draw[2]
+    assert all(
+        f"Think for {r['budget']} tokens." in r["prompt"] for r in train_grpo.rows_of_step(rows, args, 1)
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_hf_sampler(tiny, temperature):
+    sampler = samplers.load_sampler(tiny, "hf")
+    prompts = [[5, 6, 7], [8, 9], [10] * 9]
+    made = sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=1)
+    assert made == sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=1)
+    assert made != sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=2)
+    for prompt, group, cap in zip(prompts, made, [20, 4, 12], strict=True):
+        assert len(group) == 3
+        for r in group:
+            assert len(r["ids"]) == len(r["logps"]) <= cap
+            assert (r["ids"][-1] in sampler.stop_ids) == (r["finish_reason"] == "stop")
+            t = train_grpo.to_tensors([r | {"prompt_ids": prompt, "advantage": 0.0, "weight": 0.0}], "cpu")
+            with torch.no_grad():
+                logp, _ = train_grpo.model_logps(
+                    sampler.model, t, arguments("--temperature", str(temperature))
+                )
+            torch.testing.assert_close(torch.tensor(r["logps"]), logp, rtol=1e-4, atol=1e-5)
+
+
+def test_toy_world():
+    assert toy.solve("add", [7, 3, 9]) == [7, 0, 9] and toy.solve("max", [7, 3, 9]) == [7, 7, 9]
+    rng = np.random.default_rng(0)
+    assert toy.trace("add 7 3 9", 0, rng) == "7 +3 =0 +9 =9 </think> 9"
+    assert len(toy.trace("add 7 3 9", 20, rng).split()) >= 27
+    tokenizer = toy.make_tokenizer()
+    text = toy.trace("max 7 3 9", 40, rng)
+    assert tokenizer.decode(
+        tokenizer.encode(text)
+    ) == text and tokenizer.unk_token_id not in tokenizer.encode(text)
+    train, test = ({p["problem"] for p in toy.problems("toy", split, 500)} for split in ("train", "test"))
+    assert not train & test
+
+
+# The real script --------------------------------------------------------------------------------------------
+
+
+def lines(out):
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def timeless(line):
+    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per", "peak"))}
+
+
+def test_resume_after_kill_is_exact(tiny, script, tmp_path):
+    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    common += ["--save-every", "2", "--minibatches", "2", "--resample-budgets", "--steps", "4"]
+    script("train_grpo.py", *common, "--out", tmp_path / "whole")
+    killed = [sys.executable, "train_grpo.py", *common, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not os.path.exists(tmp_path / "killed" / "checkpoint-2"):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint before the end"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not os.path.exists(tmp_path / "killed" / "checkpoint-4"), "killed too late to test anything"
+    script("train_grpo.py", "--resume", "--out", tmp_path / "killed", *common[:4])
+    for step in (2, 4):
+        with open(tmp_path / "whole" / f"checkpoint-{step}" / "model.safetensors", "rb") as a:
+            with open(tmp_path / "killed" / f"checkpoint-{step}" / "model.safetensors", "rb") as b:
+                assert a.read() == b.read()
+    whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "killed")
+    assert [timeless(m) for m in whole] == [timeless(m) for m in resumed] and len(whole) == 4
+
+
+def test_two_processes_run_the_script(tiny, script, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
+    flags = [
+        "--model",
+        tiny,
+        "--data",
+        os.path.join(DATA, "math_train_small.jsonl.gz"),
+        *SMALL,
+        "--steps",
+        "2",
+    ]
+    flags += [
+        "--eval-data",
+        os.path.join(DATA, "math500_small.jsonl"),
+        "--eval-every",
+        "2",
+        "--eval-limit",
+        "5",
+    ]
+    done = script(*launch, "train_grpo.py", *flags, "--kl-coef", "0.01", "--out", tmp_path / "out")
+    assert "2 process(es)" in done.stdout and len(lines(tmp_path / "out")) == 2
+    assert (
+        lines(tmp_path / "out")[0]["kl"] == pytest.approx(0, abs=1e-6)
+        and lines(tmp_path / "out")[1]["kl"] > 0
+    )
+    with open(tmp_path / "out" / "eval-2" / "results.json") as f:
+        results = json.load(f)
+    assert results["datasets"]["math500_small"]["budgets"]["8"]["n"] == 5
+    with open(tmp_path / "out" / "eval-2" / "samples.jsonl") as f:
+        assert len(list(f)) == 10
+
+
+def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(toy.WARMUP, "batches", 3)
+    monkeypatch.setattr(toy, "ASKED", [16, 64])
+    assert train_grpo.main(["--steps", "2", "--out", str(tmp_path / "toy"), "--group-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "violins" in out and "step    2/2" in out and "answer" in out
+    with open(tmp_path / "toy" / "eval" / "results.json") as f:
+        results = json.load(f)
+    assert set(results["datasets"]) == {"toy", "toy_ood"} and results["trained_budgets"] == [16, 32, 48, 64]
+    line = lines(tmp_path / "toy")[0]
+    assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr", "peak_gib"} <= set(
+        line
+    )
+    assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
+    assert load_tokenizer(str(tmp_path / "toy" / "checkpoint-2")).decode([6, 45]) == "wait +9"[:4] + " ^9"
+
+
+@pytest.mark.slow
+def test_toy_learns_to_follow_budgets(script, tmp_path):
+    script("train_grpo.py", "--out", tmp_path / "toy", timeout=1500)
+    with open(tmp_path / "toy" / "eval" / "results.json") as f:
+        part = json.load(f)["datasets"]["toy"]
+    assert part["mean_trained"]["abs_error"] <= 0.10 and part["budgets"]["64"]["accuracy"] >= 0.9

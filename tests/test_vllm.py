@@ -1,0 +1,137 @@
+"""The real vLLM engine (its CPU build on CI) in the trainer's process; skipped where it is not installed."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+from conftest import ROOT
+
+DATA = os.path.join(ROOT, "tests", "data")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+
+
+def test_problems_to_measured_length_control(tiny, script, tmp_path):
+    """Real problems in, two optimizer steps with vLLM, a budget sweep out: all by command lines."""
+    rows = tmp_path / "train.jsonl"
+    script(
+        *(
+            "data.py",
+            os.path.join(DATA, "math_train_small.jsonl.gz"),
+            "--budgets",
+            "uniform:100:4000",
+            "--mode",
+            "exact",
+        ),
+        *("--max-prompt-tokens", "900", "--tokenizer", tiny, "--out", rows),
+    )
+    with open(rows) as f:
+        budgets = [json.loads(line)["budget"] for line in f]
+    assert 100 <= min(budgets) < 400 and 3500 < max(budgets) <= 4000
+    flags = [
+        "--sampler",
+        "vllm",
+        "--steps",
+        "2",
+        "--prompts-per-step",
+        "2",
+        "--group-size",
+        "2",
+        "--lr",
+        "1e-3",
+    ]
+    done = script(
+        *(
+            "train_grpo.py",
+            "--model",
+            tiny,
+            "--data",
+            rows,
+            *flags,
+            "--max-tokens",
+            "4000",
+            "--out",
+            tmp_path / "run",
+        )
+    )
+    assert "sampler vllm" in done.stdout
+    with open(tmp_path / "run" / "metrics.jsonl") as f:
+        metrics = [json.loads(line) for line in f]
+    # the engine's log-probs of its own samples are the trainer's, after the update too (float32)
+    assert len(metrics) == 2 and all(m["logp_gap_max"] < 1e-4 for m in metrics)
+    model = tmp_path / "run" / "checkpoint-2"
+    out = tmp_path / "evaluation"
+    script(
+        *(
+            "evaluate.py",
+            "--model",
+            model,
+            "--data",
+            os.path.join(DATA, "math500_small.jsonl"),
+            "--budgets",
+            "16,32",
+        ),
+        *("--n", "2", "--limit", "5", "--sampler", "vllm", "--out", out),
+    )
+    with open(out / "results.json") as f:
+        results = json.load(f)
+    budgets = results["datasets"]["math500_small"]["budgets"]
+    assert budgets["16"]["n"] == budgets["32"]["n"] == 10 and budgets["32"]["mean_length"] > 0
+    assert results["sampler"] == "vllm" and results["versions"]["vllm"]
+    assert (out / "violins.png").stat().st_size > 5000
+    script("evaluate.py", "--samples", out / "samples.jsonl", "--out", tmp_path / "again")
+    with open(tmp_path / "again" / "results.json") as f:
+        assert json.load(f)["datasets"] == results["datasets"]
+
+
+STALE = """
+import sys
+import sampler, train_grpo
+real, calls = sampler.VLLMSampler.sync, []
+def sync(self, model):
+    calls.append(1)
+    if len(calls) != 2:  # the push after the first training step is lost
+        real(self, model)
+sampler.VLLMSampler.sync = sync
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("lr", ["1e-3", "1e-7"])
+def test_a_lost_weight_update_stops_the_run(tiny, script, tmp_path, lr):
+    """Also at a learning rate whose single step hides in the noise of the log-probs."""
+    data = os.path.join(DATA, "math_train_small.jsonl.gz")
+    # long enough that some of the random model's responses end by themselves: equal ones teach nothing
+    flags = ["--budgets", "fixed:300", "--max-tokens", "600", "--prompts-per-step", "2", "--group-size", "4"]
+    flags += ["--sampler", "vllm", "--steps", "2", "--lr", lr, "--out", tmp_path / "run"]
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    done = script("-c", STALE, "--model", tiny, "--data", data, *flags, check=False, env=environment)
+    assert done.returncode != 0
+    assert "does not hold the trainer's weights" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def test_two_processes_with_an_engine_each(tiny, script, tmp_path):
+    data = os.path.join(DATA, "math_train_small.jsonl.gz")
+    flags = ["--budgets", "fixed:300", "--max-tokens", "600", "--prompts-per-step", "2", "--group-size", "4"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
+    command = [
+        *launch,
+        "train_grpo.py",
+        "--model",
+        tiny,
+        "--data",
+        data,
+        *flags,
+        "--sampler",
+        "vllm",
+        "--steps",
+        "2",
+    ]
+    script(*command, "--lr", "1e-3", "--check-sync", "1", "--out", tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl") as f:
+        metrics = [json.loads(line) for line in f]
+    assert len(metrics) == 2 and all(m["logp_gap_max"] < 1e-4 for m in metrics)
