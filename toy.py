@@ -26,6 +26,7 @@ TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the wo
 BUDGETS = "bucket:16,32,48,64"  # 16 is the least that holds the longest plain chain of thought (14 tokens)
 ASKED_BEFORE = [16, 32, 48, 64]  # budgets of the evaluation before training, and of the one after it:
 ASKED = [16, 24, 32, 40, 48, 56, 64, 80, 96, 128]  # trained ones, ones between them, ones beyond them
+TESTED = 100  # problems of each task in them
 WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
 VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
 

@@ -50,110 +50,75 @@ TOY = {
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, grouped; `@FILE` reads flags from a recipe (several a line, # starts a comment)."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "train_grpo.py",
-        description=__doc__,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        formatter_class=form,
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "fromfile_prefix_chars": "@"}
+    parser = argparse.ArgumentParser("train_grpo.py", description=__doc__, allow_abbrev=False, **options)
     one_line_errors(parser).convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+
+    def number(name, default, help):
+        add(name, type=type(default), default=default, help=f"{help} (default {default:g})", metavar="N")
+
+    def choice(name, words, help):  # the first word is the default
+        add(name, choices=words.split(), default=words.split()[0], help=help)
 
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", help="folder or hub id of the model to train; none: the toy (see toy.py)")
-    add(
-        "--data",
-        help="rows from data.py, raw problems (with --budgets), a preset or hub id, or toy / toy_ood",
-    )
+    add("--data", help="rows of data.py, raw problems (with --budgets), preset, hub id, toy or toy_ood")
     add("--budgets", help="draw budgets here: uniform:LO:HI, log:LO:HI, bucket:A,B,..., fixed:N (tokens)")
-    add("--mode", choices=["exact", "max", "both"], default="exact", help="what drawn budgets mean")
-    add("--wording", choices=["l1", "tulu"], default="l1", help="the budget sentence of drawn budgets")
+    choice("--mode", "exact max both", "what drawn budgets mean")
+    choice("--wording", "l1 tulu", "the budget sentence of drawn budgets")
     add("--resample-budgets", action="store_true", help="draw new budgets every epoch (with --budgets)")
     add("--out", default="out/run", help="folder for metrics, checkpoints and evaluations")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
     add("--overwrite", action="store_true", help="delete the run that is in --out")
-    add("--seed", type=int, default=0, help="seed of prompts, budgets and samples")
+    number("--seed", 0, "seed of prompts, budgets and samples")
 
     add = parser.add_argument_group("reward").add_argument
     add("--reward", default="lcpo_exact", help=f"one of {', '.join(REWARDS)}")
-    add("--reward-args", nargs="+", default=[], metavar="K=V", help="its hyper-parameters, e.g. alpha=0.0003")
+    add("--reward-args", nargs="+", default=[], metavar="K=V", help="its hyper-parameters, as alpha=0.0003")
     add("--advantage", default="grpo", help=f"one of {', '.join(ADVANTAGES)}")
-    add("--advantage-args", nargs="+", default=[], metavar="K=V", help="its hyper-parameters, e.g. eps=1e-4")
-    add(
-        "--count",
-        choices=["response", "thinking"],
-        default="response",
-        help="the tokens that a budget counts",
-    )
+    add("--advantage-args", nargs="+", default=[], metavar="K=V", help="its hyper-parameters, as eps=1e-4")
+    choice("--count", "response thinking", "the tokens that a budget counts")
     add("--require-think", action="store_true", help="an answer without </think> is wrong")
-    add("--verify-timeout", type=float, default=5.0, help="limit for checking one answer, seconds")
+    number("--verify-timeout", 5.0, "limit for checking one answer, seconds")
 
     add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--sampler", choices=["auto", "vllm", "hf"], default="auto", help="auto: vllm on CUDA where installed"
-    )
-    add("--steps", type=int, default=500, help="training steps (rollout batches)")
-    add("--prompts-per-step", type=int, default=128, help="prompts in a step, over all processes")
-    add("--group-size", type=int, default=16, help="responses to each prompt")
-    add("--max-tokens", type=int, default=4096, help="cap of a response, tokens")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs in the loss")
-    add("--vllm-memory", type=float, default=0.35, help="vLLM's share of the GPU memory")
-    add(
-        "--check-sync",
-        type=int,
-        default=50,
-        help="compare sampler and trainer every so many steps; 0: at start",
-    )
+    choice("--sampler", "auto vllm hf", "auto: vllm on CUDA where it is installed, else hf")
+    number("--steps", 500, "training steps, each on one batch of rollouts")
+    number("--prompts-per-step", 128, "prompts in a step, over all processes")
+    number("--group-size", 16, "responses to each prompt")
+    number("--max-tokens", 4096, "cap of a response, tokens")
+    number("--temperature", 1.0, "of sampling, and of the log-probs in the loss")
+    number("--vllm-memory", 0.35, "vLLM's share of the GPU memory")
+    number("--check-sync", 50, "compare sampler and trainer every N steps; 0: only at the start")
 
     add = parser.add_argument_group("update").add_argument
-    add("--lr", type=float, default=1e-6, help="peak learning rate of AdamW")
-    add(
-        "--lr-schedule",
-        choices=["constant", "cosine", "linear"],
-        default="constant",
-        help="after the warm-up",
-    )
-    add("--warmup-steps", type=int, default=0, help="steps of linear learning-rate warm-up")
-    add("--weight-decay", type=float, default=0.0, help="of AdamW")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
-    add("--optim", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit: bitsandbytes, CUDA only")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--minibatches", type=int, default=1, help="optimizer steps on each rollout batch; 1: on policy")
-    add("--micro-tokens", type=int, default=16384, help="tokens in one forward pass, padding included")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="compute type; weights stay float32",
-    )
-    add(
-        "--gradient-checkpointing", action="store_true", help="recompute activations: slower, far less memory"
-    )
-    add("--ratio", choices=["token", "sequence", "cispo"], default="token", help="GRPO, GSPO or CISPO")
-    add("--clip-low", type=float, default=0.2, help="lower clip of the ratio")
-    add("--clip-high", type=float, default=0.2, help="upper clip of the ratio (DAPO: 0.28)")
-    choices = ["token_mean", "sequence_mean", "constant"]
-    add(
-        "--loss-reduction",
-        choices=choices,
-        default=choices[0],
-        help="what a token weighs, over the whole batch",
-    )
-    add(
-        "--kl-coef", type=float, default=0.0, help="weight of the KL to the starting model; 0: none is loaded"
-    )
-    add("--kl-estimator", choices=["k1", "k2", "k3"], default="k3", help="of that KL")
-    add("--tis-cap", type=float, default=2.0, help="cap of the sampler/trainer importance weight; 0: off")
+    number("--lr", 1e-6, "peak learning rate of AdamW")
+    choice("--lr-schedule", "constant cosine linear", "learning rate after the warm-up")
+    number("--warmup-steps", 0, "steps of linear learning-rate warm-up")
+    number("--weight-decay", 0.0, "of AdamW")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar="N", help="of AdamW")
+    choice("--optim", "adamw adamw8bit", "adamw8bit: bitsandbytes, CUDA only")
+    number("--grad-clip", 1.0, "largest gradient norm")
+    number("--minibatches", 1, "optimizer steps on each batch of rollouts; 1: on policy")
+    number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
+    choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
+    choice("--ratio", "token sequence cispo", "importance ratio: GRPO, GSPO or CISPO")
+    number("--clip-low", 0.2, "lower clip of the ratio")
+    number("--clip-high", 0.2, "upper clip of the ratio; DAPO: 0.28")
+    choice("--loss-reduction", "token_mean sequence_mean constant", "what a token weighs in the whole batch")
+    number("--kl-coef", 0.0, "weight of the KL to the starting model; 0: that model is not loaded")
+    choice("--kl-estimator", "k3 k1 k2", "estimator of that KL")
+    number("--tis-cap", 2.0, "cap of the sampler/trainer importance weight; 0: off")
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval-data", help="held-out problems: files, presets, toy, toy_ood; comma-separated")
-    add("--eval-every", type=int, default=0, help="evaluate every so many steps; 0: never")
-    add("--eval-budgets", help="budgets to ask for, comma-separated (default: the trained ones)")
-    add("--eval-limit", type=int, default=200, help="problems of each held-out set")
-    add("--eval-n", type=int, default=1, help="samples per problem and budget")
-    add("--save-every", type=int, default=50, help="checkpoint every so many steps; 0: only at the end")
-    add("--keep", type=int, default=2, help="how many checkpoints to keep")
+    number("--eval-every", 0, "evaluate every N steps; 0: never")
+    add("--eval-budgets", help="budgets to ask for, comma-separated (default: trained ones)")
+    number("--eval-limit", 200, "problems of each held-out set")
+    number("--eval-n", 1, "samples per problem and budget")
+    number("--save-every", 50, "checkpoint every N steps; 0: only at the end")
+    number("--keep", 2, "checkpoints to keep")
     return parser
 
 
@@ -170,8 +135,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise BadInput(
                 f"--resume: --out ({args.out}) holds no run (no args.json); start without --resume"
             )
-        with open(saved) as f:
-            parser.set_defaults(**json.load(f))
+        try:
+            with open(saved) as f:
+                parser.set_defaults(**json.load(f))
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"--resume: {saved} is damaged ({error}): start again with --overwrite") from None
         args = parser.parse_args(argv)
     args.reward_args = keyword_args("--reward", args.reward, REWARDS, args.reward_args)
     args.advantage_args = keyword_args("--advantage", args.advantage, ADVANTAGES, args.advantage_args)
@@ -181,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> dict:
     """`["alpha=0.1"]` -> {"alpha": 0.1}, checked against the parameters of the function `name` in `table`."""
-    if name not in table:
+    if name not in table or name == "dot_threshold":  # that one is a cut length, not a reward
         raise BadInput(f"{flag} ({name}) must be one of: {', '.join(table)}")
     if isinstance(words, dict):  # from a resumed run's args.json
         return words
@@ -320,11 +288,12 @@ def check_prompts(rows: list[dict], tokenizer, args: argparse.Namespace, context
 # From responses to advantages
 
 
-def score(groups: list[list[dict]], rows: list[dict], tokenizer, args) -> dict:
-    """Adds `text`, `length`, `truncated`, `correct` to each response; the counters of the answer check."""
+def score(groups: list[list[dict]], rows: list[dict], prompts: list[list[int]], tokenizer, args) -> dict:
+    """Adds prompt_ids, text, length, truncated, correct to each response; counters of the answer check."""
     think_end = tokenizer.encode("</think>", add_special_tokens=False)
     flat = [(r, row) for row, group in zip(rows, groups, strict=True) for r in group]
-    for r, _ in flat:
+    for (r, _), ids in zip(flat, [ids for ids in prompts for _ in groups[0]], strict=True):
+        r["prompt_ids"] = ids
         stopped = r["finish_reason"] == "stop"
         # Only the end token is cut off: </think> is a special token in many models, and must stay readable.
         r["text"] = tokenizer.decode(r["ids"][:-1] if stopped else r["ids"], skip_special_tokens=False)
@@ -363,6 +332,18 @@ def rewards_and_advantages(rollouts: dict, args) -> tuple[np.ndarray, dict, np.n
     return total, parts, ADVANTAGES[args.advantage](rewards, rollouts, **args.advantage_args)
 
 
+def check_reward(rows: list[dict], args) -> None:
+    """Try reward and advantage on an invented batch: what does not fit shows now, not after sampling."""
+    lengths, rows = range(1, args.group_size + 1), rows[:2]
+    invented = [{"correct": n % 2, "length": min(n, args.max_tokens), "truncated": 0} for n in lengths]
+    try:
+        rewards_and_advantages(to_rollouts([invented] * len(rows), rows, args, 0), args)
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"--reward {args.reward} with --advantage {args.advantage} does not work here: {error.args[0]}"
+        ) from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The update. A batch is a flat list of responses {"prompt_ids", "ids", "logps", "advantage", "weight"}.
 
@@ -395,9 +376,8 @@ def to_tensors(micro: list[dict], device) -> dict:
 
     # Which tokens count follows from lengths alone: the end token is trained even if it is also the padding.
     ids = np.zeros((len(micro), max(map(total_length, micro))), dtype=np.int64)
-    flat = {
-        name: [] for name in ("row", "column", "target", "sampler_logp", "old_logp", "advantage", "weight")
-    }
+    names = ("row", "column", "target", "sampler_logp", "old_logp", "advantage", "weight")
+    flat = {name: [] for name in names}
     for i, r in enumerate(micro):
         p, n = len(r["prompt_ids"]), len(r["ids"])
         ids[i, : p + n] = r["prompt_ids"] + r["ids"]
@@ -437,9 +417,8 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
     parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
     for part in parts:
         # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
-        weights = response_weights(
-            torch.tensor([len(r["ids"]) for r in part]), args.loss_reduction, args.max_tokens
-        )
+        lengths = torch.tensor([len(r["ids"]) for r in part])
+        weights = response_weights(lengths, args.loss_reduction, args.max_tokens)
         for r, weight in zip(part, weights.tolist(), strict=True):
             r["weight"] = weight
     shares = [share_of(part, rank, processes) for part in parts]
@@ -477,17 +456,11 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
         dist.all_reduce(total)
         dist.all_reduce(gap_max, dist.ReduceOp.MAX)
         sums = dict(zip(sums, total.cpu(), strict=True))
-    means = {
-        k: (sums[k] / sums["tokens"]).item()
-        for k in ("entropy", "clip_fraction", "kl", "logp_gap")
-        if k in sums
-    }
-    return means | {
-        "loss": sums["loss"].item() / n,
-        "logp_gap_max": gap_max.item(),
-        "padding": 1 - (sums["real"] / sums["padded"]).item(),
-        "grad_norm": float(np.mean(norms)),
-    }
+    sums = {k: v.item() for k, v in sums.items()}
+    per_token = [k for k in ("entropy", "clip_fraction", "kl", "logp_gap") if k in sums]
+    means = {"loss": sums["loss"] / n, "logp_gap_max": gap_max.item(), "grad_norm": float(np.mean(norms))}
+    means |= {k: sums[k] / sums["tokens"] for k in per_token}
+    return means | {"padding": 1 - sums["real"] / sums["padded"]}
 
 
 def add_old_logps(model, batch: list[dict], args, device) -> None:
@@ -528,8 +501,8 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
     add_old_logps(model, batch, args, device)
     gap = max(abs(a - b) for r in batch for a, b in zip(r["logps"], r["old_logps"], strict=True))
-    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off, and a small step hides in that:
-    # so the weights themselves are compared as well.
+    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off, and a small step hides
+    # in that: so the weights themselves are compared as well.
     limit = 1e-3 if args.dtype == "float32" else 0.5
     stale = sampler.stale_weights(model) if sampler.name == "vllm" else []
     if stale or not gap < limit:
@@ -591,18 +564,38 @@ def show_samples(groups, rows, total, log) -> None:
         )
 
 
-def show_step(m: dict, args, bar, log) -> None:
-    """One line a step, or the bar of a terminal."""
+def make_log(args, state):
+    """(tqdm bar or None, function that prints a line): bar on a terminal, lines elsewhere, one rank only."""
+    from tqdm import tqdm
+
+    if not state.is_main_process:
+        return None, lambda text: None
+    bar = tqdm(total=args.steps, dynamic_ncols=True) if sys.stderr.isatty() else None
+    return bar, bar.write if bar else lambda text: print(text, flush=True)
+
+
+def log_step(
+    step: int, rollouts: dict, total, parts: dict, trained: dict, clock: list, args, bar, log
+) -> None:
+    """One line of metrics.jsonl, and one line on the screen (or the bar of a terminal)."""
+    m = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
+    m |= {f"reward_{name}": part.mean() for name, part in parts.items()}
+    m |= {"accuracy": rollouts["correct"].mean(), **length_metrics(rollouts)}
+    m |= {"zero_variance": (np.ptp(total, -1) < 1e-9).mean(), **trained}
+    seconds = dict(zip(("sample", "verify", "train", "sync"), np.diff(clock), strict=True))
+    m |= {f"seconds_{name}": value for name, value in seconds.items()}
+    m |= {"tokens_per_second": rollouts["length"].sum() / (clock[-1] - clock[0]), "peak_gib": peak_memory()}
+    with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps(evaluate.jsonable(m), allow_nan=False) + "\n")
     error = f"  error {m['abs_error']:6.1%}" if "abs_error" in m else ""
     text = f"reward {m['reward']:+.3f}  accuracy {m['accuracy']:.2f}  length {m['length']:.1f}{error}"
     if bar is not None:
         bar.set_postfix_str(text)
-        bar.update()
+        bar.update(step + 1 - bar.n)
         return
-    spent = sum(m[f"seconds_{k}"] for k in ("sample", "verify", "train", "sync"))
     log(
-        f"step {m['step'] + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  "
-        f"entropy {m['entropy']:.2f}  grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {spent:.1f} s"
+        f"step {step + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
+        f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {clock[-1] - clock[0]:.1f} s"
     )
 
 
@@ -621,11 +614,11 @@ def peak_memory() -> float:
 # Checkpoints: a Hugging Face folder plus trainer_state.pt; there completely or not at all.
 
 
-def save_checkpoint(out: str, step: int, model, tokenizer, optimizer, memory: dict, keep: int) -> str:
+def save_checkpoint(folder: str, step: int, model, tokenizer, optimizer, memory: dict, keep: int) -> None:
     """Write OUT/checkpoint-STEP under a temporary name, flush it to disk, rename it; delete older ones."""
     import torch
 
-    final, temporary = os.path.join(out, f"checkpoint-{step}"), os.path.join(out, f".writing-{step}")
+    out, temporary = os.path.dirname(folder), folder.replace("checkpoint-", ".writing-")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -641,11 +634,10 @@ def save_checkpoint(out: str, step: int, model, tokenizer, optimizer, memory: di
         handle = os.open(os.path.join(temporary, name), os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(os.path.join(out, f"checkpoint-{old}"))
-    return final
 
 
 def checkpoints(out: str) -> list[int]:
@@ -708,13 +700,12 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     from sampler import load_model, make_sampler, pick_sampler
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[])
+    check_reward(s.rows, args)
     s.folder, s.path = newest_checkpoint(args), args.model
     if args.eval_data:
         s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
     if args.optim == "adamw8bit" and state.device.type != "cuda":
-        raise BadInput(
-            "--optim adamw8bit needs a CUDA device: its kernels exist only there; use --optim adamw"
-        )
+        raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
     if s.path is None:
         cache = os.path.dirname(os.path.abspath(args.out))
         if state.is_main_process:  # one process makes the toy's base model, the others find it in the cache
@@ -745,6 +736,11 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     if state.is_main_process:
         open_run(args, s.start)
     state.wait_for_everyone()
+    log(
+        f"{s.model.num_parameters() / 1e6:.2f}M parameters on {state.device}, {state.num_processes} "
+        f"process(es), {len(s.rows)} rows, reward {args.reward}, advantage {args.advantage}, sampler {kind}, "
+        f"steps {s.start}..{args.steps}"
+    )
     return s
 
 
@@ -752,33 +748,18 @@ def train(args: argparse.Namespace) -> None:
     """The whole run; see the docstring of this file."""
     import torch
     from accelerate import PartialState
-    from tqdm import tqdm
 
     # ---- Setup ---------------------------------------------------------------------------------------------
-    state = PartialState(
-        cpu=not torch.cuda.is_available()
-    )  # under plain torchrun it takes one CPU process for all
-    rank, processes, device, first = (
-        state.process_index,
-        state.num_processes,
-        state.device,
-        state.is_main_process,
-    )
-    bar = tqdm(total=args.steps, dynamic_ncols=True) if first and sys.stderr.isatty() else None
-    log = (lambda text: None) if not first else bar.write if bar else (lambda text: print(text, flush=True))
+    # Without `cpu` plain torchrun on a machine without GPU would run N single trainers side by side.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    rank, processes, device = state.process_index, state.num_processes, state.device
+    bar, log = make_log(args, state)
     began = time.monotonic()
     s = set_up(args, state, log)
-    log(
-        f"{s.model.num_parameters() / 1e6:.2f}M parameters on {device}, {processes} process(es), "
-        f"{len(s.rows)} rows, reward {args.reward}, advantage {args.advantage}, sampler {s.sampler.name}, "
-        f"steps {s.start}..{args.steps}"
-    )
     # The engine was built from the starting model: it gets the trainer's weights before anything is sampled.
     probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
     s.sampler.sync(s.model)
     check_sync(s.sampler, s.model, probe, args, device)
-    if bar:
-        bar.update(s.start)
     if args.model is None and s.start == 0:
         evaluate_toy(s, args, "eval_base", state, log)
 
@@ -794,10 +775,7 @@ def train(args: argparse.Namespace) -> None:
         clock.append(time.monotonic())
 
         # ---- Verify and reward: every process gets the whole batch, so advantages cannot differ ------------
-        counts = score(groups, own, s.tokenizer, args)
-        for ids, group in zip(prompts, groups, strict=True):
-            for r in group:
-                r["prompt_ids"] = ids
+        counts = score(groups, own, prompts, s.tokenizer, args)
         if processes > 1:
             groups, counts = evaluate.gather(groups), evaluate.sum_counts(evaluate.gather([counts]))
         rollouts = to_rollouts(groups, rows, args, step)
@@ -825,24 +803,16 @@ def train(args: argparse.Namespace) -> None:
         clock.append(time.monotonic())
 
         # ---- Log, evaluate, save ---------------------------------------------------------------------------
-        metrics = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
-        metrics |= {f"reward_{name}": part.mean() for name, part in parts.items()}
-        metrics |= {"accuracy": rollouts["correct"].mean(), **length_metrics(rollouts)}
-        metrics |= {"zero_variance": (np.ptp(total, -1) < 1e-9).mean(), **trained, "lr": lr, **counts}
-        for name, seconds in zip(("sample", "verify", "train", "sync"), np.diff(clock), strict=True):
-            metrics[f"seconds_{name}"] = seconds
-        metrics["tokens_per_second"] = rollouts["length"].sum() / (clock[-1] - clock[0])
-        metrics["peak_gib"] = peak_memory()
-        if first:
-            with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
-                f.write(json.dumps(evaluate.jsonable(metrics), allow_nan=False) + "\n")
-            show_step(metrics, args, bar, log)
+        if state.is_main_process:
+            log_step(step, rollouts, total, parts, trained | {"lr": lr} | counts, clock, args, bar, log)
         done = step + 1
         if args.eval_every and done % args.eval_every == 0:
             evaluate_held_out(s, args, f"eval-{done}", state, log)
-        if first and (done == args.steps or (args.save_every and done % args.save_every == 0)):
-            s.folder = save_checkpoint(args.out, done, s.model, s.tokenizer, s.optimizer, s.memory, args.keep)
-        state.wait_for_everyone()
+        if done == args.steps or (args.save_every and done % args.save_every == 0):
+            s.folder = os.path.join(args.out, f"checkpoint-{done}")
+            if state.is_main_process:
+                save_checkpoint(s.folder, done, s.model, s.tokenizer, s.optimizer, s.memory, args.keep)
+            state.wait_for_everyone()
 
     # ---- Done ----------------------------------------------------------------------------------------------
     log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}")
@@ -854,17 +824,20 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate_held_out(s, args, name: str, state, log) -> None:
     """A budget sweep over --eval-data; the results go to OUT/NAME."""
-    trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
-    budgets = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else trained
+    budgets = sorted({row["budget"] for row in s.rows if row.get("budget")})
+    if len(budgets) > 8:  # drawn from a range: four that stand for it
+        budgets = [int(b) for b in np.quantile(budgets, [0.125, 0.375, 0.625, 0.875])]
+    if args.eval_budgets:
+        budgets = [int(b) for b in args.eval_budgets.split(",")]
     mode = "exact" if args.mode == "both" else args.mode
     run_evaluation(s, args, s.held_out, budgets or [None], mode, args.eval_n, name, state, log)
 
 
 def evaluate_toy(s, args, name: str, state, log) -> None:
     """The toy's table: trained and untrained budgets, the trained task and the one that RL never sees."""
-    problems, budgets, n = toy.problems("toy", "test", 100), toy.ASKED_BEFORE, 2
+    problems, budgets, n = toy.problems("toy", "test", toy.TESTED), toy.ASKED_BEFORE, 2
     if name == "eval":
-        problems, budgets, n = problems + toy.problems("toy_ood", "test", 100), toy.ASKED, 4
+        problems, budgets, n = problems + toy.problems("toy_ood", "test", toy.TESTED), toy.ASKED, 4
     # One cap for all, so that a budget which is not obeyed shows the length it gets and not the cap.
     run_evaluation(s, args, problems, budgets, "exact", n, name, state, log, max_tokens=2 * toy.ASKED[-1])
 
@@ -896,11 +869,8 @@ def start_cpu_processes() -> None:
     accelerate leaves several CPU processes to mpirun. What it leaves is a MASTER_ADDR without a WORLD_SIZE;
     the number stands in the launcher's command line only. torchrun then starts what was asked for.
     """
-    if (
-        os.environ.get("ACCELERATE_USE_CPU") != "True"
-        or "MASTER_ADDR" not in os.environ
-        or "WORLD_SIZE" in os.environ
-    ):
+    env = os.environ
+    if env.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in env or "WORLD_SIZE" in env:
         return
     import psutil
 

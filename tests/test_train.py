@@ -257,6 +257,7 @@ def test_two_processes_run_the_script(tiny, script, tmp_path):
 def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(toy.WARMUP, "batches", 3)
     monkeypatch.setattr(toy, "ASKED", [16, 64])
+    monkeypatch.setattr(toy, "TESTED", 5)
     assert train_grpo.main(["--steps", "2", "--out", str(tmp_path / "toy"), "--group-size", "4"]) == 0
     out = capsys.readouterr().out
     assert "violins" in out and "step    2/2" in out and "answer" in out
