@@ -13,6 +13,8 @@ processes). A loss is then a plain weighted sum: it cannot depend on how the bat
     0.0
 """
 
+import math
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -155,3 +157,29 @@ def policy_loss(
         loss = loss + kl_coef * kl
         stats["kl"] = kl.detach().sum(dtype=torch.float64)
     return (loss * weight.to(loss.dtype)).sum(), stats
+
+
+def drpo_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, row: torch.Tensor, group: torch.Tensor, correct: torch.Tensor,
+    *, lam: float = 0.1, tau: float = 10.0, l_max: float = 8192, kl_coef: float = 1e3, kl_delta: float = 1e-4,
+) -> torch.Tensor:  # fmt: skip
+    """DRPO (2510.04474 Eq. 7): shorter right answers weigh more among the right ones and count against none.
+
+    Token values [T], `row` [T]; per response [N] its question `group` and `correct`. With s = mean logp of a
+    response: loss = -mean over questions of (sum of w s over right ones - tau log mean exp(s / tau) over wrong
+    ones), w = softmax(-length / (l_max lam)). A question without both kinds adds 0; KL above kl_delta costs its
+    square.
+    """
+    n = len(group)
+    length = row_sum(torch.ones_like(logp), row, n)
+    score = row_sum(logp, row, n) / length.clamp(min=1)
+    loss = logp.new_zeros(())
+    questions = group.unique()
+    for question in questions:
+        right = ((group == question) & (correct > 0)).nonzero()[:, 0]
+        wrong = ((group == question) & (correct <= 0)).nonzero()[:, 0]
+        if len(right) and len(wrong):
+            weight = (-length[right] / (l_max * lam)).softmax(0)
+            push_down = tau * ((score[wrong] / tau).logsumexp(0) - math.log(len(wrong)))
+            loss = loss - ((weight * score[right]).sum() - push_down) / len(questions)
+    return loss + kl_coef / 2 * ((old_logp - logp).mean() - kl_delta).clamp(min=0).square()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import losses
 import rewards
 
 FILES = [Path(__file__).parent / "data" / "golden.json"]
@@ -26,30 +28,83 @@ def run_advantage(name, batch, params):
     return rewards.ADVANTAGES[name](batch["rewards"], batch, **params)
 
 
+def flat(ragged):
+    return None if ragged is None else torch.tensor([v for r in ragged for v in r], dtype=torch.float64)
+
+
+def rows_of(ragged):
+    return torch.tensor([i for i, r in enumerate(ragged) for _ in r], dtype=torch.long)
+
+
+def ragged_like(values, ragged):
+    values = iter(values.tolist())
+    return [[next(values) for _ in r] for r in ragged]
+
+
+def run_loss(name, batch, params):
+    logp, row = flat(batch["logp"]).requires_grad_(), rows_of(batch["logp"])
+    if name == "drpo":
+        options = {"kl_coef" if k == "kl_beta" else k: v for k, v in params.items()}
+        group, correct = torch.tensor(batch["group"]), torch.tensor(batch["correct"])
+        loss = losses.drpo_loss(logp, flat(batch["old_logp"]), row, group, correct, **options)
+    else:
+        assert name in ("clipped", "gspo", "cispo"), f"loss {name} is not implemented"
+        options = {"kl_coef" if k == "kl_beta" else k: v for k, v in params.items()}
+        reduction, constant = options.pop("reduction"), options.pop("constant")
+        lengths = torch.tensor([len(r) for r in batch["logp"]])
+        loss, _ = losses.policy_loss(
+            logp,
+            flat(batch["old_logp"]),
+            torch.tensor(batch["advantage"], dtype=torch.float64)[row],
+            losses.response_weights(lengths, reduction, constant)[row],
+            row,
+            sampler_logp=flat(batch["sampler_logp"]),
+            ref_logp=flat(batch["ref_logp"]),
+            **options,
+        )
+    loss.backward()
+    return {"loss": loss.item(), "grad_logp": ragged_like(logp.grad, batch["logp"])}
+
+
+def run_kl(name, batch, params):
+    logp, ref = (torch.tensor(batch[k], dtype=torch.float64) for k in ("logp", "ref_logp"))
+    return losses.kl_estimate(logp, ref, name).tolist()
+
+
 def run_weight(name, batch, params):
-    return {"drpo_weights": rewards.drpo_weights}[name](batch, **params)
+    if name == "drpo_weights":
+        return rewards.drpo_weights(batch, **params)
+    old, row = flat(batch["old_logp"]), rows_of(batch["old_logp"])
+    if name == "gspo_ratio":
+        got = losses.sequence_ratio(flat(batch["logp"]), old, row)
+    else:
+        assert name == "tis", f"weight {name} is not implemented"
+        by_row = row if params["level"] == "sequence" else None
+        got = losses.tis_weight(old, flat(batch["sampler_logp"]), params["cap"], by_row)
+    got = ragged_like(got, batch["old_logp"])
+    return got if params.get("level") == "token" else [r[0] for r in got]
 
 
 def run_schedule(name, batch, params):
     return {"curriculum_budget": rewards.curriculum_budget}[name](batch["step"], **params)
 
 
-# One runner per kind: (name, batch, params) -> the shape of "expected". The kinds loss and kl, and the
-# weights tis and gspo_ratio, belong to losses.py, the kind metric to evaluate.py.
+# One runner per kind: (name, batch, params) -> the shape of "expected". Metrics: test_evaluate.py.
 RUNNERS = {
     "reward": run_reward,
     "advantage": run_advantage,
+    "loss": run_loss,
+    "kl": run_kl,
     "weight": run_weight,
     "schedule": run_schedule,
 }
-ELSEWHERE = {("weight", "tis"), ("weight", "gspo_ratio")}
 
 
 def load_cases():
     cases = []
     for path in FILES:
         for number, case in enumerate(json.loads(path.read_text())["cases"]):
-            if case["kind"] in RUNNERS and (case["kind"], case["name"]) not in ELSEWHERE:
+            if case["kind"] != "metric":
                 cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
     return cases
 
