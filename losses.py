@@ -166,9 +166,9 @@ def drpo_loss(
     """DRPO (2510.04474 Eq. 7): shorter right answers weigh more among the right ones and count against none.
 
     Token values [T], `row` [T]; per response [N] its question `group` and `correct`. With s = mean logp of a
-    response: loss = -mean over questions of (sum of w s over right ones - tau log mean exp(s / tau) over wrong
-    ones), w = softmax(-length / (l_max lam)). A question without both kinds adds 0; KL above kl_delta costs its
-    square.
+    response, loss = -mean over questions of (sum of w s over right ones - tau log mean exp(s / tau) of wrong
+    ones), w = softmax(-length / (l_max lam)). A question without both kinds adds 0; KL above kl_delta costs
+    its square.
     """
     n = len(group)
     length = row_sum(torch.ones_like(logp), row, n)

@@ -818,6 +818,8 @@ def train(args: argparse.Namespace) -> None:
     log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}")
     if args.model is None:
         evaluate_toy(s, args, "eval", state, log)
+        if state.is_main_process:
+            log(toy_summary(args.out))
     if bar:
         bar.close()
 
@@ -840,6 +842,22 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
         problems, budgets, n = problems + toy.problems("toy_ood", "test", toy.TESTED), toy.ASKED, 4
     # One cap for all, so that a budget which is not obeyed shows the length it gets and not the cap.
     run_evaluation(s, args, problems, budgets, "exact", n, name, state, log, max_tokens=2 * toy.ASKED[-1])
+
+
+def toy_summary(out: str) -> str:
+    """Before and after in two lines, from the two evaluations of a toy run."""
+    both = []
+    for name in ("eval_base", "eval"):
+        with open(os.path.join(out, name, "results.json")) as f:
+            both.append(json.load(f)["datasets"]["toy"])
+    largest = str(toy.ASKED_BEFORE[-1])
+    errors = [f"{part['mean_trained']['abs_error']:.1%}" for part in both]
+    right = [f"{part['budgets'][largest]['accuracy']:.1%}" for part in both]
+    asked = ", ".join(map(str, toy.ASKED_BEFORE))
+    return (
+        f"asked for {asked} tokens: mean error {errors[0]} before, {errors[1]} after; accuracy at {largest} tokens: "
+        f"{right[0]} before, {right[1]} after\nlook at {os.path.join(out, 'eval', 'violins_toy.png')}"
+    )
 
 
 def run_evaluation(s, args, problems, budgets, mode, n, name, state, log, max_tokens=None) -> None:

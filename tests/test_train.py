@@ -260,7 +260,10 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toy, "TESTED", 5)
     assert train_grpo.main(["--steps", "2", "--out", str(tmp_path / "toy"), "--group-size", "4"]) == 0
     out = capsys.readouterr().out
-    assert "violins" in out and "step    2/2" in out and "answer" in out
+    assert "step    2/2" in out and "answer" in out and "mean error" in out.splitlines()[-2]
+    assert (
+        os.path.getsize(out.splitlines()[-1].removeprefix("look at ")) > 5000
+    )  # it says where the pictures are
     with open(tmp_path / "toy" / "eval" / "results.json") as f:
         results = json.load(f)
     assert set(results["datasets"]) == {"toy", "toy_ood"} and results["trained_budgets"] == [16, 32, 48, 64]
