@@ -48,7 +48,9 @@ class HFSampler:
         if seed is not None:
             torch.manual_seed(seed)
         caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-        was_training, done, per_call = self.model.training, [], max(1, 512 // n)
+        # At most 512 rows and 2^18 tokens at once: the cache of keys and values has to fit into memory.
+        rows = min(512, 2**18 // (max(map(len, prompts)) + max(caps)))
+        was_training, done, per_call = self.model.training, [], max(1, rows // n)
         self.model.eval()
         for start in range(0, len(prompts), per_call):
             part = slice(start, start + per_call)

@@ -855,8 +855,8 @@ def toy_summary(out: str) -> str:
     right = [f"{part['budgets'][largest]['accuracy']:.1%}" for part in both]
     asked = ", ".join(map(str, toy.ASKED_BEFORE))
     return (
-        f"asked for {asked} tokens: mean error {errors[0]} before, {errors[1]} after; accuracy at {largest} tokens: "
-        f"{right[0]} before, {right[1]} after\nlook at {os.path.join(out, 'eval', 'violins_toy.png')}"
+        f"asked for {asked} tokens: mean error {errors[0]} before, {errors[1]} after; accuracy at {largest} "
+        f"tokens: {right[0]} before, {right[1]} after\nlook at {os.path.join(out, 'eval', 'violins_toy.png')}"
     )
 
 

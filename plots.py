@@ -1,0 +1,199 @@
+"""The three pictures of an evaluation, from plain numbers to PNG files; evaluate.py calls draw().
+
+    violins   produced against requested length, a violin per budget with its median
+    accuracy  accuracy against mean produced length, with one standard error over problems
+    error     mean absolute and mean signed length error per budget
+
+A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
+response that never ends would flatten all others. Figures in results.json always count every response.
+"""
+
+import os
+import re
+
+import numpy as np
+
+# Told apart by shape and brightness too, so that a greyscale print loses nothing.
+DARK, LIGHT, OTHER, SAND = "#1f3f5f", "#8fb8dc", "#8a4b08", "#f2b56b"
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
+    """Three pictures per data set of evaluate.shown_part; returns the PNG paths. `trained`: budgets in tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: a training machine has no screen
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for name, part in shown.items():
+        # Responses from elsewhere may lack a token count: their budget has no place on a length axis.
+        lengths = {b: x for b, x in part["lengths"].items() if len(x)}
+        figures = {b: part["figures"][b] for b in lengths}
+        suffix = "" if len(shown) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
+        for kind, function in PICTURES.items():
+            # Without a single budget there is still an accuracy at a length.
+            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
+                continue
+            with plt.rc_context(STYLE):
+                picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+                function(ax, figures, lengths, trained)
+                ax.set_title(heading(name, part, lengths, model), fontsize=11, loc="left")
+                paths.append(os.path.join(out, f"{kind}{suffix}.png"))
+                picture.savefig(paths[-1], dpi=150)
+                plt.close(picture)  # pyplot would keep every picture of a long run in memory
+    return paths
+
+
+def heading(name: str, part: dict, lengths: dict, model: str | None) -> str:
+    """What was measured and on which model; a dollar sign in a name starts no formula."""
+    most = max(map(len, lengths.values()))
+    text = f"{name}: {part['problems']} problems, {most} responses a budget"
+    text += f", mode {part['mode']}" if part["mode"] else ""
+    text += f"\n{os.path.basename(model.rstrip('/'))}" if model else ""
+    return text.replace("$", r"\$")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pieces that several pictures share
+
+
+def density(values: np.ndarray, least: float, points: int = 120) -> tuple[np.ndarray, np.ndarray]:
+    """(grid, height scaled to 1): Gaussian kernel estimate cut at both ends, bandwidth Scott's or `least`."""
+    grid, width = np.linspace(values.min(), values.max(), points), values.std() * len(values) ** -0.2
+    # A thousand quantiles stand for the values: the cost does not grow with their number.
+    values, width = np.quantile(values, np.linspace(0, 1, 1000)), max(width, least)
+    height = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2).sum(1)
+    return grid, height / height.max()
+
+
+def plain_ticks(axis, values) -> None:
+    """Ticks at these values, written as plain numbers whatever the scale (no 2^10)."""
+    axis.set_ticks(values, [f"{v:g}" for v in values])
+    axis.set_ticks([], minor=True)
+
+
+def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
+    """Which budgets lie in the range of the trained ones: inside it a budget was interpolated, not new."""
+    return np.array([bool(trained) and min(trained) <= b <= max(trained) for b in budgets], bool)
+
+
+def legend(ax) -> None:
+    """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
+    found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
+    ax.legend(found.values(), found.keys(), fontsize=9, **place)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures: (axes, {budget: figures}, {budget: lengths}, trained budgets); budget None is the run without one
+
+
+def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Produced against requested length: a violin per budget at its true place, outer 5% cut on each side."""
+    asked = [b for b in lengths if b is not None]
+    cut = {b: np.quantile(lengths[b], [0.05, 0.5, 0.95]) for b in lengths}
+    # Budgets that would crowd on linear axes get logarithmic ones; the identity stays a straight line.
+    log = len(asked) > 1 and min(np.diff(asked)) < 0.05 * asked[-1]
+    to, back = (np.log2, np.exp2) if log else (np.asarray, np.asarray)
+    # Violins nearly touch where budgets are closest; a lone one gets a fair share of the axis.
+    half = 0.38 * (min(np.diff(to(asked))) if len(asked) > 1 else 0.4 * asked[0])  # of a violin's width
+    least, most = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
+    low, high = float(back(to(asked[0]) - 1.5 * half)), float(back(to(asked[-1]) + 1.5 * half))
+    low = low if log else min(0, low)
+    line = np.array([low, high])
+    if trained:
+        ax.axvspan(min(trained), max(trained), color="0.92", zorder=0, label="trained range")
+    ax.plot(line, line, color="black", lw=1.2, ls="--", zorder=5, label="exactly as asked")
+    ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
+    for budget in asked:
+        violin(ax, budget, lengths[budget], cut[budget], half, to, back)
+    ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
+    if None in cut:
+        label = f"median without a budget: {cut[None][1]:.0f}"
+        ax.axhline(cut[None][1], color=OTHER, lw=1.4, ls="-.", zorder=2, label=label)
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        plain_ticks(ax.yaxis, asked)
+    plain_ticks(ax.xaxis, asked)
+    ax.set(xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%")
+    ax.set_xlim(low, high)
+    ax.set_ylim(min(low, max(0.5, 0.9 * least)) if log else 0, 1.08 * max(most, asked[-1]))
+    legend(ax)
+
+
+def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back) -> None:
+    """One violin with its median; `half` its half width on the axis, `to` and `back` the axis' scale."""
+    low, median, high = cut
+    kept = length[(length >= low) & (length <= high)]
+    # Lengths are whole numbers: a kernel narrower than half a token would show that and nothing else.
+    narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
+    grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
+    left, right = to(budget) - half * height, to(budget) + half * height
+    ax.fill_betweenx(back(grid), back(left), back(right), fc=LIGHT, ec=DARK, lw=1, zorder=4)
+    ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
+    ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
+    above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, zorder=7)
+    above["bbox"] = dict(fc="white", ec="none", alpha=0.7, pad=0.5)  # readable on top of a line
+    ax.annotate(f"{median:.0f}", (budget, high), **above)
+
+
+def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Accuracy against mean produced length, with one standard error over problems; labels: budgets."""
+    asked = [b for b in figures if b is not None]
+    x = {b: c["mean_length"] for b, c in figures.items()}
+    y = {b: 100 * c["accuracy"] for b, c in figures.items()}
+    bars = {b: 100 * np.nan_to_num(c["accuracy_stderr"]) for b, c in figures.items()}
+    known = dict(zip(asked, is_trained(asked, trained), strict=True))
+    ax.plot([x[b] for b in asked], [y[b] for b in asked], color=DARK, lw=1.2, zorder=2)
+    kinds = [
+        ([b for b in asked if known[b]], "o", DARK, DARK, "budgets in the trained range"),
+        ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets"),
+        ([b for b in figures if b is None], "D", SAND, OTHER, "no budget"),
+    ]
+    for group, marker, face, color, label in kinds:
+        if group:
+            style = dict(fmt=marker, ms=8, mfc=face, color=color, capsize=3, zorder=3, label=label)
+            ax.errorbar([x[b] for b in group], [y[b] for b in group], [bars[b] for b in group], **style)
+    for i, budget in enumerate(asked):
+        # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
+        place = dict(xytext=(7, -14), ha="left") if i % 2 else dict(xytext=(-6, 6), ha="right")
+        ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
+    # Accuracy grows with the logarithm of the length, if at all: lengths far apart get that axis.
+    if max(x.values()) > 8 * min(x.values()) > 0:
+        ax.set_xscale("log", base=2)
+        low, high = (int(np.log2(f(x.values()))) for f in (min, max))
+        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
+    ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
+    # At least 16 points of accuracy are shown, so that noise does not look like a trend.
+    reach = max(8, max(bars.values()) + 3)
+    ax.margins(x=0.09)  # room for the labels
+    ax.set_ylim(max(-2, min(y.values()) - reach), min(104, max(y.values()) + reach))
+    ax.grid(axis="y", color="0.9")
+    legend(ax)
+
+
+def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Mean absolute length error by budget as bars, signed error as marks; both relative to the budget."""
+    asked = [b for b in figures if b is not None]
+    size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
+    # Evenly spaced: the size of an error says nothing about the distance between two budgets.
+    x, known = np.arange(len(asked)), is_trained(asked, trained)
+    bars = ax.bar(x, size, 0.6, color=LIGHT, edgecolor=DARK, zorder=2, label="mean absolute error")
+    # Clear of the diamond, which sits on the bar's end where all responses miss on the same side.
+    ax.bar_label(bars, [f"{v:.1f}%" for v in size], padding=7, fontsize=9)
+    ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
+    ax.axhline(0, color="black", lw=0.8)
+    ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
+    if known.any():
+        ends = x[known].min() - 0.5, x[known].max() + 0.5
+        ax.axvspan(*ends, color="0.92", zorder=0, label="trained range")
+    ax.set_xticks(x, [str(b) for b in asked])
+    ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
+    ax.set_xlim(-0.8, len(asked) - 0.2)
+    ax.set_ylim(1.25 * min(0, *signed), 1.2 * max(*size, 10))
+    legend(ax)
+
+
+PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
