@@ -184,3 +184,19 @@ def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
     shutil.rmtree(path, ignore_errors=True)
     os.rename(temporary, path)
     return path
+
+
+def summary(out: str) -> str:
+    """Before and after in two lines, from the two evaluations of a toy run."""
+    both = []
+    for name in ("eval_base", "eval"):
+        with open(os.path.join(out, name, "results.json")) as f:
+            both.append(json.load(f)["datasets"]["toy"])
+    largest = str(ASKED_BEFORE[-1])
+    errors = [f"{part['mean_trained']['abs_error']:.1%}" for part in both]
+    right = [f"{part['budgets'][largest]['accuracy']:.1%}" for part in both]
+    asked = ", ".join(map(str, ASKED_BEFORE))
+    return (
+        f"asked for {asked} tokens: mean error {errors[0]} before, {errors[1]} after; accuracy at {largest} "
+        f"tokens: {right[0]} before, {right[1]} after\nlook at {os.path.join(out, 'eval', 'violins_toy.png')}"
+    )

@@ -171,6 +171,7 @@ def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> 
 
 def check_args(args: argparse.Namespace) -> None:
     """Every rule that needs neither the data nor the model."""
+    # Set by torchrun and by accelerate: known here before either of the two is imported.
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.model and not args.data:
         raise BadInput(
@@ -215,6 +216,7 @@ def check_args(args: argparse.Namespace) -> None:
         and not os.path.exists(os.path.join(args.model, "config.json"))
     ):
         raise BadInput(f"--model ({args.model}) has no config.json: name a Hugging Face model folder")
+    # A mistyped path would be looked up on the hub otherwise, with retries and an unhelpful answer.
     if args.model and not os.path.isdir(args.model) and (args.model[0] in "./~" or args.model.count("/") > 1):
         raise BadInput(f"--model ({args.model}) is no folder, and no hub id (OWNER/NAME): check the path")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
@@ -239,6 +241,8 @@ def load_rows(args: argparse.Namespace) -> list[dict]:
             f"--data ({args.data}) has rows without a prompt: annotate them with data.py, or give --budgets"
         )
     budgets = [row["budget"] for row in rows if row.get("budget")]
+    # Without a budget these rewards are plain correctness: the run would look fine and learn no length at
+    # all.
     if not budgets and args.reward.startswith(("lcpo", "tulu", "peaked")):
         raise BadInput(
             f"--reward ({args.reward}) needs budgets, but --data ({args.data}) has none: give --budgets"
@@ -253,6 +257,8 @@ def load_rows(args: argparse.Namespace) -> list[dict]:
 
 def rows_of_step(rows: list[dict], args: argparse.Namespace, step: int) -> list[dict]:
     """The P rows of a step: the data in a new random order every epoch, one epoch running into the next."""
+    # No iterator and no generator is kept between steps: the position is the step, so resuming needs nothing
+    # else.
     chosen, epochs = [], {}
     for position in range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step):
         epoch, i = divmod(position, len(rows))
@@ -314,6 +320,7 @@ def score(groups: list[list[dict]], rows: list[dict], prompts: list[list[int]], 
 
 def to_rollouts(groups: list[list[dict]], rows: list[dict], args, step: int) -> dict:
     """One batch as the reward functions read it: arrays [P, G] of responses and [P] of prompts."""
+    # A missing budget is nan, not -1: a sentinel would be taken for a number by some reward sooner or later.
     table = {k: np.array([[r[k] for r in g] for g in groups]) for k in ("correct", "length", "truncated")}
     table["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=np.float64)
     table["mode"] = [row.get("mode") for row in rows]
@@ -323,6 +330,7 @@ def to_rollouts(groups: list[list[dict]], rows: list[dict], args, step: int) -> 
 def rewards_and_advantages(rollouts: dict, args) -> tuple[np.ndarray, dict, np.ndarray]:
     """(total reward [P, G], its parts {name: [P, G]}, advantages [P, G])."""
     function, parts = REWARDS[args.reward], {}
+    # Reward functions are copied into other projects, so they know nothing of args: names match by signature.
     total = function(rollouts, **args.reward_args)
     if "parts" in inspect.signature(function).parameters:
         parts = function(rollouts, **args.reward_args, parts=True)
@@ -350,6 +358,9 @@ def check_reward(rows: list[dict], args) -> None:
 
 def micro_batches(batch: list[dict], limit: int) -> list[list[dict]]:
     """Longest first, as many as fit into `limit` tokens when padded to the longest: little is padding."""
+    # With budgets from 100 to 4000, batches in random order would be half padding. Longest first also means
+    # that the micro-batch which needs most memory is the first one: what fits once, fits to the end of the
+    # step.
     parts = []
     for r in sorted(batch, key=total_length, reverse=True):
         if not parts or (len(parts[-1]) + 1) * total_length(parts[-1][0]) > limit:
@@ -413,6 +424,8 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
 
     from losses import policy_loss, response_weights
 
+    # Each response belongs to one minibatch (an optimizer step), there to one process, there to one micro-
+    # batch.
     n, sums, gap_max, norms = args.minibatches, {}, torch.zeros(1, device=device), []
     parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
     for part in parts:
@@ -438,6 +451,8 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
                 clip_high=args.clip_high, sampler_logp=t["sampler_logp"], tis_cap=args.tis_cap or None,
                 ref_logp=ref, kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
             )  # fmt: skip
+            # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the
+            # minibatch.
             loss.backward()
             gap = (old - t["sampler_logp"]).abs()
             gap_max = torch.maximum(gap_max, gap.max())
@@ -467,6 +482,8 @@ def add_old_logps(model, batch: list[dict], args, device) -> None:
     """`old_logps` of every response under the policy that is about to be updated."""
     import torch
 
+    # Not the sampler's log-probs: the ratio compares two policies, and must be 1 where the policy has not
+    # changed.
     with torch.no_grad():
         for micro in micro_batches(batch, args.micro_tokens):
             flat = model_logps(model, to_tensors(micro, device), args)[0].tolist()
@@ -526,6 +543,7 @@ def length_metrics(rollouts: dict) -> dict:
         "length_p95": np.quantile(length, 0.95),
         "truncated": rollouts["truncated"].mean(),
     }
+    # Signed errors of over- and undershoot cancel in their mean, so the absolute ones are logged beside them.
     have = ~np.isnan(budget)
     if not have.any():
         return out
@@ -630,6 +648,8 @@ def save_checkpoint(folder: str, step: int, model, tokenizer, optimizer, memory:
         "torch_rng": torch.get_rng_state(),
     }
     torch.save(state, os.path.join(temporary, "trainer_state.pt"))
+    # A rename that survives a power cut while the data does not would leave a whole-looking, empty
+    # checkpoint.
     for name in [*os.listdir(temporary), ""]:  # every file, then the folder itself
         handle = os.open(os.path.join(temporary, name), os.O_RDONLY)
         os.fsync(handle)
@@ -681,6 +701,7 @@ def open_run(args, start: int) -> None:
     os.makedirs(args.out, exist_ok=True)
     with open(os.path.join(args.out, "args.json"), "w") as f:
         json.dump(vars(args) | {"resume": False, "overwrite": False}, f, indent=1)
+    # Steps after the checkpoint will be taken again: without this they would stand in the file twice.
     path = os.path.join(args.out, "metrics.jsonl")
     if os.path.exists(path):
         with open(path) as f:
@@ -722,6 +743,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.kl_coef:
         s.reference = load_model(s.path, state.device).eval().requires_grad_(False)
+    # The learning rate is a function of the step: no scheduler state.
     s.optimizer = make_optimizer(s.model, args)
     if saved:
         s.optimizer.load_state_dict(saved["optimizer"])
@@ -788,15 +810,18 @@ def train(args: argparse.Namespace) -> None:
         clock.append(time.monotonic())
 
         # ---- Update ----------------------------------------------------------------------------------------
+        # Every token of a response shares its advantage: GRPO knows no credit within a response.
         lr = learning_rate(step, args)
         for param_group in s.optimizer.param_groups:
             param_group["lr"] = lr
         trained = update(s.model, s.reference, s.optimizer, sum(groups, []), args, rank, processes, device)
+        # Stop, do not skip: after the first nan in the weights every later step is lost anyway.
         if not (math.isfinite(trained["loss"]) and math.isfinite(trained["grad_norm"])):
             raise SystemExit(f"train_grpo.py: error: step {step}: loss or gradient is not finite: {trained}")
         clock.append(time.monotonic())
 
         # ---- Push the new weights into the sampler ---------------------------------------------------------
+        # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
         s.sampler.sync(s.model)
         if args.check_sync and (step == 0 or (step + 1) % args.check_sync == 0):
             check_sync(s.sampler, s.model, probe, args, device)
@@ -819,7 +844,7 @@ def train(args: argparse.Namespace) -> None:
     if args.model is None:
         evaluate_toy(s, args, "eval", state, log)
         if state.is_main_process:
-            log(toy_summary(args.out))
+            log(toy.summary(args.out))
     if bar:
         bar.close()
 
@@ -842,22 +867,6 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
         problems, budgets, n = problems + toy.problems("toy_ood", "test", toy.TESTED), toy.ASKED, 4
     # One cap for all, so that a budget which is not obeyed shows the length it gets and not the cap.
     run_evaluation(s, args, problems, budgets, "exact", n, name, state, log, max_tokens=2 * toy.ASKED[-1])
-
-
-def toy_summary(out: str) -> str:
-    """Before and after in two lines, from the two evaluations of a toy run."""
-    both = []
-    for name in ("eval_base", "eval"):
-        with open(os.path.join(out, name, "results.json")) as f:
-            both.append(json.load(f)["datasets"]["toy"])
-    largest = str(toy.ASKED_BEFORE[-1])
-    errors = [f"{part['mean_trained']['abs_error']:.1%}" for part in both]
-    right = [f"{part['budgets'][largest]['accuracy']:.1%}" for part in both]
-    asked = ", ".join(map(str, toy.ASKED_BEFORE))
-    return (
-        f"asked for {asked} tokens: mean error {errors[0]} before, {errors[1]} after; accuracy at {largest} "
-        f"tokens: {right[0]} before, {right[1]} after\nlook at {os.path.join(out, 'eval', 'violins_toy.png')}"
-    )
 
 
 def run_evaluation(s, args, problems, budgets, mode, n, name, state, log, max_tokens=None) -> None:

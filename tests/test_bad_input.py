@@ -166,18 +166,5 @@ def test_real_command_lines_exit_with_2_and_one_line(script, world):
         assert len(done.stderr.strip().splitlines()) == 1 and not os.path.exists("/tmp/none")
 
 
-def test_recipes_parse():
-    for name in sorted(os.listdir(os.path.join(ROOT, "recipes"))):
-        if name.endswith(".args"):
-            args = train_grpo.build_parser().parse_args(
-                ["@" + os.path.join(ROOT, "recipes", name), "--lr", "2e-6"]
-            )
-            assert args.model and args.data and args.lr == 2e-6, name
-            assert (
-                train_grpo.keyword_args("--reward", args.reward, train_grpo.REWARDS, args.reward_args)
-                is not None
-            )
-
-
 def test_every_script_has_the_same_kind_of_error():
     assert train_grpo.BadInput is data.BadInput is evaluate.BadInput
