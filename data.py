@@ -19,13 +19,12 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 LETTERS = "ABCDEFGHIJ"
 MODES = ("exact", "max", "both", "none")
-WORDINGS = ("l1", "tulu")
 MAX_BUDGET = 10_000_000  # tokens; beyond any context, so a larger number is a typing error
 
 
@@ -46,24 +45,18 @@ def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------------------
 # Prompts: what the model is asked. The wordings are those of the published training data.
 
-MATH_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-CHOICE_INSTRUCTION = (
-    "Let's think step by step and output the final answer (eg, {letters}) within \\boxed{{}}."
-)
+STEPS = "Let's think step by step and output the final answer"
 SENTENCES = {
-    ("l1", "exact"): "Think for {} tokens.",
-    ("l1", "max"): "Think for maximum {} tokens.",
-    ("tulu", "exact"): "Think for {} tokens.",
-    ("tulu", "max"): "Think for up to {} tokens.",
+    "l1": {"exact": "Think for {} tokens.", "max": "Think for maximum {} tokens."},
+    "tulu": {"exact": "Think for {} tokens.", "max": "Think for up to {} tokens."},
 }
+WORDINGS = tuple(SENTENCES)
 
 
 def option_letters(problem: str) -> str:
     """Letters of the options that a problem shows: "A, B, C, D, E". L1 named A-D even where E was right."""
-    shown = 0
-    while shown < len(LETTERS) and re.search(rf"^{LETTERS[shown]}[.)] |\({LETTERS[shown]}\)", problem, re.M):
-        shown += 1
-    return ", ".join(LETTERS[: shown if shown > 1 else 4])
+    shown = [*itertools.takewhile(lambda x: re.search(rf"^{x}[.)] |\({x}\)", problem, re.M), LETTERS)]
+    return ", ".join(shown if len(shown) > 1 else LETTERS[:4])
 
 
 def budget_prompt(
@@ -72,22 +65,20 @@ def budget_prompt(
     """The user turn: the problem and, where `budget` (tokens) is not None, the sentence that asks for it."""
     if wording not in WORDINGS:
         raise BadInput(f"wording {wording!r} is unknown: use one of {', '.join(WORDINGS)}")
-    if wording == "tulu":
-        # The AI2 blog's form: the sentence on a line of its own, and no other instruction.
-        text, separator = problem, "\n"
-    elif kind == "choice":
-        # L1 sets its multiple-choice instruction off by a blank line, its mathematics one by a space.
-        text, separator = f"{problem}\n\n{CHOICE_INSTRUCTION.format(letters=option_letters(problem))}", " "
-    else:
-        text, separator = f"{problem} {MATH_INSTRUCTION}", " "
+    # L1 sets its multiple-choice instruction off by a blank line, its mathematics one by a space.
+    options = f"\n\n{STEPS} (eg, {option_letters(problem)})" if kind == "choice" else f" {STEPS}"
+    text = f"{problem}{options} within \\boxed{{}}."
+    # The AI2 blog's form: the sentence on a line of its own, and no other instruction.
+    text, separator = (problem, "\n") if wording == "tulu" else (text, " ")
     if budget is None:
         return text
     # L1's generators wrote "Think for -1 tokens." where they meant no budget: here that is an error.
     if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
         raise BadInput(f"budget {budget!r} must be a whole number of tokens, 1 or more (None: no budget)")
+    # A budget without a mode would be asked for in one way and rewarded in another.
     if mode not in ("exact", "max"):
         raise BadInput(f"a budget of {budget} tokens needs mode exact or max, not {mode!r}")
-    return text + separator + SENTENCES[wording, mode].format(int(budget))
+    return text + separator + SENTENCES[wording][mode].format(int(budget))
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
@@ -131,24 +122,20 @@ BUDGET_FORMS = {  # name: (example, what must follow the name)
 
 
 def parse_budgets(spec: str) -> dict:
-    """A distribution from its text: {"name", "low", "high", "values"}.
-
-    `low` and `high` are tokens, both included; None for "none". BadInput says what is wrong.
-    """
+    """A distribution from its text: {"name", "low", "high", "values"}; tokens, both ends included."""
     spec = spec.replace(" ", "")
     name, _, rest = spec.partition(":")
     if name not in BUDGET_FORMS or not re.fullmatch(BUDGET_FORMS[name][1], rest, re.ASCII):
         forms = ", ".join(example for example, _ in BUDGET_FORMS.values())
         raise BadInput(f"budgets {spec!r} is malformed: write whole numbers of tokens as in {forms}")
     values = [int(number) for number in re.findall(NUMBER, rest)]
-    if not values:
-        return {"name": name, "low": None, "high": None, "values": []}
-    if min(values) < 1 or max(values) > MAX_BUDGET:
+    if name != "none" and (min(values) < 1 or max(values) > MAX_BUDGET):
         raise BadInput(f"budgets {spec!r}: a budget must be from 1 to {MAX_BUDGET} tokens")
     if name in ("uniform", "log") and values[0] > values[1]:
         swapped = f"{name}:{values[1]}:{values[0]}"
         raise BadInput(f"budgets {spec!r}: {values[0]} is above {values[1]}, smallest first: {swapped}")
-    return {"name": name, "low": min(values), "high": max(values), "values": values}
+    low, high = min(values, default=None), max(values, default=None)
+    return {"name": name, "low": low, "high": high, "values": values}
 
 
 def draw_budgets(dist: dict, n: int, rng: np.random.Generator) -> list[int | None]:
@@ -169,26 +156,8 @@ def draw_budgets(dist: dict, n: int, rng: np.random.Generator) -> list[int | Non
 
 def count_distinct(dist: dict) -> int:
     """How many different budgets a distribution can give."""
-    if dist["name"] in ("uniform", "log"):
-        return dist["high"] - dist["low"] + 1
-    return len(set(dist["values"]))
-
-
-def draw_copies(dist: dict, n: int, copies: int, rng: np.random.Generator) -> list[list[int | None]]:
-    """`copies` budgets for each of n problems, different within a problem where the distribution allows."""
-    drawn = draw_budgets(dist, n * copies, rng)
-    groups = [drawn[i * copies : (i + 1) * copies] for i in range(n)]
-    wanted = min(copies, count_distinct(dist))
-    if copies == 1 or wanted < copies:
-        return groups
-    for group in groups:
-        seen: set = set()
-        for k, budget in enumerate(group):
-            while budget in seen:
-                budget = draw_budgets(dist, 1, rng)[0]
-            seen.add(budget)
-            group[k] = budget
-    return groups
+    ends_only = dist["name"] in ("uniform", "log")
+    return dist["high"] - dist["low"] + 1 if ends_only else len(set(dist["values"]))
 
 
 def annotate(
@@ -201,23 +170,26 @@ def annotate(
     if (mode == "none") != (dist["name"] == "none"):
         raise BadInput(f"mode {mode} does not go with budgets {dist['name']}: both are none, or neither is")
     rng = np.random.default_rng(seed)
-    groups = draw_copies(dist, len(problems), copies, rng)
+    drawn = draw_budgets(dist, len(problems) * copies, rng)
+    groups = [drawn[i : i + copies] for i in range(0, len(drawn), copies)]
+    # The copies of a problem differ wherever the distribution has enough budgets for that.
+    for group in groups if count_distinct(dist) >= copies else []:
+        for k in range(copies):
+            while group[k] in group[:k]:
+                group[k] = draw_budgets(dist, 1, rng)[0]
     # The modes are drawn after all budgets, so that a seed means the same budgets whatever the mode.
-    coins = rng.random(len(problems) * copies) < 0.5
+    coins = rng.random(len(drawn)) < 0.5
     rows = []
-    for i, problem in enumerate(problems):
-        for k, budget in enumerate(groups[i]):
-            row_mode = ("exact" if coins[i * copies + k] else "max") if mode == "both" else mode
-            row_mode = None if budget is None else row_mode
-            row = {
-                "id": problem["id"] if copies == 1 else f"{problem['id']}#{k}",
-                **{key: problem[key] for key in ("problem", "answer", "kind", "source")},
-                "prompt": budget_prompt(problem["problem"], budget, row_mode, problem["kind"], wording),
-                "budget": budget,
-                "mode": row_mode,
-            }
-            row |= {key: problem[key] for key in ("level", "subject", "choices") if key in problem}
-            rows.append(row)
+    for i, budget in enumerate(itertools.chain(*groups)):
+        problem, row_mode = problems[i // copies], None if budget is None else mode
+        row = {key: problem[key] for key in ("id", "problem", "answer", "kind", "source")}
+        if copies > 1:
+            row["id"] = f"{problem['id']}#{i % copies}"
+        if mode == "both":
+            row_mode = "exact" if coins[i] else "max"
+        row["prompt"] = budget_prompt(problem["problem"], budget, row_mode, problem["kind"], wording)
+        row |= {"budget": budget, "mode": row_mode}
+        rows.append(row | {key: problem[key] for key in ("level", "subject", "choices") if key in problem})
     return rows
 
 
@@ -241,29 +213,6 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def from_plain(row: dict) -> dict:
-    """problem | question, answer | answers: the data files of this project, most hub sets, and Row files."""
-    return row
-
-
-def from_math(row: dict) -> dict:
-    """MATH has no answer column: the answer is the last box of the solution. `type` is the subject."""
-    return row | {"answer": last_box(str(row["solution"])), "subject": row.get("type")}
-
-
-def from_olympiad(row: dict) -> dict:
-    return row | {"answers": row["final_answer"], "subject": row.get("subfield")}
-
-
-def from_omni(row: dict) -> dict:
-    # Omni-MATH's `domain` is a list of paths like "Mathematics -> Algebra -> ...".
-    return row | {"level": row.get("difficulty"), "subject": str((row.get("domain") or [""])[0])}
-
-
-def from_svamp(row: dict) -> dict:
-    return {"id": row.get("ID"), "problem": f"{row['Body']} {row['Question']}", "answer": row["Answer"]}
-
-
 GPQA_OPTIONS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
@@ -275,29 +224,19 @@ def from_gpqa(row: dict) -> dict:
     return {"id": row.get("Record ID"), "question": row["Question"], "choices": choices, "answer": answer}
 
 
-def from_lsat(row: dict) -> dict:
-    """AGIEval: `query` already shows passage, question and options (A)-(E); `gold` is a list of indices."""
-    return {"problem": row["query"], "choices": row["choices"], "answers": row["gold"], "shown": True}
+# What stands at the end of a prompt that was annotated elsewhere; the third form is open-instruct's oldest.
+BUDGET_TAIL = r"\s*(?:Think for (up to |maximum )?(-?\d+) tokens\.|Use no more than (\d+) tokens\.)\s*$"
+STEPS_TAIL = re.compile(rf"\s*{re.escape(STEPS)}(?: \(eg, [A-J, ]+\))? within \\boxed\{{\}}\.\s*$")
 
 
-THINK = r"Think for (up to |maximum )?(-?\d+) tokens\.|Use no more than (\d+) tokens\."
-BUDGET_TAIL = re.compile(rf"\s*(?:{THINK})\s*$")
-STEPS = r"Let's think step by step and output the final answer(?: \(eg, [A-J, ]+\))? within \\boxed\{\}\."
-INSTRUCTION_TAIL = re.compile(rf"\s*{STEPS}\s*$")
-
-
-def last_user_turn(messages) -> str:
+def split_turn(messages: list[dict], budget: int | None, mode: str | None) -> dict:
+    """The last user turn -> problem, prompt, budget, mode; its text must name the budget of the metadata."""
     turns = [turn for turn in messages or [] if isinstance(turn, dict) and turn.get("role") == "user"]
     if not turns or not isinstance(turns[-1].get("content"), str):
         raise Skip("no user turn")
-    return turns[-1]["content"]
-
-
-def split_prompt(content: str, budget: int | None, mode: str | None) -> dict:
-    """A finished user turn -> problem, prompt, budget, mode; both must name one budget."""
-    match = BUDGET_TAIL.search(content)
-    bare = content[: match.start()] if match else content
-    plain = {"problem": INSTRUCTION_TAIL.sub("", bare)}
+    content = turns[-1]["content"]
+    match = re.search(BUDGET_TAIL, content)
+    plain = {"problem": STEPS_TAIL.sub("", content[: match.start()] if match else content)}
     said = int(match[2] or match[3]) if match else None
     if said == -1:  # L1's "Think for -1 tokens." means no budget: such a prompt is not kept
         return plain
@@ -312,20 +251,17 @@ def from_verl(row: dict) -> dict:
     """verl (L1, Eurus-2): L1 puts the budget in reward_model.num_tokens; its sign is the mode, -1 is none."""
     if row.get("ability") not in (None, "math"):
         raise Skip("not mathematics")
-    tokens = row["reward_model"].get("num_tokens")
-    budget, mode = None, None
+    tokens, budget, mode = row["reward_model"].get("num_tokens"), None, None
     if tokens not in (None, -1):
         budget, mode = abs(int(tokens)), "exact" if tokens > 0 else "max"
-    plain = split_prompt(last_user_turn(row["prompt"]), budget, mode)
-    return plain | {"answers": row["reward_model"]["ground_truth"], "source": row.get("data_source")}
+    golds = {"answers": row["reward_model"]["ground_truth"], "source": row.get("data_source")}
+    return split_turn(row["prompt"], budget, mode) | golds
 
 
 def from_messages(row: dict) -> dict:
-    """open-instruct: ground_truth and dataset are strings or parallel lists; a length is one of them.
-
-    The old encoding joins both in one string: "42<sep>1234" with dataset "MATH,max_length".
-    """
+    """open-instruct: ground_truth and dataset are strings or parallel lists; a length is one of them."""
     golds, names = row["ground_truth"], row.get("dataset")
+    # The old encoding joins both in one string: "42<sep>1234" with dataset "MATH,max_length".
     if isinstance(golds, str) and "<sep>" in golds:
         golds, names = golds.split("<sep>"), str(names).split(",")
     golds = golds if isinstance(golds, list) else [golds]
@@ -337,25 +273,32 @@ def from_messages(row: dict) -> dict:
             budget, mode = int(gold), lengths[name]
         else:
             answers.append(gold)
-    return split_prompt(last_user_turn(row["messages"]), budget, mode) | {"answers": answers}
+    return split_turn(row["messages"], budget, mode) | {"answers": answers}
 
 
 # layout: (columns that must be there, function), in the order in which they are tried on a file or a hub id.
 LAYOUTS = {
     "verl": (("prompt", "reward_model"), from_verl),
     "messages": (("messages", "ground_truth"), from_messages),
-    "lsat": (("query", "choices", "gold"), from_lsat),
+    # AGIEval: `query` already shows passage, question and options (A)-(E); `gold` is a list of indices.
+    "lsat": (("query", "choices", "gold"),
+             lambda r: {"problem": r["query"], "choices": r["choices"], "answers": r["gold"], "shown": True}),
     "gpqa": (("Question", "Correct Answer"), from_gpqa),
-    "svamp": (("Body", "Question", "Answer"), from_svamp),
-    "olympiad": (("question", "final_answer"), from_olympiad),
-    "omni": (("problem", "difficulty", "domain", "answer"), from_omni),
-    "plain": ((), from_plain),
-    "math": (("problem", "solution"), from_math),
-}
+    "svamp": (("Body", "Question", "Answer"),
+             lambda r: {"id": r.get("ID"), "problem": f"{r['Body']} {r['Question']}", "answer": r["Answer"]}),
+    "olympiad": (("question", "final_answer"),
+                 lambda r: r | {"answers": r["final_answer"], "subject": r.get("subfield")}),
+    # Omni-MATH's `domain` is a list of paths like "Mathematics -> Algebra -> ...".
+    "omni": (("problem", "difficulty", "domain", "answer"),
+             lambda r: r | {"level": r.get("difficulty"), "subject": str((r.get("domain") or [""])[0])}),
+    # problem | question, answer | answers: this project's files, most hub sets, and Row files.
+    "plain": ((), dict),
+    # MATH has no answer column: the answer is the last box of the solution. `type` is the subject.
+    "math": (("problem", "solution"),
+             lambda r: r | {"answer": last_box(str(r["solution"])), "subject": r.get("type")}),
+}  # fmt: skip
 
-MATH_SUBJECTS = (
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
-)
+TOPICS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 AI2 = "ai2-adapt-dev/"
 # name: (hub id, configs, split, layout). `?` marks a layout taken from a dataset card or from memory:
 # nobody has confirmed it by loading the set. A wrong guess ends in one line that names the columns.
@@ -371,7 +314,7 @@ PRESETS = {
     "deepscaler_ai2_4k": (AI2 + "deepscaler_gt_with_random_max_length", (), "train", "messages"),
     "deepscaler_ai2_8k": (AI2 + "deepscaler_gt_with_random_max_length_8192", (), "train", "messages"),
     "math500": ("HuggingFaceH4/MATH-500", (), "test", "plain"),
-    "math": ("EleutherAI/hendrycks_math", tuple(MATH_SUBJECTS.split()), "train", "math"),  # ?
+    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train", "math"),  # ?
     "aime2022_2024": ("AI-MO/aimo-validation-aime", (), "train", "plain"),
     "aime2024": ("HuggingFaceH4/aime_2024", (), "train", "plain"),  # ?
     "aime2025": ("opencompass/AIME2025", ("AIME2025-I", "AIME2025-II"), "test", "plain"),
@@ -379,12 +322,8 @@ PRESETS = {
     "amc23": ("math-ai/amc23", (), "test", "plain"),  # ?
     "olympiadbench": ("Hothan/OlympiadBench", ("OE_TO_maths_en_COMP",), "train", "olympiad"),
     "minerva": ("math-ai/minervamath", (), "test", "plain"),  # ?
-    "gpqa": (
-        "Idavidrein/gpqa",
-        ("gpqa_diamond",),
-        "train",
-        "gpqa",
-    ),  # gated: accept its terms on the hub first
+    # Gated: accept its terms on the hub first.
+    "gpqa": ("Idavidrein/gpqa", ("gpqa_diamond",), "train", "gpqa"),
     "lsat_ar": ("dmayhem93/agieval-lsat-ar", (), "test", "lsat"),
     "lsat_lr": ("dmayhem93/agieval-lsat-lr", (), "test", "lsat"),
     "lsat_rc": ("dmayhem93/agieval-lsat-rc", (), "test", "lsat"),
@@ -402,30 +341,23 @@ PRESETS = {
 
 def clean_text(value) -> str | None:
     """A stripped, non-empty string, or None; JSON may carry half a surrogate pair, which no file can hold."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         return None
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return None
-    return value.strip()
+    return value.strip() or None
 
 
 def clean_answer(value) -> str | list[str] | None:
-    """One gold answer or a list of which any may match; None where there is none.
-
-    AMC stores 142.0 for 142, GSM8K a rationale and "#### 42", GSM-Plus "None" where there is no answer.
-    """
+    """One gold answer or a list of which any may match; None where there is none."""
     if isinstance(value, (list, tuple)):
         answers = list(dict.fromkeys(a for a in map(clean_answer, value) if isinstance(a, str)))
         return answers[0] if len(answers) == 1 else answers or None
-    if isinstance(value, float):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             return None
+        # AMC stores 142.0 for 142.
         return str(int(value)) if value == int(value) else repr(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
     text = clean_text(value)
+    # GSM8K stores a rationale and "#### 42", GSM-Plus "None" where there is no answer.
     if text and "####" in text:
         text = text.rsplit("####", 1)[1].strip().replace(",", "")
     if text and re.fullmatch(r"-?\d+\.0", text):
@@ -437,17 +369,14 @@ def answer_letter(value, choices: list[str] | None) -> str | None:
     """The letter of a gold that is a letter, an index from 0 (as in MMLU) or the whole text of an option."""
     letters = LETTERS[: len(choices)] if choices else LETTERS
     text = clean_answer(value)
-    if not isinstance(text, str):
-        return None
-    match = re.fullmatch(r"\(?([A-J])\)?\.?", text)
-    if match:
+    text = text if isinstance(text, str) else ""
+    if match := re.fullmatch(r"\(?([A-J])\)?\.?", text):
         return match[1] if match[1] in letters else None
-    number = int(text) if re.fullmatch(r"\d+", text, re.ASCII) and int(text) < len(letters) else None
-    if number is not None and not isinstance(value, str):
-        return letters[number]
+    is_index = re.fullmatch(r"\d+", text, re.ASCII) and int(text) < len(letters)
+    readings = {letters[int(text)]} if is_index else set()
     # As text (CSV), "2" may be an index or the option that reads "2": it counts where only one can be meant.
-    readings = {letters[i] for i, choice in enumerate(choices or []) if choice == text}
-    readings |= {letters[number]} if number is not None else set()
+    if isinstance(value, str) or not readings:
+        readings |= {letters[i] for i, choice in enumerate(choices or []) if choice == text}
     return readings.pop() if len(readings) == 1 else None
 
 
@@ -469,42 +398,27 @@ def show_problem(row: dict, choices: list[str] | None) -> str | None:
         text = f"{passage}\n\n{text}"
     if text is None or not choices or row.get("shown"):
         return text
-    pairs = list(zip(LETTERS, choices, strict=False))
+    dotted = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    round_ = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     # A Row's problem shows its options already: they must not be added again at every reading.
-    if all(f"{letter}. {choice}" in text or f"({letter}) {choice}" in text for letter, choice in pairs):
+    if all(a in text or b in text for a, b in zip(dotted, round_, strict=True)):
         return text
-    if passage:
-        return "\n".join([text, *(f"({letter}) {choice}" for letter, choice in pairs)])
-    return "\n".join([text, "", "Options:", *(f"{letter}. {choice}" for letter, choice in pairs)])
+    return "\n".join([text, *round_] if passage else [text, "", "Options:", *dotted])
 
 
 def clean_level(value) -> int | float | str | None:
     """5, 5.0 and "Level 5" are one level."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    match = re.fullmatch(r"(?:Level )?(\d+(?:\.\d+)?)", str(value).strip())
-    if not match:
+    text = str(value).strip().removeprefix("Level ")
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
         return clean_text(value)
-    return int(float(match[1])) if float(match[1]).is_integer() else float(match[1])
+    return int(float(text)) if float(text).is_integer() else float(text)
 
 
-def kept_prompt(row: dict) -> dict:
-    """`prompt`, `budget`, `mode` of a record that is a Row already; budget and mode come together."""
-    budget, mode = clean_answer(row.get("budget")), row.get("mode") or "none"
-    if budget is None and mode == "none":
-        return {"prompt": row["prompt"], "budget": None, "mode": None}
-    if mode not in ("exact", "max") or not re.fullmatch(r"[1-9]\d{0,7}", budget or "", re.ASCII):
-        raise Skip("budget and mode do not make sense")
-    return {"prompt": row["prompt"], "budget": int(budget), "mode": mode}
-
-
-def gold_answer(row: dict, kind: str, choices: list[str] | None, need_answer: bool):
-    """The cleaned `answers` or `answer`, letters for multiple choice; Skip where it is needed and missing."""
+def gold_answer(row: dict, kind: str, choices: list[str] | None) -> str | list[str]:
+    """The cleaned `answers` or `answer`, letters for multiple choice; Skip where there is none."""
     answer = row["answers"] if row.get("answers") not in (None, [], "") else row.get("answer")
-    if clean_answer(answer) is None or not need_answer:
-        if need_answer:
-            raise Skip("no answer")
-        return clean_answer(answer)
+    if clean_answer(answer) is None:
+        raise Skip("no answer")
     if kind == "math":
         return clean_answer(answer)
     letters = [answer_letter(one, choices) for one in (answer if isinstance(answer, list) else [answer])]
@@ -521,97 +435,82 @@ def normalise(row: dict, name: str, index: int, need_answer: bool = True) -> dic
     if problem is None:
         raise Skip("no problem text")
     given = [str(row[key]) for key in ("id", "unique_id") if row.get(key) not in (None, "")]
-    result = {
-        "id": given[0] if given else f"{name}-{index:05d}",
-        "problem": problem,
-        "answer": gold_answer(row, kind, choices, need_answer),
-        "kind": kind,
-        "source": clean_text(row.get("source")) or name,
-        "level": clean_level(row.get("level")),
-        "subject": clean_text(row.get("subject")),
-        "choices": choices,
-    }
-    result = {key: value for key, value in result.items() if value is not None or key == "answer"}
-    return result | kept_prompt(row) if clean_text(row.get("prompt")) else result
+    result = {"id": given[0] if given else f"{name}-{index:05d}", "problem": problem}
+    result["answer"] = gold_answer(row, kind, choices) if need_answer else None
+    result |= {"kind": kind, "source": clean_text(row.get("source")) or name}
+    extras = {"level": clean_level(row.get("level")), "subject": clean_text(row.get("subject"))}
+    result |= {key: value for key, value in (extras | {"choices": choices}).items() if value is not None}
+    if clean_text(row.get("prompt")) is None:
+        return result
+    # A Row already: its budget (text in a CSV file) and mode come together or not at all.
+    budget, mode = clean_answer(row.get("budget")), row.get("mode") or "none"
+    if budget is None and mode == "none":
+        return result | {"prompt": row["prompt"], "budget": None, "mode": None}
+    if mode not in ("exact", "max") or not re.fullmatch(r"[1-9]\d{0,7}", budget or "", re.ASCII):
+        raise Skip("budget and mode do not make sense")
+    return result | {"prompt": row["prompt"], "budget": int(budget), "mode": mode}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Files and hub datasets
 
+SUFFIX = r"\.(jsonl|json|csv|parquet)(\.gz)?$"
+
 
 def first_line(error: Exception) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def file_format(path: str) -> str | None:
-    """ "jsonl" for "a/b.jsonl.gz", and so on; None for a suffix that is not read."""
-    match = re.search(r"\.(?:(jsonl|json|csv)(?:\.gz)?|(parquet))$", path.lower())
-    return match and (match[1] or match[2])
-
-
-def read_jsonl(file: Iterable[str], path: str) -> Iterator:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}: line {number} is not valid JSON: {first_line(error)}") from error
-
-
-def read_json(file, path: str) -> list:
-    text = file.read()
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = " (one object a line belongs in a .jsonl file)" if "Extra data" in str(error) else ""
-        raise BadInput(f"{path} is not valid JSON: {first_line(error)}{hint}") from error
-    if not isinstance(rows, list):
-        raise BadInput(f"{path} holds a JSON {type(rows).__name__}: a .json file must be a list of objects")
-    return rows
-
-
-def read_csv(file, path: str) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)  # a problem with its solution can pass the default of 128 KiB
-    reader = csv.DictReader(file, strict=True)
-    try:
-        for row in reader:
-            # Lists travel through CSV as JSON text. Not in `answer`: "[1, 2]" there is an interval.
-            for key in ("choices", "answers", "gold", "final_answer"):
-                if str(row.get(key)).startswith("["):
-                    with contextlib.suppress(ValueError):  # not JSON: it stays text, and is judged as text
-                        row[key] = json.loads(row[key])
-            yield row
-    except csv.Error as error:
-        raise BadInput(f"{path}: line {reader.line_num} is not valid CSV: {first_line(error)}") from error
-
-
-def read_parquet(path: str) -> list[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise BadInput(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
 def read_file(path: str) -> list:
     """All records of a local file, as the file has them; BadInput names the line or the damage."""
-    kind = file_format(path)
-    if kind is None:
+    match = re.search(SUFFIX, path.lower())
+    if match is None:
         raise BadInput(f"{path}: unknown suffix; use .jsonl, .json, .csv (each also .gz) or .parquet")
+    kind, number, records = match[1], 0, []
     try:
         if kind == "parquet":
-            return read_parquet(path)
-        opener = gzip.open if path.lower().endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="" if kind == "csv" else None) as file:
-            return list({"jsonl": read_jsonl, "json": read_json, "csv": read_csv}[kind](file, path))
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+        newline = "" if kind == "csv" else None  # the csv module wants line ends as they are
+        with (gzip.open if match[2] else open)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            if kind == "json":
+                records = json.load(file)
+            elif kind == "csv":
+                csv.field_size_limit(2**31 - 1)  # a problem with its solution can pass the default of 128 KiB
+                reader = csv.DictReader(file, strict=True)
+                records = [row | json_lists(row) for row in reader]
+            for line in file if kind == "jsonl" else []:
+                number += 1
+                if line.strip():
+                    records.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: {first_line(error)}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BadInput(f"{path} is a truncated or damaged gzip file: {first_line(error)}") from error
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
+    except csv.Error as error:
+        raise BadInput(f"{path}: line {reader.line_num} is not valid CSV: {first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        wanted = "a readable Parquet file" if kind == "parquet" else "valid JSON"
+        hint = " (one object a line belongs in a .jsonl file)" if "Extra data" in str(error) else ""
+        where = f"{path}: line {number}" if number else path
+        raise BadInput(f"{where} is not {wanted}: {first_line(error)}{hint}") from error
+    if not isinstance(records, list):
+        raise BadInput(f"{path} holds a JSON {type(records).__name__}: it must be a list of objects")
+    return records
+
+
+def json_lists(row: dict) -> dict:
+    """Lists travel through CSV as JSON text. Not in `answer`: "[1, 2]" there is an interval."""
+    lists = {}
+    for key in ("choices", "answers", "gold", "final_answer"):
+        if str(row.get(key)).startswith("["):
+            with contextlib.suppress(ValueError):  # not JSON: it stays text, and is judged as text
+                lists[key] = json.loads(row[key])
+    return lists
 
 
 def read_hub(hub_id: str, configs: tuple, split: str | None):
@@ -625,19 +524,16 @@ def read_hub(hub_id: str, configs: tuple, split: str | None):
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             told = f"dataset {hub_id} (config {config}, split {split})"
             raise BadInput(f"{told} could not be loaded: {first_line(error)}") from error
-        if split is None:
-            # Without a wish: training data, or whatever there is when it is the only split.
-            chosen = "train" if "train" in part else next(iter(part)) if len(part) == 1 else None
-            if chosen is None:
-                raise BadInput(f"dataset {hub_id} has the splits {', '.join(part)}: choose one with --split")
-            part = part[chosen]
-        parts.append(part)
+        if split is None and "train" not in part and len(part) > 1:
+            raise BadInput(f"dataset {hub_id} has the splits {', '.join(part)}: choose one with --split")
+        # Without a wish: training data, or whatever there is when it is the only split.
+        parts.append(part if split else part["train" if "train" in part else next(iter(part))])
     return (row for part in parts for row in part), parts[0].column_names
 
 
 def open_source(name: str, split: str | None):
     """A file, preset, folder or hub id -> (records, columns, layout or None, short name)."""
-    stem = re.sub(r"\.(jsonl|json|csv|parquet)(\.gz)?$", "", os.path.basename(name.rstrip("/")))
+    stem = re.sub(SUFFIX, "", os.path.basename(name.rstrip("/")))
     if os.path.isfile(name):
         if split is not None:
             raise BadInput(f"split {split!r} was asked of {name}: a local file has no splits")
@@ -646,13 +542,14 @@ def open_source(name: str, split: str | None):
         return records, columns, None, stem
     if os.path.isdir(name):
         return *read_hub(name, (), split), None, stem
+    # A preset goes by its name or by the hub id that it stands for.
     preset = {value[0]: key for key, value in PRESETS.items()}.get(name, name)
     if preset in PRESETS:
         hub_id, configs, default_split, layout = PRESETS[preset]
         # GSM8K by name is its test split: say what is read before anybody trains on it.
         print(f"data.py: {hub_id}, split {split or default_split}", file=sys.stderr)
         return *read_hub(hub_id, configs, split or default_split), layout, preset
-    if file_format(name) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if re.search(SUFFIX, name.lower()) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise BadInput(f"{name}: no such file, and not one of the named sets ({', '.join(PRESETS)})")
     hub_id, _, config = name.partition(":")
     return *read_hub(hub_id, (config,) if config else (), split), None, stem
@@ -666,14 +563,11 @@ def find_layout(columns: list[str], layout: str | None, name: str, need_answer: 
         wanted, function = LAYOUTS[key]
         if set(wanted) <= set(columns) and (is_plain or key != "plain"):
             return function
-    wanted = ", ".join(LAYOUTS[layout or "plain"][0])
-    wanted = wanted or "problem (or question, with choices and passage) and answer (or answers)"
+    wanted = ", ".join(LAYOUTS[layout or "plain"][0]) or "problem or question, answer or answers"
     raise BadInput(f"{name} has the columns {', '.join(map(str, columns)) or '(none)'}; wanted: {wanted}")
 
 
-def to_problems(
-    records: Iterable, function: Callable, name: str, tally: Counter, need_answer: bool = True
-) -> Iterator[dict]:
+def to_problems(records, function: Callable, name: str, tally: Counter, need_answer=True) -> Iterator[dict]:
     """The records that are problems; `tally` counts all as "read" and the others by reason."""
     for index, record in enumerate(records):
         tally["read"] += 1
@@ -688,33 +582,28 @@ def to_problems(
             tally["a value of the wrong type"] += 1
 
 
-def load_problems(
-    name_or_path: str,
-    split: str | None = None,
-    limit: int | None = None,
-    counts: Counter | None = None,
-    need_answer: bool = True,
-) -> list[dict]:
-    """The first `limit` problems of a file, a preset, a hub id (owner/name or owner/name:config) or a folder.
+def reasons(counts: Counter) -> str:
+    """ "3 no answer, 1 duplicate": why rows were left out."""
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "read")
 
-    Unusable records are left out and counted by reason in `counts` ("read" counts all), else told on stderr.
-    """
+
+def load_problems(
+    name_or_path: str, split: str | None = None, limit: int | None = None, counts=None, need_answer=True
+) -> list[dict]:
+    """The first `limit` problems of a file, a preset, a hub id (owner/name[:config]) or a folder."""
     records, columns, layout, name = open_source(name_or_path, split)
     if records == []:
         raise BadInput(f"{name_or_path} is empty: it holds no rows")
-    tally: Counter = Counter()
-    found = to_problems(
-        records, find_layout(columns, layout, name_or_path, need_answer), name, tally, need_answer
-    )
-    problems = list(itertools.islice(found, limit))
-    dropped = {reason: n for reason, n in tally.items() if reason != "read"}
-    told = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+    function, tally = find_layout(columns, layout, name_or_path, need_answer), Counter()
+    problems = list(itertools.islice(to_problems(records, function, name, tally, need_answer), limit))
     if not problems:
-        raise BadInput(f"{name_or_path}: none of its {tally['read']} rows can be used ({told})")
+        raise BadInput(f"{name_or_path}: none of its {tally['read']} rows can be used ({reasons(tally)})")
+    # What was left out is never silent: it goes to the caller's counts ("read" counts all), else to stderr.
     if counts is not None:
         counts.update(tally)
-    elif dropped:
-        print(f"data.py: note: {name_or_path}: left out {told} of {tally['read']} rows", file=sys.stderr)
+    elif len(tally) > 1:
+        told = f"left out {reasons(tally)} of {tally['read']} rows"
+        print(f"data.py: note: {name_or_path}: {told}", file=sys.stderr)
     return problems
 
 
@@ -742,11 +631,9 @@ def write_rows(rows: list[dict], path: str) -> None:
 
 def write_parquet(rows: list[dict], file) -> None:
     """Parquet wants one type a column: answers become lists where any is one, levels text where any is."""
-    import pyarrow
     import pyarrow.parquet
 
-    keys = dict.fromkeys(key for row in rows for key in row)
-    columns = {key: [row.get(key) for row in rows] for key in keys}
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
     if any(isinstance(answer, list) for answer in columns.get("answer", [])):
         columns["answer"] = [a if isinstance(a, list) else [a] for a in columns["answer"]]
     if any(isinstance(level, str) for level in columns.get("level", [])):
@@ -763,38 +650,35 @@ def check_out(path: str) -> None:
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise BadInput(f"--out {path}: the folder {folder} does not exist: make it first (mkdir -p {folder})")
-    if os.path.isdir(path):
-        raise BadInput(f"--out {path} is a folder: name a file in it")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def problem_key(problem: str) -> str:
+def same_text(problem: dict) -> str:
     """Two problems are the same when their texts are, once every run of white space is one space."""
-    return " ".join(problem.split())
+    return " ".join(problem["problem"].split())
 
 
 def select(problems: list[dict], excluded: set[str], limit: int | None, counts: Counter) -> list[dict]:
     """Drops what is in `excluded` and repeats, counts both, makes ids unique, keeps the first `limit`."""
-    kept, seen, ids, again = [], set(), set(), Counter()
+    kept, seen, ids = [], set(), Counter()
     for problem in problems:
-        key = problem_key(problem["problem"])
+        key = same_text(problem)
         if key in excluded or key in seen:
             counts["also in --exclude" if key in excluded else "duplicate"] += 1
-            continue
-        if limit is not None and len(kept) >= limit:
+        elif limit is not None and len(kept) >= limit:
             counts["beyond --limit"] += 1
-            continue
-        seen.add(key)
-        # Two input files may both number their rows from 0.
-        identity = problem["id"]
-        while identity in ids:
-            again[problem["id"]] += 1
-            identity = f"{problem['id']}-{again[problem['id']] + 1}"
-        ids.add(identity)
-        kept.append(problem | {"id": identity})
+        else:
+            seen.add(key)
+            first = identity = problem["id"]
+            # Two input files may both number their rows from 0.
+            while identity in ids:
+                ids[first] += 1
+                identity = f"{first}-{ids[first]}"
+            ids[identity] = 1
+            kept.append(problem | {"id": identity})
     return kept
 
 
@@ -803,14 +687,12 @@ def histogram(budgets: list[int], dist: dict, bins: int = 10, width: int = 40) -
     if dist["name"] in ("uniform", "log"):
         space = np.geomspace if dist["name"] == "log" else np.linspace
         edges = sorted({int(round(edge)) for edge in space(dist["low"], dist["high"] + 1, bins + 1)})
-        counts = np.histogram(budgets, bins=edges)[0]
-        labels = [f"{a}-{b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
+        labels = [f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)]
     else:
-        values = sorted(set(dist["values"]))
-        counts = [budgets.count(value) for value in values]
-        labels = [str(value) for value in values]
-    most = max(max(counts), 1)
-    bars = ["#" * round(width * count / most) for count in counts]
+        labels = sorted(set(dist["values"]))
+        edges = [*labels, MAX_BUDGET + 1]
+    counts = np.histogram(budgets, bins=edges)[0]
+    bars = ["#" * round(width * count / max(counts)) for count in counts]
     return "\n".join(f"  {a:>13} {b:7d} {c}" for a, b, c in zip(labels, counts, bars, strict=True))
 
 
@@ -818,10 +700,9 @@ def summary(rows: list[dict], counts: Counter, lengths: list[int], unit: str, di
     """What was read, what was dropped and why, and what the rows ask for."""
     lines = [f"read {counts['read']} rows, wrote {len(rows)}"]
     lines += [f"  dropped {n}: {reason}" for reason, n in counts.most_common() if reason != "read"]
-    modes = Counter(row["mode"] or "none" for row in rows)
-    kinds = Counter(row["kind"] for row in rows)
-    lines.append("mode: " + ", ".join(f"{name} {n}" for name, n in sorted(modes.items())))
-    lines.append("kind: " + ", ".join(f"{name} {n}" for name, n in sorted(kinds.items())))
+    for field in ("mode", "kind"):
+        found = Counter(row[field] or "none" for row in rows)
+        lines.append(f"{field}: " + ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
     lines.append(f"prompt length: mean {np.mean(lengths):.1f}, longest {max(lengths)} {unit}")
     budgets = [row["budget"] for row in rows if row["budget"] is not None]
     if budgets:
@@ -831,12 +712,8 @@ def summary(rows: list[dict], counts: Counter, lengths: list[int], unit: str, di
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="data.py",
-        allow_abbrev=False,
-        description="Problems -> rows with a token budget in the prompt.",
-        epilog=f"Presets: {', '.join(PRESETS)}.",
-    )
+    about, presets = "Problems -> rows with a token budget in the prompt.", f"Presets: {', '.join(PRESETS)}."
+    parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description=about, epilog=presets)
     add = parser.add_argument
     add("input", help="files, presets, hub ids (owner/name[:config]) or folders, comma-separated")
     forms = "uniform:100:4000 (default; ends included), log:256:23170, bucket:100,1024, fixed:512, none"
@@ -851,7 +728,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--exclude", help="drop the problems of these files (comma-separated; equal but for white space)")
     add("--max-prompt-tokens", type=int, help="drop rows whose prompt, chat template included, is longer")
     add("--tokenizer", help="model folder or hub id whose tokenizer counts the prompt's tokens")
-
     return one_line_errors(parser).parse_args(argv)
 
 
@@ -864,17 +740,14 @@ def check_args(args: argparse.Namespace) -> dict:
     if (args.mode == "none") != (dist["name"] == "none"):
         way_out = "drop --budgets" if args.mode == "none" else "use --mode none, or name a distribution"
         raise BadInput(f"--mode {args.mode} does not go with --budgets {args.budgets}: {way_out}")
-    for flag in ("copies", "limit", "max_prompt_tokens"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} ({value}) must be 1 or more")
-    if args.seed < 0:
-        raise BadInput(f"--seed ({args.seed}) must be 0 or more")
+    for flag, least in (("--copies", 1), ("--limit", 1), ("--max-prompt-tokens", 1), ("--seed", 0)):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and value < least:
+            raise BadInput(f"{flag} ({value}) must be {least} or more")
     if args.max_prompt_tokens and not args.tokenizer:
         raise BadInput("--max-prompt-tokens needs --tokenizer: name the model whose tokens are counted")
     check_out(args.out)
-    sources = args.input.split(",") + (args.exclude.split(",") if args.exclude else [])
-    for source in sources:
+    for source in ",".join(filter(None, (args.input, args.exclude))).split(","):
         if not source.strip():
             raise BadInput(f"an empty name in the list {args.input!r} or {args.exclude!r}")
         if os.path.exists(source) and os.path.realpath(source) == os.path.realpath(args.out):
@@ -885,26 +758,22 @@ def check_args(args: argparse.Namespace) -> dict:
 def build(args: argparse.Namespace, dist: dict) -> str:
     """Reads, selects, annotates, filters, writes; returns the summary."""
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    counts: Counter = Counter()
-    problems: list[dict] = []
+    counts, problems, excluded = Counter(), [], set()
     for name in args.input.split(","):
         problems += load_problems(name.strip(), args.split, counts=counts)
-    excluded: set[str] = set()
     for name in args.exclude.split(",") if args.exclude else []:
         # Only the texts matter here, so a file of problems without answers will do.
-        excluded |= {problem_key(p["problem"]) for p in load_problems(name.strip(), need_answer=False)}
+        excluded |= {same_text(problem) for problem in load_problems(name.strip(), need_answer=False)}
     problems = select(problems, excluded, args.limit, counts)
     rows = annotate(problems, dist, args.mode, args.wording, args.copies, args.seed)
     lengths = [len(encode_prompt(tokenizer, row["prompt"]) if tokenizer else row["prompt"]) for row in rows]
-    if args.max_prompt_tokens:
-        fits = [length <= args.max_prompt_tokens for length in lengths]
-        counts["prompt too long"] += fits.count(False)
-        rows = [row for row, ok in zip(rows, fits, strict=True) if ok]
-        lengths = [length for length, ok in zip(lengths, fits, strict=True) if ok]
+    most = args.max_prompt_tokens or math.inf
+    counts["prompt too long"] += sum(length > most for length in lengths)
+    rows = [row for row, length in zip(rows, lengths, strict=True) if length <= most]
     if not rows:
-        told = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason != "read")
-        raise BadInput(f"nothing left of {counts['read']} rows ({told}): nothing was written")
+        raise BadInput(f"nothing left of {counts['read']} rows ({reasons(+counts)}): nothing was written")
     write_rows(rows, args.out)
+    lengths = [length for length in lengths if length <= most]
     text = summary(rows, +counts, lengths, "tokens" if tokenizer else "characters", dist)
     if 1 <= count_distinct(dist) < args.copies:
         text += f"\nnote: {args.budgets} has fewer than {args.copies} budgets: copies of a problem share some"

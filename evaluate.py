@@ -12,10 +12,10 @@ make them again. Training calls evaluate() with its own sampler. Left out: other
 import argparse
 import gzip
 import importlib.metadata
+import itertools
 import json
 import math
 import os
-import platform
 import re
 import sys
 import time
@@ -25,29 +25,18 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+import data
+import plots
 import rewards
-from data import (
-    BadInput,
-    budget_prompt,
-    encode_prompt,
-    load_problems,
-    load_tokenizer,
-    one_line_errors,
-    parse_budgets,
-)
+import toy
+from data import BadInput
 
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
-NEEDED = (
-    "id",
-    "source",
-    "budget",
-    "length",
-    "finish_reason",
-    "correct",
-)  # fields of a sample that results need
 CROWD = 16  # pictures and tables of more budgets than this show groups of them
+# The fields of a sample that results need.
+NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics: pure functions of numbers. Lengths and budgets in tokens, shares from 0 to 1.
@@ -69,8 +58,7 @@ def over_budget(length, budget) -> dict:
 
 def within10(length, budget) -> dict:
     """Share of lengths at most 10% away from the budget; in integers, so that exactly 10% is inside."""
-    length, budget = np.asarray(length), np.asarray(budget)
-    return {"share": (10 * np.abs(length - budget) <= budget).mean()}
+    return {"share": (10 * np.abs(np.asarray(length) - budget) <= np.asarray(budget)).mean()}
 
 
 def log_linear_fit(tokens, accuracy) -> dict:
@@ -98,6 +86,7 @@ def trimmed_quantiles(values, probs=QUANTILES) -> list[float]:
 
 def standard_error(means) -> float:
     """Standard error of the mean over problems (ddof 1); nan for a single problem."""
+    # Not over responses: those of one problem are no independent evidence.
     return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
 
 
@@ -109,16 +98,8 @@ def correlation(requested, produced) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-METRICS = {
-    "length_error": length_error,
-    "over_budget": over_budget,
-    "within10": within10,
-    "log_linear_fit": log_linear_fit,
-    "pass_at_k": pass_at_k,
-    "trimmed_quantiles": trimmed_quantiles,
-    "standard_error": standard_error,
-    "correlation": correlation,
-}
+METRICS = (length_error, over_budget, within10, log_linear_fit, pass_at_k, trimmed_quantiles, standard_error)
+METRICS = {function.__name__: function for function in (*METRICS, correlation)}
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples -> table -> results. The table keeps five numbers per sample and no text, since a file of
@@ -137,16 +118,13 @@ def add(table: dict, sample: dict, count: str = "response") -> None:
     budget, length, finish = sample["budget"], sample["length"], sample["finish_reason"]
     if count == "thinking" and sample.get("thinking_length") is not None:
         length = sample["thinking_length"]
-    if budget not in part["cells"]:
-        part["cells"][budget] = new_cell()
-    row = {
-        "problem": part["ids"].setdefault(sample["id"], len(part["ids"])),
-        "correct": bool(sample["correct"]),
-    }
-    row |= {"budget": -1 if budget is None else budget, "length": -1 if length is None else length}
-    row["truncated"] = -1 if finish is None else finish == "length"
-    for key, column in part["cells"][budget].items():
-        column.append(row[key])
+    cell = part["cells"].setdefault(budget, new_cell())
+    cell["problem"].append(part["ids"].setdefault(sample["id"], len(part["ids"])))
+    cell["correct"].append(bool(sample["correct"]))
+    # The budget stands in every row, too: groups of many budgets are drawn as one (see pool).
+    cell["budget"].append(-1 if budget is None else budget)
+    cell["length"].append(-1 if length is None else length)
+    cell["truncated"].append(-1 if finish is None else finish == "length")
     if sample.get("mode"):
         part["modes"].add(sample["mode"])
 
@@ -164,21 +142,19 @@ def summarise_cell(cell: dict) -> dict:
     _, row, n = np.unique(problem, return_inverse=True, return_counts=True)
     right = np.bincount(row, weights=correct).astype(int)
     most = int(n.min())  # pass@k is known up to the fewest samples that any problem has
+    ks = sorted({2**i for i in range(most.bit_length())} | {most})
     length, budget = known_lengths(cell), np.array(cell["budget"])[np.array(cell["length"]) >= 0]
+    finished = truncated[truncated >= 0]
     out = {
         "n": len(correct),
         "problems": len(n),
         "accuracy": correct.mean(),
-        # Samples of one problem are no independent evidence: the error is that of the mean over problems.
         "accuracy_stderr": standard_error(right / n),
-        "pass_at_k": {
-            str(k): pass_at_k(n.tolist(), right.tolist(), k)["mean"]
-            for k in sorted({2**i for i in range(most.bit_length())} | {most})
-        },
-        "truncated": (truncated == 1).sum() / (truncated >= 0).sum() if (truncated >= 0).any() else math.nan,
+        "pass_at_k": {str(k): pass_at_k(n.tolist(), right.tolist(), k)["mean"] for k in ks},
+        "truncated": finished.mean() if len(finished) else math.nan,
         **dict.fromkeys(("mean_length", "median_length", "length_std", "length_quantiles"), math.nan),
-        **dict.fromkeys(("signed_error", "abs_error", "rmse", "within_10", "over_budget"), math.nan),
-        "over_budget_500": math.nan,
+        **dict.fromkeys(("signed_error", "abs_error", "rmse", "within_10"), math.nan),
+        **dict.fromkeys(("over_budget", "over_budget_500"), math.nan),
     }
     if len(length):
         out |= {"mean_length": length.mean(), "median_length": np.median(length), "length_std": length.std()}
@@ -193,6 +169,7 @@ def summarise_cell(cell: dict) -> dict:
 
 def mean_of(cells: list[dict]) -> dict:
     """Means over budgets, each budget weighing the same; nan where one of them has no such figure."""
+    # A budget of which more samples were saved must not outvote the rest.
     keys = ("accuracy", "mean_length", "signed_error", "abs_error", "rmse")
     keys += ("within_10", "over_budget", "over_budget_500", "truncated")
     return {key: np.mean([cell[key] for cell in cells]) if cells else math.nan for key in keys}
@@ -208,32 +185,43 @@ def jsonable(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def in_order(cells: dict) -> list:
-    """The budgets of the cells, smallest first, the run without a budget (None) last."""
-    return sorted(cells, key=lambda budget: math.inf if budget is None else budget)
+def in_order(cells: dict) -> dict:
+    """The cells by budget, smallest first, the run without a budget (None) last."""
+    return dict(sorted(cells.items(), key=lambda item: item[0] or math.inf))
+
+
+def pool(cells: dict) -> dict:
+    """The cells that are shown: many budgets (a uniform draw) become ten groups, each at its median."""
+    asked = sorted(b for b in cells if b is not None)
+    if len(asked) <= CROWD:
+        return in_order(cells)
+    pooled = {None: cells[None]} if None in cells else {}
+    for group in np.array_split(asked, 10):
+        cell = pooled[int(np.median(group))] = new_cell()
+        for budget in group.tolist():
+            for key in cell:
+                cell[key].extend(cells[budget][key])
+    return in_order(pooled)
 
 
 def summarise(table: dict, trained_budgets: list[int] | None = None) -> dict:
     """{data set: {"budgets": {"512": figures, "none": figures}, "mean", "mean_trained", ...}}, for json."""
     datasets = {}
     for name, part in table.items():
-        cells = {b: summarise_cell(part["cells"][b]) for b in in_order(part["cells"])}
+        cells = {b: summarise_cell(cell) for b, cell in in_order(part["cells"]).items()}
         asked = [b for b in cells if b is not None]
         # The correlation is over all samples with a budget, not over the means of the budgets.
         produced = [known_lengths(part["cells"][b]) for b in asked]
         requested = [np.full(len(x), b) for x, b in zip(produced, asked, strict=True)]
-        fit = [cells[b] for b in asked if cells[b]["mean_length"] > 0]  # false for nan
+        # Lengths above 0 have a logarithm; the comparison is false for nan as well.
+        fit = [(c["mean_length"], c["accuracy"]) for b, c in cells.items() if b and c["mean_length"] > 0]
         datasets[name] = {
             "mode": " and ".join(sorted(part["modes"])) or None,
             "budgets": {"none" if b is None else str(b): c for b, c in cells.items()},
             "mean": mean_of([cells[b] for b in asked]),
             "mean_trained": mean_of([cells[b] for b in asked if b in (trained_budgets or [])]),
-            "correlation": correlation(np.concatenate(requested), np.concatenate(produced))
-            if asked
-            else None,
-            "accuracy_by_log_length": log_linear_fit(
-                [c["mean_length"] for c in fit], [c["accuracy"] for c in fit]
-            ),
+            "correlation": correlation(*map(np.concatenate, (requested, produced))) if asked else None,
+            "accuracy_by_log_length": log_linear_fit([x for x, _ in fit], [y for _, y in fit]),
         }
     return jsonable(datasets)
 
@@ -270,7 +258,8 @@ def check_sample(sample, need: tuple) -> dict:
 
 def read_samples(path: str, regrade: bool = False) -> Iterator[dict]:
     """Samples of a JSONL file, plain or gzipped, one at a time; BadInput names the line that is wrong."""
-    need, found = (*NEEDED[:-1], "response", "answer") if regrade else NEEDED, False
+    # To be checked again, a sample needs its text and its gold answer in place of a verdict.
+    need, sample = (*NEEDED[:-1], "response", "answer") if regrade else NEEDED, None
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
             for at, line in enumerate(f, 1):
@@ -282,24 +271,17 @@ def read_samples(path: str, regrade: bool = False) -> Iterator[dict]:
                     raise BadInput(f"--samples {path}, line {at}: {error}") from None
                 except (ValueError, RecursionError) as error:
                     raise BadInput(f"--samples {path}, line {at} is no JSON ({error}): delete it") from None
-                found = True
                 yield sample
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise BadInput(f"--samples {path} cannot be read ({error}): give a .jsonl(.gz) file") from None
-    if not found:
+    if sample is None:
         raise BadInput(f"--samples {path} holds no samples: give a file that evaluate.py wrote")
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    """Lists of up to `size` items, without holding more than one of them."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,48 +297,41 @@ def plan(
     """
     largest = max((b for b in budgets if b), default=0)
     if max_tokens and largest > max_tokens and mode == "exact":
-        raise BadInput(
-            f"--max-tokens ({max_tokens}) is below the budget {largest}, which no response could then reach: "
-            "raise --max-tokens or leave it out"
-        )
+        raise BadInput(f"--max-tokens ({max_tokens}) is below the budget {largest}: raise it or leave it out")
     for budget in budgets:
+        # Twice the budget leaves room to see by how much a response misses it.
         cap = max_tokens or (2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 0))
         for problem in problems:
             asked_as = mode if budget else None
-            prompt = budget_prompt(problem["problem"], budget, asked_as, problem["kind"], wording)
-            ids = np.array(encode_prompt(tokenizer, prompt), np.int32)  # an eighth of a list's memory
+            prompt = data.budget_prompt(problem["problem"], budget, asked_as, problem["kind"], wording)
+            ids = np.array(data.encode_prompt(tokenizer, prompt), np.int32)  # an eighth of a list's memory
             room = context - len(ids)
             # A default cap gives way to the context; a budget or a cap that was asked for does not.
             wanted = max(1, budget or 0, max_tokens or 0)
             if wanted > room:
-                raise BadInput(
-                    f"budget {budget or 'none'}: {wanted} tokens of response and the prompt of problem "
-                    f"{problem['id']} ({len(ids)} tokens) exceed the model's context of {context}: at most "
-                    f"{max(room, 0)} fit; lower --budgets or --max-tokens, or drop long problems"
-                )
+                what = f"prompt {problem['id']} ({len(ids)} tokens) and a response of {wanted}"
+                way_out = "lower --budgets or --max-tokens, or drop long problems"
+                raise BadInput(f"{what} exceed the model's context of {context}: {way_out}")
             request = {"problem": problem, "budget": budget, "prompt": prompt, "ids": ids}
             yield request | {"max_tokens": min(cap, room)}
 
 
-def to_samples(
-    request: dict, completions: list[dict], mode: str, tokenizer, think_end: list[int]
-) -> list[dict]:
+def to_samples(request: dict, completions: list, mode: str, tokenizer, think_end: list) -> Iterator:
     """The completions of one request as samples of the Sample contract, not yet graded."""
-    problem, budget, samples = request["problem"], request["budget"], []
+    problem, budget = request["problem"], request["budget"]
     for i, completion in enumerate(completions):
         ids, finish = list(completion["ids"]), completion["finish_reason"]
         # Only the end token is left out: in many tokenizers `</think>` is a special token, too.
         response = tokenizer.decode(ids[:-1] if finish == "stop" else ids, skip_special_tokens=False)
-        sample = {"id": problem["id"], "sample": i}
-        sample |= {key: problem[key] for key in ("source", "problem", "answer", "kind")}
+        sample = {"id": problem["id"], "sample": i, "source": problem["source"]}
+        sample |= {key: problem[key] for key in ("problem", "answer", "kind")}
         sample |= {"prompt": request["prompt"], "budget": budget, "mode": mode if budget else None}
         sample |= {"response": response, "length": rewards.response_length(ids), "finish_reason": finish}
         if "</think>" in response:
             sample["thinking_length"] = rewards.response_length(ids, "thinking", think_end)
         if problem.get("choices"):
             sample["choices"] = problem["choices"]
-        samples.append(sample)
-    return samples
+        yield sample
 
 
 def grade(samples: list[dict], require_think: bool) -> dict:
@@ -369,10 +344,9 @@ def grade(samples: list[dict], require_think: bool) -> dict:
         [s["response"] for s in whole], [s["answer"] for s in whole],
         [s.get("kind") or "math" for s in whole], [s.get("choices") for s in whole], require_think,
     )  # fmt: skip
+    verdicts = iter(verdicts)
     for sample in samples:
-        sample["correct"] = False
-    for sample, verdict in zip(whole, verdicts, strict=True):
-        sample["correct"] = bool(verdict)
+        sample["correct"] = sample["finish_reason"] != "length" and bool(next(verdicts))
     return counts | {"checked": len(samples)}
 
 
@@ -400,28 +374,23 @@ def evaluate(
         for at, batch in enumerate(batches(requests, max(1, BATCH // n))):
             own = batch[rank::processes]
             ids, caps = [r["ids"].tolist() for r in own], [r["max_tokens"] for r in own]
+            # No two batches and no two processes draw with the same seed.
             batch_seed = (seed * 1_000_003 + at) * processes + rank
             found = sampler.generate(ids, n, caps, temperature, top_p, batch_seed) if own else []
             pairs = zip(own, found, strict=True)
             samples = [s for r, c in pairs for s in to_samples(r, c, mode, tokenizer, think_end)]
-            counts = grade(samples, require_think)
+            counts = [grade(samples, require_think)]
             if processes > 1:
-                samples, counts = gather(samples), gather([counts])
-            verify = sum_counts([verify, *(counts if processes > 1 else [counts])])
+                samples, counts = gather(samples), gather(counts)
+            verify = sum_counts([verify, *counts])
             for sample in samples:
                 f.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 add(table, sample, count)
             f.flush()
             done += len(samples)
             log(f"evaluate: {done}/{len(requests) * n} samples, {time.monotonic() - start:.0f} s")
-    about = {
-        "model": model,
-        "mode": mode,
-        "wording": wording,
-        "trained_budgets": trained_budgets,
-        "seed": seed,
-    }
-    about |= {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    about = {"model": model, "mode": mode, "wording": wording, "trained_budgets": trained_budgets}
+    about |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     about |= {"sampler": sampler.name, "count": count, "require_think": require_think, "verify": verify}
     return finish(table, about, out, log) if rank == 0 else {}
 
@@ -440,16 +409,6 @@ def sum_counts(counts: list[dict]) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------
 # Results on disk and on the screen
-
-
-def write_json(path: str, value: dict) -> None:
-    """Written beside its place, fsynced and renamed: nobody ever reads half a file. Refuses nan."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, allow_nan=False, ensure_ascii=False)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 def read_results(path: str) -> dict:
@@ -472,51 +431,44 @@ def clear(out: str) -> None:
             os.remove(path)
 
 
-def versions() -> dict:
-    """The versions of Python and of the libraries that took part."""
-    found = {"python": platform.python_version(), "math-verify": importlib.metadata.version("math-verify")}
-    used = [name for name in ("numpy", "torch", "transformers", "vllm") if name in sys.modules]
-    return found | {name: sys.modules[name].__version__ for name in used}
-
-
 def finish(table: dict, about: dict, out: str, log: Callable = print) -> dict:
     """Summarise, draw, write results.json to `out`, print the tables; returns the results."""
     os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "results.json")
-    trained = about.get("trained_budgets")
-    results = jsonable(about) | {"versions": versions(), "datasets": summarise(table, trained)}
+    path, trained = os.path.join(out, "results.json"), about.get("trained_budgets")
+    # The libraries that took part: another version of the answer checker may judge otherwise.
+    versions = {"python": sys.version.split()[0], "math-verify": importlib.metadata.version("math-verify")}
+    used = [name for name in ("numpy", "torch", "transformers", "vllm") if name in sys.modules]
+    versions |= {name: sys.modules[name].__version__ for name in used}
+    results = jsonable(about) | {"versions": versions, "datasets": summarise(table, trained)}
     clear(out)
-    pictures = draw(table, out, trained, about.get("model"))
-    results["pictures"] = [os.path.basename(p) for p in pictures]
-    write_json(path, results)
+    shown = {}  # what tables and pictures need of each data set
     for name, part in table.items():
+        cells = pool(part["cells"])
+        shown[name] = {"problems": len(part["ids"]), "mode": results["datasets"][name]["mode"]}
+        shown[name]["figures"] = {b: summarise_cell(cell) for b, cell in cells.items()}
+        shown[name]["lengths"] = {b: known_lengths(cell) for b, cell in cells.items()}
+    pictures = plots.draw(shown, out, trained, about.get("model"))
+    results["pictures"] = [os.path.basename(p) for p in pictures]
+    # Written beside its place, fsynced and renamed: nobody ever reads half a file.
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+    for name, part in shown.items():
         log(format_table(name, part, results["datasets"][name]))
     log(f"evaluate: figures in {path}")
-    log(
-        "evaluate: pictures in " + ", ".join(pictures)
-        if pictures
-        else "evaluate: no lengths known, no pictures"
-    )
+    log(f"evaluate: pictures in {', '.join(pictures) or 'no file, as no lengths are known'}")
     return results
 
 
 def format_table(name: str, part: dict, summary: dict) -> str:
     """The table of one data set: a line per budget (or group of many), then the means over budgets."""
-    columns = {
-        "accuracy": "accuracy",
-        "+-": "accuracy_stderr",
-        "length": "mean_length",
-        "signed": "signed_error",
-    }
-    columns |= {
-        "abs error": "abs_error",
-        "within 10%": "within_10",
-        "over": "over_budget",
-        "cut off": "truncated",
-    }
-    cells = pool(part["cells"])
+    columns = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length"}
+    columns |= {"signed": "signed_error", "abs error": "abs_error", "within 10%": "within_10"}
+    columns |= {"over": "over_budget", "cut off": "truncated"}
     # As json has them: what is not known is None here, like in the means below.
-    lines = {"none" if b is None else str(b): jsonable(summarise_cell(cells[b])) for b in in_order(cells)}
+    lines = {"none" if b is None else str(b): jsonable(figures) for b, figures in part["figures"].items()}
     for label, key in (("mean", "mean"), ("mean, trained", "mean_trained")):
         if len(lines) > 1 and summary[key]["abs_error"] is not None:
             lines[label] = summary[key]
@@ -526,237 +478,50 @@ def format_table(name: str, part: dict, summary: dict) -> str:
         texts = ["-" if v is None else f"{v:.1f}" if k == "mean_length" else f"{v:.1%}" for k, v in values]
         rows.append([label, str(figures.get("n", "")), *texts])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = f"\n{name}: {len(part['ids'])} problems, mode {summary['mode'] or 'none'}"
+    text = f"\n{name}: {part['problems']} problems, mode {summary['mode'] or 'none'}"
     if summary["correlation"] is not None:
         text += f", correlation of requested and produced length {summary['correlation']:.3f}"
-    pad = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([text, *pad])
+    return "\n".join([text, *("  ".join(map(str.rjust, row, widths)) for row in rows)])
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Pictures. They are told apart by shape and brightness, so that a greyscale print loses nothing.
-
-DARK, LIGHT, OTHER = "#1f3f5f", "#8fb8dc", "#8a4b08"
-
-
-def pool(cells: dict) -> dict:
-    """The cells that are shown: many budgets (a uniform draw) become ten groups, each at its median."""
-    asked = sorted(b for b in cells if b is not None)
-    if len(asked) <= CROWD:
-        return cells
-    pooled = {None: cells[None]} if None in cells else {}
-    for group in np.array_split(asked, 10):
-        cell = pooled[int(np.median(group))] = new_cell()
-        for budget in group.tolist():
-            for key in cell:
-                cell[key].extend(cells[budget][key])
-    return pooled
-
-
-def draw(table: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
-    """Violins, accuracy and error pictures of every data set that has the numbers; returns the PNG paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    paths = []
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    for name, part in table.items():
-        suffix = "" if len(table) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
-        cells = {b: c for b, c in pool(part["cells"]).items() if len(known_lengths(c))}
-        lengths = {b: known_lengths(cells[b]) for b in in_order(cells)}
-        figures = {b: summarise_cell(cells[b]) for b in lengths}
-        most = max(map(len, lengths.values()), default=0)
-        title = f"{name}: {len(part['ids'])} problems, {most} responses a budget"
-        title += f", mode {' and '.join(sorted(part['modes']))}" if part["modes"] else ""
-        title += f"\n{os.path.basename(model.rstrip('/'))}" if model else ""
-        for kind, function in PICTURES.items():
-            # Without a single budget there is still an accuracy at a length.
-            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
-                continue
-            with plt.rc_context(style):
-                picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
-                function(ax, figures, lengths, trained)
-                ax.set_title(title.replace("$", r"\$"), fontsize=11, loc="left")  # a name is no formula
-                paths.append(os.path.join(out, f"{kind}{suffix}.png"))
-                picture.savefig(paths[-1], dpi=150)
-                plt.close(picture)
-    return paths
-
-
-def density(values: np.ndarray, least: float, points: int = 120) -> tuple[np.ndarray, np.ndarray]:
-    """(grid, height scaled to 1): Gaussian kernel estimate cut at both ends, bandwidth Scott's or `least`."""
-    grid, width = np.linspace(values.min(), values.max(), points), values.std() * len(values) ** -0.2
-    values, width = np.quantile(values, np.linspace(0, 1, 1000)), max(width, least)  # any number at one cost
-    height = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2).sum(1)
-    return grid, height / height.max()
-
-
-def plain_ticks(axis, values) -> None:
-    """Ticks at these values, written as plain numbers whatever the scale."""
-    axis.set_ticks(values, [f"{v:g}" for v in values])
-    axis.set_ticks([], minor=True)
-
-
-def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
-    """Which budgets lie in the range of the trained ones."""
-    return np.array([bool(trained) and min(trained) <= b <= max(trained) for b in budgets], bool)
-
-
-def legend(ax) -> None:
-    """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
-    found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
-    ax.legend(found.values(), found.keys(), fontsize=9, **place)
-
-
-def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Produced against requested length: a violin per budget at its true place, outer 5% cut on each side."""
-    asked = [b for b in lengths if b is not None]
-    cut = {b: trimmed_quantiles(lengths[b], [0.05, 0.5, 0.95]) for b in lengths}
-    # Budgets that would crowd on linear axes get logarithmic ones; the identity stays a straight line.
-    log = len(asked) > 1 and min(np.diff(asked)) < 0.05 * asked[-1]
-    to, back = (np.log2, np.exp2) if log else (np.asarray, np.asarray)
-    # Violins nearly touch where budgets are closest; a lone one gets a fair share of the axis.
-    half = 0.38 * (min(np.diff(to(asked))) if len(asked) > 1 else 0.4 * asked[0])  # of a violin's width
-    least, most = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
-    low = float(back(to(asked[0]) - 1.5 * half))
-    low = low if log else min(0, low)
-    high = float(back(to(asked[-1]) + 1.5 * half))
-    line = np.array([low, high])
-    if trained:
-        ax.axvspan(min(trained), max(trained), color="0.92", zorder=0, label="trained range")
-    ax.plot(line, line, color="black", lw=1.2, ls="--", zorder=5, label="exactly as asked")
-    ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
-    for budget in asked:
-        kept = lengths[budget][(lengths[budget] >= cut[budget][0]) & (lengths[budget] <= cut[budget][2])]
-        median = cut[budget][1]
-        # Lengths are whole numbers: a kernel narrower than half a token would show that and nothing else.
-        narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
-        grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
-        left, right = to(budget) - half * height, to(budget) + half * height
-        ax.fill_betweenx(back(grid), back(left), back(right), fc=LIGHT, ec=DARK, lw=1, zorder=4)
-        ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
-        ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
-        above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, zorder=7)
-        above["bbox"] = dict(fc="white", ec="none", alpha=0.7, pad=0.5)  # readable on top of a line
-        ax.annotate(f"{median:.0f}", (budget, cut[budget][2]), **above)
-    ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
-    if None in cut:
-        label = f"median without a budget: {cut[None][1]:.0f}"
-        ax.axhline(cut[None][1], color=OTHER, lw=1.4, ls="-.", zorder=2, label=label)
-    if log:
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log", base=2)
-        plain_ticks(ax.yaxis, asked)
-    plain_ticks(ax.xaxis, asked)
-    ax.set(xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%")
-    ax.set_xlim(low, high)
-    ax.set_ylim(min(low, max(0.5, 0.9 * least)) if log else 0, 1.08 * max(most, asked[-1]))
-    legend(ax)
-
-
-def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Accuracy against mean produced length, with one standard error over problems; labels: budgets."""
-    asked = [b for b in figures if b is not None]
-    x = {b: c["mean_length"] for b, c in figures.items()}
-    y = {b: 100 * c["accuracy"] for b, c in figures.items()}
-    bars = {b: 100 * np.nan_to_num(c["accuracy_stderr"]) for b, c in figures.items()}
-    known = dict(zip(asked, is_trained(asked, trained), strict=True))
-    ax.plot([x[b] for b in asked], [y[b] for b in asked], color=DARK, lw=1.2, zorder=2)
-    kinds = [
-        ([b for b in asked if known[b]], "o", DARK, DARK, "budgets in the trained range"),
-        ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets"),
-        ([b for b in figures if b is None], "D", "#f2b56b", OTHER, "no budget"),
-    ]
-    for group, marker, face, color, label in kinds:
-        if group:
-            style = dict(fmt=marker, ms=8, mfc=face, color=color, capsize=3, zorder=3, label=label)
-            ax.errorbar([x[b] for b in group], [y[b] for b in group], [bars[b] for b in group], **style)
-    for i, budget in enumerate(asked):
-        # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
-        place = dict(xytext=(7, -14), ha="left") if i % 2 else dict(xytext=(-6, 6), ha="right")
-        ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
-    if max(x.values()) > 8 * min(x.values()) > 0:
-        ax.set_xscale("log", base=2)
-        low, high = (int(np.log2(f(x.values()))) for f in (min, max))
-        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
-    ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
-    # At least 16 points of accuracy are shown, so that noise does not look like a trend.
-    reach = max(8, max(bars.values()) + 3)
-    ax.margins(x=0.09)  # room for the labels
-    ax.set_ylim(max(-2, min(y.values()) - reach), min(104, max(y.values()) + reach))
-    ax.grid(axis="y", color="0.9")
-    legend(ax)
-
-
-def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Mean absolute length error by budget as bars, signed error as marks; both relative to the budget."""
-    asked = [b for b in figures if b is not None]
-    size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
-    # Evenly spaced: the size of an error says nothing about the distance between two budgets.
-    x, known = np.arange(len(asked)), is_trained(asked, trained)
-    bars = ax.bar(x, size, 0.6, color=LIGHT, edgecolor=DARK, zorder=2, label="mean absolute error")
-    # Clear of the diamond, which sits on the bar's end where all responses miss on the same side.
-    ax.bar_label(bars, [f"{v:.1f}%" for v in size], padding=7, fontsize=9)
-    ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
-    ax.axhline(0, color="black", lw=0.8)
-    ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
-    if known.any():
-        ends = x[known].min() - 0.5, x[known].max() + 0.5
-        ax.axvspan(*ends, color="0.92", zorder=0, label="trained range")
-    ax.set_xticks(x, [str(b) for b in asked])
-    ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
-    ax.set_xlim(-0.8, len(asked) - 0.2)
-    ax.set_ylim(1.25 * min(0, *signed), 1.2 * max(*size, 10))
-    legend(ax)
-
-
-PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def evaluate_samples(
-    path: str, out: str, regrade: bool, count: str | None, require_think: bool, trained: list[int] | None
-) -> dict:
-    """Results and pictures from saved samples; `regrade` checks again and writes disagreements.jsonl."""
-    table, verify = {}, {"changed": 0}
+def evaluate_samples(args: argparse.Namespace) -> dict:
+    """Results and pictures from saved samples; --regrade checks again and writes disagreements.jsonl."""
+    path, out, regrade, table, verify = args.samples, args.out, args.regrade, {}, {"changed": 0}
     about = {"model": None, "trained_budgets": None, "count": "response"}
     if os.path.basename(path) == "samples.jsonl":
         # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
         beside = read_results(os.path.join(os.path.dirname(path), "results.json"))
         about |= {k: v for k, v in beside.items() if k not in ("datasets", "pictures", "versions")}
-    about |= {k: v for k, v in {"samples": path, "count": count, "trained_budgets": trained}.items() if v}
-    count, require_think = about["count"], require_think or bool(about.get("require_think"))
-    # One sample at a time from here on: the file may be far larger than the memory.
-    if not regrade:
-        for sample in read_samples(path):
-            add(table, sample, count)
-        return finish(table, about, out)
-    for _ in read_samples(path, regrade):
-        pass  # a broken line is found before anything is written
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "disagreements.jsonl"), "w", encoding="utf-8") as f:
+    about |= {k: v for k, v in vars(args).items() if k in ("samples", "count", "trained_budgets") and v}
+    require_think = args.require_think or bool(about.get("require_think"))
+    if regrade:
+        # Once through the whole file first: a broken line is found before anything is written.
+        sum(1 for _ in read_samples(path, regrade))
+        os.makedirs(out, exist_ok=True)
+    kept = os.path.join(out, "disagreements.jsonl") if regrade else os.devnull
+    with open(kept, "w", encoding="utf-8") as f:
+        # Batch by batch: the file may be far larger than the memory.
         for batch in batches(read_samples(path, regrade), BATCH):
             stored = [s.get("correct") for s in batch]
-            verify = sum_counts([verify, grade(batch, require_think)])
+            verify = sum_counts([verify, grade(batch, require_think)]) if regrade else verify
             for sample, old in zip(batch, stored, strict=True):
-                add(table, sample, count)
+                add(table, sample, about["count"])
                 if old is not None and bool(old) != sample["correct"]:
                     verify["changed"] += 1
-                    row = sample | {"correct": old, "regraded": sample["correct"]}
-                    f.write(json.dumps(row) + "\n")
-    return finish(table, about | {"require_think": require_think, "verify": verify}, out)
+                    f.write(json.dumps(sample | {"correct": old, "regraded": sample["correct"]}) + "\n")
+    if regrade:
+        about |= {"require_think": require_think, "verify": verify}
+    return finish(table, about, out)
 
 
 def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
     """ "none,512,1024" -> [None, 512, 1024], each once, in the order given; BadInput on anything else."""
     budgets = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in map(str.strip, text.split(",")):
         if word != "none" and not (re.fullmatch("[0-9]{1,9}", word) and int(word) > 0):
             raise BadInput(f"{flag} {text!r}: {word!r} is no budget; give token counts above 0: 512,1024")
         budgets.append(None if word == "none" else int(word))
@@ -765,24 +530,22 @@ def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
 
 def load_data(names: str, limit: int | None, seed: int) -> list[dict]:
     """Problems of the sets in "math500,FILE,toy"; `source` becomes the set's name (of a FILE its stem)."""
-    problems, seen, ids = [], set(), Counter()
+    problems = []
     for spec in map(str.strip, names.split(",")):
-        if spec in ("toy", "toy_ood"):
-            import toy
-
+        # The test split: the toy's training problems are never asked here.
+        if spec in toy.TASKS:
             found = toy.problems(spec, "test", limit or 200, seed)
         else:
-            found = load_problems(spec, limit=limit)
+            found = data.load_problems(spec, limit=limit)
         name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", os.path.basename(spec.rstrip("/")))
-        if name in seen:
+        if name in {problem["source"] for problem in problems}:
             raise BadInput(f"--data {names!r} names {name!r} twice; results go by name, so rename a file")
-        seen.add(name)
+        ids = Counter()
         for problem in found:
             # Two halves of one set may both number their problems from 0: equal ids would be one problem.
-            ids[name, problem["id"]] += 1
-            again = ids[name, problem["id"]]
-            new = {"source": name, "id": problem["id"] if again == 1 else f"{problem['id']}-{again}"}
-            problems.append(problem | new)
+            ids[problem["id"]] += 1
+            again = f"-{ids[problem['id']]}" if ids[problem["id"]] > 1 else ""
+            problems.append(problem | {"source": name, "id": f"{problem['id']}{again}"})
     return problems
 
 
@@ -805,9 +568,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise BadInput("give either --model (to sample) or --samples (saved responses), not both or neither")
     if args.samples and not os.path.isfile(args.samples):
         raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
-    for name in ("data", "budgets", "limit", "max_tokens", "wording"):
-        if args.samples and getattr(args, name) is not None:
-            flag = "--" + name.replace("_", "-")
+    for flag in ("--data", "--budgets", "--limit", "--max-tokens", "--wording"):
+        if args.samples and getattr(args, flag[2:].replace("-", "_")) is not None:
             raise BadInput(f"--samples brings its own problems and responses: leave out {flag}")
     if args.model and not args.data:
         raise BadInput("--data is missing: name a preset, a file of problems, toy or toy_ood")
@@ -815,21 +577,20 @@ def check_args(args: argparse.Namespace) -> None:
         raise BadInput("--budgets is missing: give token counts, as in --budgets 512,1024, or --mode none")
     if args.regrade and not args.samples:
         raise BadInput("--regrade needs --samples: the answers of a --model are checked in any case")
-    for flag, value in (("--n", args.n), ("--limit", args.limit), ("--max-tokens", args.max_tokens)):
-        if value is not None and value < 1:
-            raise BadInput(f"{flag} ({value}) must be 1 or more")
-    if args.seed < 0:
-        raise BadInput(f"--seed ({args.seed}) must be 0 or more")
+    for flag, least in (("--n", 1), ("--limit", 1), ("--max-tokens", 1), ("--seed", 0)):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and value < least:
+            raise BadInput(f"{flag} ({value}) must be {least} or more")
+    # Written so that nan, which compares false with everything, is refused as well.
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        given = f"--temperature ({args.temperature}) must be 0 or more, --top-p ({args.top_p})"
-        raise BadInput(f"{given} above 0 and at most 1")
+        raise BadInput(f"--temperature ({args.temperature}) is from 0, --top-p ({args.top_p}) in (0, 1]")
     if args.trained_budgets:
+        # A distribution stands for its range: the pictures need the smallest and the largest only.
         spec = args.trained_budgets
-        args.trained_budgets = (
-            parse_budgets(spec)["values"] if ":" in spec else budget_list(spec, "--trained-budgets")
-        )
-        if None in args.trained_budgets:
+        listed = data.parse_budgets(spec)["values"] if ":" in spec else budget_list(spec, "--trained-budgets")
+        if None in listed:
             raise BadInput(f"--trained-budgets {spec!r}: give token counts only")
+        args.trained_budgets = listed
     args.budgets = budget_list(args.budgets) if args.budgets else [None]
     if args.mode == "none" and args.budgets != [None]:
         print("evaluate: --mode none states no budget, so --budgets is left aside: one run without any")
@@ -843,54 +604,38 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="model folder or hub id")
     add("--data", help="data sets, comma-separated: presets, hub ids, files of problems, toy, toy_ood")
-    add(
-        "--budgets",
-        help="tokens, comma-separated, as in 512,1024; none among them: also a run without a budget",
-    )
+    add("--budgets", help="tokens, comma-separated: 512,1024; none among them: also a run without a budget")
     add("--mode", choices=("exact", "max", "none"), default="exact", help="how the budget is asked for")
     add("--n", type=int, default=1, help="samples per problem and budget (L1: 16)")
     add("--out", required=True, help="folder for samples.jsonl, results.json and the pictures")
     add("--samples", help="saved samples (.jsonl, .jsonl.gz) in place of a model")
     add("--regrade", action="store_true", help="with --samples: check the answers anew")
-    add(
-        "--wording",
-        choices=("l1", "tulu"),
-        help="the budget sentence (default l1; the toy's tasks know tulu)",
-    )
+    add("--wording", choices=("l1", "tulu"), help="the budget sentence (default l1; the toy's tasks: tulu)")
     add("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy")
     add("--top-p", type=float, default=0.95, help="share of the probability that is kept in sampling")
-    add(
-        "--max-tokens",
-        type=int,
-        help="response cap, tokens (exact: 2 x budget, else 8192; within the context)",
-    )
-    add(
-        "--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA where installed"
-    )
+    add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
+    add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
     add("--count", choices=("response", "thinking"), help="tokens that count: all (default) or to </think>")
     add("--require-think", action="store_true", help="an answer without </think> is wrong")
-    add(
-        "--trained-budgets",
-        help="of the training run, tokens, for the pictures: 512,1024 or uniform:100:4000",
-    )
+    add("--trained-budgets", help="tokens trained on, for the pictures: 512,1024 or uniform:100:4000")
     add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
-    return one_line_errors(parser).parse_args(argv)
+    return data.one_line_errors(parser).parse_args(argv)
 
 
 def evaluate_model(args: argparse.Namespace) -> dict:
     """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
     problems = load_data(args.data, args.limit, args.seed)
-    is_toy = {p["source"] for p in problems} <= {"toy", "toy_ood"}  # its tokenizer knows one wording
-    wording, tokenizer = args.wording or ("tulu" if is_toy else "l1"), load_tokenizer(args.model)
+    # Every budget that does not fit, every missing file is found now: weights take minutes to load.
+    is_toy = {p["source"] for p in problems} <= set(toy.TASKS)  # its tokenizer knows one wording
+    wording, tokenizer = args.wording or ("tulu" if is_toy else "l1"), data.load_tokenizer(args.model)
     from transformers import AutoConfig
 
     try:
         context = AutoConfig.from_pretrained(args.model).max_position_embeddings
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"--model {args.model} cannot be opened ({reason}): give a folder or hub id") from None
+        raise BadInput(f"--model {args.model} has no usable config.json: {data.first_line(error)}") from None
     requests = plan(problems, args.budgets, args.mode, wording, tokenizer, context, args.max_tokens)
     # Every prompt is encoded twice for this: what does not fit is refused before the weights are loaded.
     longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)
@@ -910,11 +655,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         check_args(args)
-        if args.model:
-            evaluate_model(args)
-        else:
-            options = (args.regrade, args.count, args.require_think, args.trained_budgets)
-            evaluate_samples(args.samples, args.out, *options)
+        evaluate_model(args) if args.model else evaluate_samples(args)
     except BadInput as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

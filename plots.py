@@ -19,7 +19,7 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, 
 
 
 def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
-    """Three pictures per data set of evaluate.shown_part; returns the PNG paths. `trained`: budgets in tokens."""
+    """`shown`: {data set: {"problems", "mode", "figures" and "lengths" by budget}}; returns the PNG paths."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: a training machine has no screen

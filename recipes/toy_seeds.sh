@@ -16,6 +16,12 @@ for seed in 0 1 2 3 4; do
     python train_grpo.py $flags --seed $seed --out out/seeds/$name-$seed --overwrite
   done
 done
+# Any budget of a range instead of four: one seed, twice the steps.
+[ -f out/seeds/uniform-0/eval/results.json ] || python train_grpo.py --sampler hf --budgets uniform:16:64 --steps 400 \
+  --out out/seeds/uniform-0 --overwrite
+# What the base model can do on the task that RL never sees.
+[ -f out/seeds/base_unseen/results.json ] || python evaluate.py --model out/seeds/toy_base_v1_seed0 --data toy_ood \
+  --budgets 16,32,48,64 --n 4 --limit 100 --temperature 1 --top-p 1 --max-tokens 256 --sampler hf --out out/seeds/base_unseen
 python - <<'PY'
 import glob, json, os
 
@@ -31,11 +37,13 @@ for path in sorted(glob.glob("out/seeds/*/eval/results.json")):
         cells = part["budgets"]
         largest = cells["64"]["accuracy"]
         run[key] = {"abs_error": part["mean_trained"]["abs_error"], "accuracy_64": largest}
+        run[key]["accuracy"] = part["mean_trained"]["accuracy"]
         run[key]["errors"] = {budget: round(cell["abs_error"], 4) for budget, cell in cells.items()}
     runs.append(run)
+base = json.load(open("out/seeds/base_unseen/results.json"))["datasets"]["toy_ood"]["mean"]["accuracy"]
 with open("docs/toy_runs.json", "w") as f:
-    json.dump(runs, f, indent=1)
+    json.dump({"runs": runs, "base_accuracy_unseen_task": base}, f, indent=1)
 for r in runs:
-    b, a, u = r["before"], r["after"], r["unseen_task"]
-    print(f"| {r['name']} | {r['seed']} | {b['abs_error']:.1%} | {a['abs_error']:.1%} | {a['accuracy_64']:.1%} |")
+    errors = f"error {r['before']['abs_error']:.1%} -> {r['after']['abs_error']:.1%}"
+    print(f"{r['name']} seed {r['seed']}: {errors}, accuracy at 64 tokens {r['after']['accuracy_64']:.1%}")
 PY

@@ -9,7 +9,7 @@ from conftest import ROOT
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
     README = f.read()
 with open(os.path.join(ROOT, "docs", "toy_runs.json")) as f:
-    RUNS = json.load(f)
+    RUNS = json.load(f)["runs"]
 
 
 def cell(name, seed):

@@ -275,6 +275,35 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     assert load_tokenizer(str(tmp_path / "toy" / "checkpoint-2")).decode([6, 45]) == "wait +9"[:4] + " ^9"
 
 
+def test_every_switch_of_the_update_at_once(tiny, tmp_path):
+    flags = [
+        "--model",
+        tiny,
+        "--data",
+        os.path.join(DATA, "math_train_small.jsonl.gz"),
+        *SMALL,
+        "--steps",
+        "2",
+    ]
+    flags += ["--dtype", "bfloat16", "--gradient-checkpointing", "--kl-coef", "0.01", "--minibatches", "2"]
+    flags += [
+        "--ratio",
+        "sequence",
+        "--loss-reduction",
+        "constant",
+        "--reward",
+        "lcpo_dual",
+        "--mode",
+        "both",
+    ]
+    flags += ["--advantage", "rloo", "--count", "thinking", "--resample-budgets", "--lr-schedule", "cosine"]
+    assert train_grpo.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    first, second = lines(tmp_path / "out")
+    assert first["kl"] == pytest.approx(0, abs=1e-3) and second["lr"] < first["lr"]
+    # bf16 against the float32 sampler: the gap is there, and it is logged
+    assert 1e-5 < second["logp_gap_max"] < 0.5
+
+
 RECIPES = sorted(n for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args"))
 
 
