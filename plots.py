@@ -74,15 +74,15 @@ def plain_ticks(axis, values) -> None:
 
 
 def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
-    """Which budgets lie in the range of the trained ones: inside it a budget was interpolated, not new."""
-    return np.array([bool(trained) and min(trained) <= b <= max(trained) for b in budgets], bool)
+    """Which budgets were trained, to within 5%: of a wide range not every single number was drawn."""
+    return np.array([any(abs(b - t) <= 0.05 * b for t in trained or []) for b in budgets], bool)
 
 
 def legend(ax) -> None:
     """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
     found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
-    ax.legend(found.values(), found.keys(), fontsize=9, **place)
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5)
+    ax.legend(found.values(), found.keys(), fontsize=8.5, **place)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -106,8 +106,11 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
         ax.axvspan(min(trained), max(trained), color="0.92", zorder=0, label="trained range")
     ax.plot(line, line, color="black", lw=1.2, ls="--", zorder=5, label="exactly as asked")
     ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
-    for budget in asked:
-        violin(ax, budget, lengths[budget], cut[budget], half, to, back)
+    known = is_trained(asked, trained) | (not trained)
+    for budget, filled in zip(asked, known, strict=True):
+        violin(ax, budget, lengths[budget], cut[budget], half, to, back, LIGHT if filled else "white")
+    if not known.all():
+        ax.fill_between([], [], fc="white", ec=DARK, label="budget not trained")
     ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
     if None in cut:
         label = f"median without a budget: {cut[None][1]:.0f}"
@@ -123,15 +126,16 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
     legend(ax)
 
 
-def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back) -> None:
+def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back, color) -> None:
     """One violin with its median; `half` its half width on the axis, `to` and `back` the axis' scale."""
     low, median, high = cut
     kept = length[(length >= low) & (length <= high)]
+    kept = kept if len(kept) else length  # of two different lengths the cut would leave none
     # Lengths are whole numbers: a kernel narrower than half a token would show that and nothing else.
     narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
     grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
     left, right = to(budget) - half * height, to(budget) + half * height
-    ax.fill_betweenx(back(grid), back(left), back(right), fc=LIGHT, ec=DARK, lw=1, zorder=4)
+    ax.fill_betweenx(back(grid), back(left), back(right), fc=color, ec=DARK, lw=1, zorder=4)
     ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
     ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
     above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, zorder=7)
@@ -146,9 +150,10 @@ def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -
     y = {b: 100 * c["accuracy"] for b, c in figures.items()}
     bars = {b: 100 * np.nan_to_num(c["accuracy_stderr"]) for b, c in figures.items()}
     known = dict(zip(asked, is_trained(asked, trained), strict=True))
-    ax.plot([x[b] for b in asked], [y[b] for b in asked], color=DARK, lw=1.2, zorder=2)
+    along = sorted(asked, key=x.get)  # by length: budgets that are not obeyed would make it a scribble
+    ax.plot([x[b] for b in along], [y[b] for b in along], color=DARK, lw=1.2, zorder=2)
     kinds = [
-        ([b for b in asked if known[b]], "o", DARK, DARK, "budgets in the trained range"),
+        ([b for b in asked if known[b]], "o", DARK, DARK, "trained budgets"),
         ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets"),
         ([b for b in figures if b is None], "D", SAND, OTHER, "no budget"),
     ]
@@ -156,7 +161,7 @@ def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -
         if group:
             style = dict(fmt=marker, ms=8, mfc=face, color=color, capsize=3, zorder=3, label=label)
             ax.errorbar([x[b] for b in group], [y[b] for b in group], [bars[b] for b in group], **style)
-    for i, budget in enumerate(asked):
+    for i, budget in enumerate(along):
         # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
         place = dict(xytext=(7, -14), ha="left") if i % 2 else dict(xytext=(-6, 6), ha="right")
         ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
@@ -169,7 +174,7 @@ def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
     reach = max(8, max(bars.values()) + 3)
     ax.margins(x=0.09)  # room for the labels
-    ax.set_ylim(max(-2, min(y.values()) - reach), min(104, max(y.values()) + reach))
+    ax.set_ylim(max(-2, min(y.values()) - reach), min(101, max(y.values()) + reach))
     ax.grid(axis="y", color="0.9")
     legend(ax)
 
