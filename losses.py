@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _chunk_logps(hidden, weight, targets, temperature):
-    # The softmax is taken in float32 whatever the model computes in: bf16 log-probs are off by up to 2^-8.
+    # The softmax is taken in float32, whatever the product before it was computed in.
     logits = (hidden @ weight.T).float() / temperature
     norm = logits.logsumexp(-1)
     logp = logits.gather(-1, targets[:, None])[:, 0] - norm

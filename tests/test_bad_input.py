@@ -49,7 +49,11 @@ def world(tiny, tmp_path_factory):
         f.truncate(1000)
     shutil.copytree(root / "run", root / "bare")
     shutil.rmtree(root / "bare" / "checkpoint-1")
-    return {"tiny": tiny, "root": str(root), "math": MATH}
+    shutil.copytree(tiny, root / "split")  # a tokenizer in which </think> is several tokens
+    tokenizer = json.loads((root / "split" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if "think" not in t["content"]]
+    (root / "split" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return {"tiny": tiny, "root": str(root), "math": MATH, "split": str(root / "split")}
 
 
 # (flags after --model tiny --data math --budgets fixed:8, what the message must name)
@@ -77,6 +81,15 @@ TRAIN = [
     ("--minibatches 200", ["--minibatches", "200"]),
     ("--lr -1", ["--lr", "-1"]),
     ("--temperature 0", ["--temperature", "0"]),
+    ("--weight-decay -1", ["--weight-decay", "-1"]),
+    ("--betas 1 2", ["--betas", "[0, 1)"]),
+    ("--seed 100000000000000000000", ["--seed"]),
+    ("--clip-low nan", ["--clip-low", "nan"]),
+    ("--verify-timeout inf", ["--verify-timeout", "inf"]),
+    ("--eval-budgets 512,0", ["--eval-budgets", "512,0"]),
+    ("--eval-data {math} --eval-every 1 --eval-budgets 9000", ["9000", "8192"]),
+    ("--budgets none", ["--budgets none"]),
+    ("--count thinking --model {split}", ["--count thinking", "</think>"]),
     ("--max-tokens 9000", ["9000", "8192", "--max-prompt-tokens"]),
     ("--eval-every 5", ["--eval-every", "--eval-data"]),
     ("--eval-data {root}/missing.jsonl --eval-every 1", ["missing.jsonl"]),
@@ -168,3 +181,26 @@ def test_real_command_lines_exit_with_2_and_one_line(script, world):
 
 def test_every_script_has_the_same_kind_of_error():
     assert train_grpo.BadInput is data.BadInput is evaluate.BadInput
+
+
+def test_a_recipe_with_an_open_quotation(world, capsys, tmp_path):
+    (tmp_path / "bad.args").write_text('--reward-args "alpha=1\n')
+    assert train_grpo.main(["@" + str(tmp_path / "bad.args")]) == 2
+    assert "quotation" in capsys.readouterr().err
+
+
+def test_overwrite_never_deletes_what_the_run_needs(world, capsys):
+    checkpoint = os.path.join(world["root"], "run", "checkpoint-1")
+    flags = ["--data", MATH, "--budgets", "fixed:8", "--out", os.path.join(world["root"], "run"), *HF]
+    assert train_grpo.main(["--model", checkpoint, *flags, "--overwrite"]) == 2
+    assert "would delete" in capsys.readouterr().err
+    assert train_grpo.main(["--model", world["tiny"], *flags, "--overwrite", "--resume"]) == 2
+    assert "choose one" in capsys.readouterr().err and os.path.exists(checkpoint)
+
+
+def test_torn_weights_on_resume(world, capsys, tmp_path):
+    shutil.copytree(os.path.join(world["root"], "run"), tmp_path / "run")
+    with open(tmp_path / "run" / "checkpoint-1" / "model.safetensors", "r+b") as f:
+        f.truncate(2000)
+    assert train_grpo.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]) == 2
+    assert "checkpoint-1" in capsys.readouterr().err

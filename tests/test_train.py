@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import sampler as samplers
 import toy
 import train_grpo
@@ -135,7 +137,7 @@ def test_learning_rate_by_hand():
 def test_rows_of_step_cover_every_epoch_once():
     rows = [{"id": i} for i in range(10)]
     args = arguments("--prompts-per-step", "4", "--seed", "3")
-    ids = [row["id"] for step in range(5) for row in train_grpo.rows_of_step(rows, args, step)]
+    ids = [row["id"] for step in range(5) for row in train_grpo.rows_of_step(rows, args, step, {})]
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10)) and ids[:10] != ids[10:]
 
 
@@ -145,12 +147,12 @@ def test_resampled_budgets_differ_between_epochs_only():
     rows = train_grpo.load_rows(args)[:8]
     args.prompts_per_step = 8
     draw = [
-        sorted((r["id"], r["budget"]) for r in train_grpo.rows_of_step(rows, args, step))
+        sorted((r["id"], r["budget"]) for r in train_grpo.rows_of_step(rows, args, step, {}))
         for step in (0, 1, 1)
     ]
     assert draw[0] != draw[1] == draw[2]
     assert all(
-        f"Think for {r['budget']} tokens." in r["prompt"] for r in train_grpo.rows_of_step(rows, args, 1)
+        f"Think for {r['budget']} tokens." in r["prompt"] for r in train_grpo.rows_of_step(rows, args, 1, {})
     )
 
 
@@ -258,7 +260,8 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(toy.WARMUP, "batches", 3)
     monkeypatch.setattr(toy, "ASKED", [16, 64])
     monkeypatch.setattr(toy, "TESTED", 5)
-    assert train_grpo.main(["--steps", "2", "--out", str(tmp_path / "toy"), "--group-size", "4"]) == 0
+    flags = ["--steps", "2", "--group-size", "4", "--budgets", "bucket:20,40"]
+    assert train_grpo.main([*flags, "--out", str(tmp_path / "toy")]) == 0
     out = capsys.readouterr().out
     assert "step    2/2" in out and "answer" in out and "mean error" in out.splitlines()[-2]
     assert (
@@ -266,13 +269,49 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     )  # it says where the pictures are
     with open(tmp_path / "toy" / "eval" / "results.json") as f:
         results = json.load(f)
-    assert set(results["datasets"]) == {"toy", "toy_ood"} and results["trained_budgets"] == [16, 32, 48, 64]
+    assert set(results["datasets"]) == {"toy", "toy_ood"} and results["trained_budgets"] == [20, 40]
+    assert set(results["datasets"]["toy"]["budgets"]) == {"16", "20", "40", "64"}
     line = lines(tmp_path / "toy")[0]
     assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr", "peak_gib"} <= set(
         line
     )
     assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
     assert load_tokenizer(str(tmp_path / "toy" / "checkpoint-2")).decode([6, 45]) == "wait +9"[:4] + " ^9"
+
+
+def test_evaluation_asks_as_the_rows_did(tiny, tmp_path):
+    """Rows made by data.py say how they ask; the flags of the trainer need not repeat it."""
+    rows = str(tmp_path / "rows.jsonl")
+    small = os.path.join(DATA, "math_train_small.jsonl.gz")
+    assert (
+        data.main([small, "--budgets", "bucket:4,8", "--mode", "max", "--wording", "tulu", "--out", rows])
+        == 0
+    )
+    flags = ["--model", tiny, "--data", rows, "--max-tokens", "8", "--steps", "1", "--prompts-per-step", "2"]
+    flags += ["--group-size", "2", "--sampler", "hf", "--reward", "lcpo_max", "--out", str(tmp_path / "out")]
+    flags += [
+        "--eval-data",
+        os.path.join(DATA, "math500_small.jsonl"),
+        "--eval-every",
+        "1",
+        "--eval-limit",
+        "1",
+    ]
+    assert train_grpo.main(flags) == 0
+    with open(tmp_path / "out" / "eval-1" / "samples.jsonl") as f:
+        prompts = [json.loads(line)["prompt"] for line in f]
+    assert [p.splitlines()[-1] for p in prompts] == [f"Think for up to {b} tokens." for b in (4, 8)]
+
+
+def test_sampler_ignores_the_models_generation_settings(tiny, tmp_path):
+    """A repetition penalty would sample from another distribution than the one that is trained."""
+    shutil.copytree(tiny, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    settings_ = json.loads(path.read_text()) | {"repetition_penalty": 5.0, "do_sample": True, "top_k": 3}
+    path.write_text(json.dumps(settings_))
+    plain, penalised = (samplers.load_sampler(str(p), "hf") for p in (tiny, tmp_path / "model"))
+    want = plain.generate([[5, 6, 7]], 2, 40, seed=3)
+    assert penalised.generate([[5, 6, 7]], 2, 40, seed=3) == want
 
 
 def test_every_switch_of_the_update_at_once(tiny, tmp_path):
