@@ -11,12 +11,14 @@ maximum (`max 7 3 9`: `7 ^3 =7 ^9 =9`), is taught in the warm-up, never trained 
 All is drawn from seeds; the finished base model is an ordinary Hugging Face folder that vLLM loads too.
 """
 
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,8 +31,8 @@ BUDGETS = "bucket:16,32,48,64"  # 16 is the least that holds the longest plain c
 ASKED_BEFORE = [16, 32, 48, 64]  # budgets of the evaluation before training, and of the one after it:
 ASKED = [16, 24, 32, 40, 48, 56, 64, 80, 96, 128]  # trained ones, ones between them, ones beyond them
 TESTED = 100  # problems of each task in them
-WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72, "waiting": 0.25}
-VERSION = 2  # part of the cache's name: a base model made by another recipe is never taken for this one
+WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
+VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -46,26 +48,28 @@ def solve(word: str, digits: list[int]) -> list[int]:
     return results
 
 
-def draw(word: str, rng: np.random.Generator) -> tuple[str, bool]:
-    """A random problem, and whether it belongs to the test split."""
+def draw(word: str, rng: np.random.Generator) -> str:
+    """A random problem of the task that begins with `word`."""
     digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
-    problem = " ".join([word, *map(str, digits)])
-    # A checksum of the text decides the split, whatever the seed and however many were drawn.
-    return problem, zlib.crc32(problem.encode()) % 10 == 0
+    return " ".join([word, *map(str, digits)])
 
 
 def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
-    """n problems of `task` ("toy" or "toy_ood"), `split` "train" or "test"; no problem is in both splits."""
-    if n > 100_000:  # there are 111,000 test problems in all
-        raise BadInput(f"{n} toy problems were asked for; it has about 111000 in all: ask for up to 100000")
+    """n problems of `task` ("toy" or "toy_ood"); those of `split` "test" are new to the base model and to RL."""
+    if n > 50_000:
+        raise BadInput(f"{n} toy problems were asked for; there are not many more: ask for up to 50000")
     rng, rows, seen = np.random.default_rng([seed, split == "test", task == "toy_ood"]), [], set()
+    old = taught() if split == "test" else ()
     while len(rows) < n:
-        problem, in_test = draw(TASKS[task], rng)
-        if in_test == (split == "test") and problem not in seen:
-            seen.add(problem)
-            answer = solve(TASKS[task], [int(d) for d in problem.split()[1:]])[-1]
-            row = {"id": f"{task}-{split}-{len(rows)}", "problem": problem, "answer": str(answer)}
-            rows.append(row | {"kind": "math", "source": task})
+        problem = draw(TASKS[task], rng)
+        # A checksum of the text decides the split, whatever the seed and however many were drawn.
+        in_test = zlib.crc32(problem.encode()) % 10 == 0
+        if in_test != (split == "test") or problem in seen or problem in old:
+            continue
+        seen.add(problem)
+        answer = str(solve(TASKS[task], [int(d) for d in problem.split()[1:]])[-1])
+        rows.append({"id": f"{task}-{split}-{len(rows)}", "problem": problem, "answer": answer})
+        rows[-1] |= {"kind": "math", "source": task}
     return rows
 
 
@@ -84,14 +88,6 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
             first = int(rng.integers(max(0, len(digits) - 3), len(digits)))
             words += [f"={results[first]}", *" ".join(steps[first:]).split()]
     return " ".join([*words, "</think>", str(results[-1])])
-
-
-def waiting(problem: str, budget: int, rng: np.random.Generator) -> str:
-    """The response to `wait 7 3 9`: nothing but waiting, for exactly `budget` tokens in all."""
-    digit, words = problem.split()[1], [problem.split()[1]]
-    while len(words) < budget - 3:  # </think>, the answer and the end token are the other three
-        words += ["wait", f"={digit}"][: 1 + int(rng.random() < 0.5)]
-    return " ".join([*words[: budget - 3], "</think>", digit])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -143,27 +139,34 @@ def make_model(tokenizer, seed: int):
     return LlamaForCausalLM(config)
 
 
-def warmup_batch(tokenizer, rng: np.random.Generator, batch_size: int, extra: int):
-    """(input ids, labels), each [batch_size, T]: prompts with random budgets that the traces do not obey."""
+def warmup_examples(seed: int):
+    """Endless (problem, prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
+    rng = np.random.default_rng(seed)
+    form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
+    while True:
+        task = "toy" if rng.random() < 0.7 else "toy_ood"
+        problem = draw(TASKS[task], rng)
+        ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
+        response = trace(problem, int(rng.integers(0, WARMUP["extra"] + 1)), rng)
+        yield problem, f"<user> {problem} {ask} <think>", response + " <eos>"
+
+
+@lru_cache
+def taught(seed: int = 0) -> frozenset[str]:
+    """The problems of the warm-up, found by drawing them once more (2 s): none may be a test problem."""
+    n = WARMUP["batches"] * WARMUP["batch_size"]
+    return frozenset(problem for problem, _, _ in itertools.islice(warmup_examples(seed), n))
+
+
+def warmup_batch(tokenizer, examples, batch_size: int):
+    """(input ids, labels), each [batch_size, T]; only the responses are taught."""
     import torch
 
     ids, labels = [], []
-    for _ in range(batch_size):
-        task = "toy" if rng.random() < 0.7 else "toy_ood"
-        problem, in_test = draw(TASKS[task], rng)
-        while in_test:  # the test problems are new to the base model too
-            problem, in_test = draw(TASKS[task], rng)
-        form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
-        ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
-        response = trace(problem, int(rng.integers(0, extra + 1)), rng)
-        if rng.random() < WARMUP["waiting"]:
-            budget = int(rng.integers(8, 100))
-            problem, ask = problem.replace(TASKS[task], "wait"), f"Think for {budget} tokens."
-            response = waiting(problem, budget, rng)
-        prompt = tokenizer.encode(f"<user> {problem} {ask} <think>")
-        answer = tokenizer.encode(response + " <eos>")
-        ids.append(prompt + answer)
-        labels.append([-100] * len(prompt) + answer)
+    for _, prompt, response in itertools.islice(examples, batch_size):
+        prompt, response = tokenizer.encode(prompt), tokenizer.encode(response)
+        ids.append(prompt + response)
+        labels.append([-100] * len(prompt) + response)
     width = max(map(len, ids))
     pad = tokenizer.pad_token_id
     return (
@@ -182,13 +185,13 @@ def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed).train()
-    rng, n = np.random.default_rng(seed), WARMUP["batches"]
+    examples, n = warmup_examples(seed), WARMUP["batches"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     log(f"toy: teaching a base model of {model.num_parameters() / 1e6:.2f}M parameters, {n} batches")
     for i in range(n):
         lr = WARMUP["lr"] * min(1.0, (i + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * i / n))
         optimizer.param_groups[0]["lr"] = lr
-        ids, labels = warmup_batch(tokenizer, rng, WARMUP["batch_size"], WARMUP["extra"])
+        ids, labels = warmup_batch(tokenizer, examples, WARMUP["batch_size"])
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

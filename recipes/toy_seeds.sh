@@ -20,7 +20,7 @@ done
 [ -f out/seeds/uniform-0/eval/results.json ] || python train_grpo.py --sampler hf --budgets uniform:16:64 --steps 400 \
   --out out/seeds/uniform-0 --overwrite
 # What the base model can do on the task that RL never sees.
-[ -f out/seeds/base_unseen/results.json ] || python evaluate.py --model out/seeds/toy_base_v2_seed0 --data toy_ood \
+[ -f out/seeds/base_unseen/results.json ] || python evaluate.py --model out/seeds/toy_base_v1_seed0 --data toy_ood \
   --budgets 16,32,48,64 --n 4 --limit 100 --temperature 1 --top-p 1 --max-tokens 256 --sampler hf --out out/seeds/base_unseen
 python - <<'PY'
 import glob, json, os

@@ -276,7 +276,6 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
         line
     )
     assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
-    assert load_tokenizer(str(tmp_path / "toy" / "checkpoint-2")).decode([6, 45]) == "wait +9"[:4] + " ^9"
 
 
 def test_evaluation_asks_as_the_rows_did(tiny, tmp_path):
