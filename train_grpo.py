@@ -40,7 +40,7 @@ from rewards import ADVANTAGES, REWARDS, check_answers, response_length
 # What `python train_grpo.py` without a model does: these replace the defaults below, flags still win.
 TOY = {
     "data": "toy", "budgets": toy.BUDGETS, "wording": "tulu", "reward": "peaked_exact", "advantage": "gdpo",
-    "steps": 200, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
+    "steps": 300, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
     "minibatches": 2, "micro_tokens": 2048, "lr": 3e-4, "warmup_steps": 10, "save_every": 100,
     "out": "out/toy",
 }  # fmt: skip
