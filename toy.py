@@ -55,7 +55,7 @@ def draw(word: str, rng: np.random.Generator) -> str:
 
 
 def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
-    """n problems of `task` ("toy", "toy_ood"); those of `split` "test" are new to the base model and to RL."""
+    """n problems of `task` ("toy", "toy_ood"); those of `split` "test" are new to the base and to RL."""
     if n > 50_000:
         raise BadInput(f"{n} toy problems were asked for; there are not many more: ask for up to 50000")
     rng, rows, seen = np.random.default_rng([seed, split == "test", task == "toy_ood"]), [], set()
