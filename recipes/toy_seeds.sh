@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table: the toy's default over five seeds; one seed each with vLLM and with LCPO-Exact and plain GRPO.
+# A table like the README's: the toy's default over five seeds; one seed each with vLLM and with LCPO-Exact and plain GRPO.
 #   bash recipes/toy_seeds.sh            about 7 minutes a run on two idle cores; finished runs are not repeated
 # Results go to out/seeds/, and their summary to docs/toy_runs.json.
 set -euo pipefail
