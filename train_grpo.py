@@ -40,9 +40,9 @@ from rewards import ADVANTAGES, REWARDS, check_answers, response_length
 # What `python train_grpo.py` without a model does: these replace the defaults below, flags still win.
 TOY = {
     "data": "toy", "budgets": toy.BUDGETS, "wording": "tulu", "reward": "peaked_exact", "advantage": "gdpo",
-    "steps": 300, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
-    "minibatches": 2, "micro_tokens": 2048, "lr": 3e-4, "warmup_steps": 10, "save_every": 100,
-    "out": "out/toy",
+    "steps": 250, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
+    "minibatches": 2, "micro_tokens": 2048, "lr": 3e-4, "lr_schedule": "cosine", "warmup_steps": 10,
+    "save_every": 100, "out": "out/toy",
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", default="out/run", help="folder for metrics, checkpoints and evaluations")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
     add("--overwrite", action="store_true", help="delete the run that is in --out")
-    number("--seed", 0, "seed of prompts, budgets and samples")
+    number("--seed", 0, "seed of prompts, budgets and samples; of the toy's base model, too")
 
     add = parser.add_argument_group("reward").add_argument
     add("--reward", default="lcpo_exact", help=f"one of {', '.join(REWARDS)}")
@@ -769,9 +769,9 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     if s.path is None:
         cache = os.path.dirname(os.path.abspath(args.out))
         if state.is_main_process:  # one process makes the toy's base model, the others find it in the cache
-            toy.make_base(cache, log=log)
+            toy.make_base(cache, args.seed, log=log)
         state.wait_for_everyone()
-        s.path = toy.make_base(cache, log=lambda _: None)
+        s.path = toy.make_base(cache, args.seed, log=lambda _: None)
     s.tokenizer = load_tokenizer(s.path)
     if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
         raise BadInput(
