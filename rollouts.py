@@ -25,6 +25,7 @@ from rewards import ADVANTAGES, REWARDS, check_answers, response_length
 def load_rows(args) -> list[dict]:
     """Training rows of the Row contract; a budget distribution given here replaces the rows' own budgets."""
     rows = toy.problems(args.data, "train", 8000) if args.data in toy.TASKS else load_problems(args.data)
+    rows = rows[: args.limit or None]  # methods with a memory need prompts that come back
     if args.budgets:
         mode = "none" if args.budgets == "none" else args.mode
         rows = annotate(rows, args.budgets, mode, args.wording, 1, args.seed)

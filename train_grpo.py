@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", help="folder or hub id of the model to train; none: the toy (see toy.py)")
     add("--data", help="rows of data.py, raw problems (with --budgets), preset, hub id, toy or toy_ood")
+    number("--limit", 0, "take the first N problems of --data only; 0: all")
     add("--budgets", help="uniform:LO:HI, log:LO:HI, bucket:A,B,..., fixed:N tokens, drawn here; none")
     choice("--mode", "exact max both", "what drawn budgets mean")
     choice("--wording", "l1 tulu", "the budget sentence of drawn budgets")
@@ -215,7 +216,7 @@ def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> 
 POSITIVE = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip".split()
 POSITIVE += "verify_timeout eval_n eval_limit dot_margin".split()
 ZERO_IS_FINE = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay".split()
-ZERO_IS_FINE += "clip_low clip_high refills reference_samples dot dual_clip".split()
+ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip".split()
 
 
 def check_args(args: argparse.Namespace) -> None:

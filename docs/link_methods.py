@@ -1,4 +1,4 @@
-"""Sets the line numbers of the links in docs/methods.md: `python docs/link_methods.py` after rewards.py or losses.py changed."""
+"""Sets the line numbers in docs/methods.md: `python docs/link_methods.py` after a change of rewards.py."""
 
 import os
 import re

@@ -4,7 +4,8 @@
     python recipes/zoo.py run NAME            one run, into $OUT/NAME; a finished one is not repeated
     python recipes/zoo.py report              table and picture of the finished runs
 
-$OUT (default out/zoo) holds the runs. $STEPS, if set, replaces the steps of every run, and the report goes to $OUT.
+$OUT (default out/zoo) holds the runs. $STEPS, if set, replaces the steps of every run; the report
+then goes to $OUT as well.
 """
 
 import json
@@ -21,11 +22,8 @@ sys.path.insert(0, ROOT)
 OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
 BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
 # Runs without a recipe: the toy's own default, L1-Max alone, and its ablation that the paper warns of.
-EXTRA = {
-    "peaked_exact": "",
-    "lcpo_max": "--mode max --reward lcpo_max --reward-args alpha=0.02 --advantage grpo",
-    "lcpo_max_additive": "--mode max --reward lcpo_max --reward-args alpha=0.02 additive=true --advantage grpo",
-}
+LCPO_MAX = "--mode max --advantage grpo --reward lcpo_max --reward-args alpha=0.02"
+EXTRA = {"peaked_exact": "", "lcpo_max": LCPO_MAX, "lcpo_max_additive": LCPO_MAX + " additive=true"}
 # What methods log beyond the common metrics: shown in the table, and asked for by tests/test_recipes.py.
 OWN = """
     scheduled_budget kept_groups sampled_groups sampled_accuracy history_length history_known palu_budget
@@ -33,6 +31,16 @@ OWN = """
     length_by_subgroup reward_by_subgroup no_think_accuracy think_accuracy no_think_length think_length
     forced_share length_by_level short_accuracy long_accuracy short_length long_length drpo_kl kl
 """.split()
+
+
+INTRO = """# The toy study
+
+Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
+nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`. 100 new problems, 4
+samples each (with a budget: 4 to each of the four).
+
+![accuracy against mean length](zoo.png)
+"""
 
 
 def recipe(name: str) -> str:
@@ -123,14 +131,16 @@ def short(value) -> str:
 def table(methods: list[dict]) -> str:
     """Markdown rows, the base model first, the others by mean length."""
     asked = methods[0]["asked"]
-    head = ["run", "reward", "advantage", "steps", "accuracy", "tokens", "length error" if asked else "cut off"]
-    lines = ["| " + " | ".join([*head, "its own quantities, last step"]) + " |", "|---" * 8 + "|"]
-    base = methods[0]["base"] | {"name": "**base model**", "reward": "", "advantage": "", "steps": 0, "own": {}}
-    for m in [base, *sorted(methods, key=lambda m: m["length"])]:
+    third = "length error" if asked else "cut off"
+    head = f"run|reward|advantage|steps|accuracy|tokens|{third}|its own quantities, last step".split("|")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    base = {"name": "**base model**", "reward": "", "advantage": "", "steps": 0, "own": {}}
+    for m in [base | methods[0]["base"], *sorted(methods, key=lambda m: m["length"])]:
         third = m["error"] if asked else m["truncated"]
         own = "; ".join(f"{key} {short(value)}" for key, value in m["own"].items())
         cells = [m["name"] + (" (reconstruction)" if m.get("reconstruction") else ""), m["reward"]]
-        cells += [m["advantage"], m["steps"], f"{m['accuracy']:.1%}", f"{m['length']:.1f}", f"{third:.1%}", own]
+        cells += [m["advantage"], m["steps"], f"{m['accuracy']:.1%}", f"{m['length']:.1f}"]
+        cells += [f"{third:.1%}", own]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -147,9 +157,7 @@ def report() -> None:
         "Asked for no length": [m for m in methods if not m["asked"]],
     }
     kinds = {title: group for title, group in kinds.items() if group}
-    text = "# The toy study\n\nEvery reward on the toy, from one base model with one seed: a single run each, "
-    text += "so small differences mean nothing.\nMade by `bash recipes/zoo.sh`; the flags are in the line `# toy:` "
-    text += "of each recipe. 100 new problems, 4 samples each.\n\n![accuracy against mean length](zoo.png)\n"
+    text = INTRO
     for title, group in kinds.items():
         text += f"\n## {title}\n\n{table(group)}\n"
     with open(os.path.join(docs, "zoo.md"), "w", encoding="utf-8") as f:

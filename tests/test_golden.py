@@ -137,7 +137,7 @@ def test_case(case):
     compare(got, case["expected"], case["tol"])
 
 
-# The same losses in float32, as training computes them -------------------------------------------------------
+# The same losses in float32, as training computes them ------------------------------------------------------
 
 LOSSES = [case for case in load_cases() if case.values[0]["kind"] == "loss"]
 
@@ -153,9 +153,10 @@ ROW = st.lists(st.floats(-4, -0.01), min_size=1, max_size=12)
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    rows=st.lists(ROW, min_size=1, max_size=4), seed=st.integers(0, 1000), name=st.sampled_from(["clipped", "drpo"]),
-    ratio=st.sampled_from(["token", "sequence", "cispo"]), kl=st.sampled_from(["k1", "k2", "k3"]),
-    reduction=st.sampled_from(["token_mean", "sequence_mean", "constant"]), dual_clip=st.sampled_from([None, 3.0]),
+    rows=st.lists(ROW, min_size=1, max_size=4), seed=st.integers(0, 1000),
+    name=st.sampled_from(["clipped", "drpo"]), ratio=st.sampled_from(["token", "sequence", "cispo"]),
+    kl=st.sampled_from(["k1", "k2", "k3"]), dual_clip=st.sampled_from([None, 3.0]),
+    reduction=st.sampled_from(["token_mean", "sequence_mean", "constant"]),
 )  # fmt: skip
 def test_float32_agrees_with_float64(rows, seed, name, ratio, kl, reduction, dual_clip):
     """Any lengths and options: to 1e-5 of the loss, or of 1 where its terms cancel."""
@@ -171,7 +172,7 @@ def test_float32_agrees_with_float64(rows, seed, name, ratio, kl, reduction, dua
     assert np.isfinite(exact) and abs(single - exact) <= 1e-5 * max(1, abs(exact))
 
 
-# Another file ------------------------------------------------------------------------------------------------
+# Another file -----------------------------------------------------------------------------------------------
 
 
 def test_file_of_the_environment(tmp_path):
@@ -188,4 +189,5 @@ def test_file_of_the_environment(tmp_path):
     command = [sys.executable, "-m", "pytest", __file__, "-k", "extra", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=os.environ | {"GOLDEN": str(path)}, capture_output=True, text=True)
     # the unknown loss fails in float32 as well
-    assert done.stdout.splitlines()[-1].startswith(f"{len(wrong) + 1} failed, {len(right)} passed"), done.stdout
+    counts = f"{len(wrong) + 1} failed, {len(right)} passed"
+    assert done.stdout.splitlines()[-1].startswith(counts), done.stdout

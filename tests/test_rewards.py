@@ -185,12 +185,9 @@ def test_corners_are_finite(corner, batch):
         assert np.isfinite(total).all(), name
         for method, result in advantages_of(total, batch):
             assert np.isfinite(result).all(), (name, method)
-    cut = REWARDS["dot_threshold"](batch)
-    assert (np.isfinite(cut) == batch_c(batch).all(1)).all() and np.isfinite(rewards.drpo_weights(batch)).all()
-
-
-def batch_c(batch):
-    return (batch["correct"] * (1 - batch["truncated"])) > 0
+    assert np.isfinite(rewards.drpo_weights(batch)).all()
+    cut = np.isfinite(REWARDS["dot_threshold"](batch))  # null unless the whole group is right
+    assert (cut == (batch["correct"] * (1 - batch["truncated"])).all(1)).all()
 
 
 @pytest.mark.parametrize("name", TOTALS)
@@ -289,7 +286,8 @@ def test_length_of_a_wrong_answer(kind, name, batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("longwriter_range", 2000), ("curriculum_triangular", 256), ("surrogate_format_length", 1536)]
+    ("name", "peak"),
+    [("longwriter_range", 2000), ("curriculum_triangular", 256), ("surrogate_format_length", 1536)],
 )
 @property_of(batch=batches(max_prompts=1, max_group=8), right=st.integers(0, 1))
 def test_rises_to_its_peak_and_falls_beyond_it(name, peak, batch, right):
