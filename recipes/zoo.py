@@ -207,7 +207,7 @@ def draw_panel(fig, ax, methods: list[dict], title: str) -> None:
     shown.append((base["length"], 100 * base["accuracy"], "base model", None))
     for x, y, _, hollow in shown[:-1]:
         ax.plot(x, y, "o", ms=6, mfc="white" if hollow else "0.55", mec="black", zorder=3)
-    ax.plot(*shown[-1][:2], "*", ms=16, color="black", zorder=4)
+    ax.plot(*shown[-1][:2], "*", ms=13, color="black", zorder=4)
     ax.set(title=title, xlabel="mean length (tokens)", ylabel="accuracy (%)")
     ax.margins(0.12)
     ax.grid(color="0.92")
@@ -217,7 +217,7 @@ def draw_panel(fig, ax, methods: list[dict], title: str) -> None:
     boxes = [t.get_window_extent() for t in texts]
     points, frame = [tuple(ax.transData.transform(s[:2])) for s in shown], ax.get_window_extent()
     sizes = [(b.width + 6, b.height + 4) for b in boxes]
-    places = place(points, sizes, (frame.x0, frame.y0, frame.x1, frame.y1), radius=fig.dpi / 14)
+    places = place(points, sizes, (frame.x0, frame.y0, frame.x1, frame.y1), radius=fig.dpi / 11)
     for text, (px, py), (left, low, right, top) in zip(texts, points, places, strict=True):
         x, y = ax.transData.inverted().transform(((left + right) / 2, (low + top) / 2))
         text.set(position=(x, y), ha="center", va="center")

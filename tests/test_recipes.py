@@ -111,14 +111,15 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_steps_on_the_toy(name, world, tmp_path):
+def test_two_steps_on_the_toy(name, world, tmp_path, monkeypatch):
+    """The recipe's own flags, then the toy's defaults, then its toy line, then sizes for a quick test."""
+    monkeypatch.chdir(ROOT)
     base, rows = world
-    defaults = {k: v for k, v in train_grpo.TOY.items() if k not in ("data", "out")}
-    flags = []  # a named model has no toy defaults: here they are as flags
-    for key, value in defaults.items():
-        words = [] if value is True else str(value).split()
-        flags += ["--" + key.replace("_", "-"), *words]
+    flags = [] if name in zoo.EXTRA else [f"@recipes/{name}.args"]
+    for key, value in train_grpo.TOY.items():  # a named model has no toy defaults: here they are as flags
+        flags += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
     flags += [*RUNS[name], "--model", base, "--data", rows, "--out", str(tmp_path / "out"), "--sampler", "hf"]
+    flags += ["--eval-data", rows, "--eval-every", "0", "--eval-budgets", "16", "--dtype", "float32"]
     flags += ["--steps", "2", "--prompts-per-step", "6", "--group-size", "8" if "hbpo" in name else "4"]
     flags += ["--save-every", "0", "--warmup-steps", "0", "--refills", "1", "--limit", "6"]
     if name.startswith("laser_d"):

@@ -342,23 +342,6 @@ def test_every_switch_of_the_update_at_once(tiny, tmp_path):
     assert 1e-5 < second["logp_gap_max"] < 0.5
 
 
-RECIPES = sorted(n for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args"))
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_takes_a_step(tiny, name, tmp_path):
-    """With its own reward, advantage and objective; only the sizes are ours."""
-    flags = ["@" + os.path.join(ROOT, "recipes", name), "--model", tiny, "--sampler", "hf"]
-    flags += ["--data", os.path.join(DATA, "math_train_small.jsonl.gz"), "--budgets", "uniform:8:24"]
-    flags += ["--max-tokens", "32", "--steps", "1", "--prompts-per-step", "4", "--group-size", "2"]
-    flags += ["--dtype", "float32", "--eval-data", os.path.join(DATA, "math500_small.jsonl")]
-    flags += ["--eval-every", "1", "--eval-limit", "2", "--eval-budgets", "8,16"]
-    assert train_grpo.main([*flags, "--out", str(tmp_path / "out")]) == 0
-    line = lines(tmp_path / "out")[0]
-    assert line["reward"] != 0 and np.isfinite(line["loss"]) and line["lr"] > 0
-    assert os.path.exists(tmp_path / "out" / "eval-1" / "results.json")
-
-
 @pytest.mark.slow
 def test_toy_learns_to_follow_budgets(script, tmp_path):
     script("train_grpo.py", "--out", tmp_path / "toy", timeout=1500)
