@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import rewards
 import toy
 import train_grpo
@@ -67,7 +69,11 @@ def test_recipe_says_where_it_comes_from(name):
     text = zoo.recipe(name)
     assert re.search(r"[0-9]{4}\.[0-9]{5}|AI2 blog|repository|Reward Model", text), "a paper or a repository"
     assert re.search(r"[Rr]ead in|second-hand|RECONSTRUCTION|authors' training script|AI2 blog", text)
-    assert "python data.py" in text and f"@recipes/{name}.args" in text
+    assert f"@recipes/{name}.args" in text
+    [command] = re.findall(r"^#   python data\.py (.+)", text, re.M)
+    made = data.parse_args(shlex.split(command))  # a flag that data.py lacks is an error
+    rows = re.findall(r"^--data (\S+)", text, re.M)  # none where another recipe is continued
+    assert data.parse_budgets(made.budgets) and (rows == [made.out] or (not rows and "\n@recipes/" in text))
     # its own output, and never that of another recipe
     assert re.findall(r"^--out (\S+)", text, re.M) == [f"out/{name}"]
 
