@@ -154,12 +154,15 @@ def check_own(name, first, last):
         assert all(8 <= last[f"laser_{level}"] <= 96 for level in ("easy", "medium", "hard"))
     if "kept_groups" in SHOWS.get(name, ()):
         assert last["kept_groups"] <= last["sampled_groups"] and last["sampled_groups"] >= 6
-    if name == "hbpo":
-        assert set(last["length_by_subgroup"]) == {"16", "32", "48", "64"}
+    parts = {
+        "hbpo": last.get("length_by_subgroup", {}).values(), "tldr": last.get("length_by_level", {}).values(),
+        "adaptthink": [last.get("no_think_length"), last.get("think_length")],
+        "adaptive_deep": [last.get("short_length"), last.get("long_length")],
+    }  # fmt: skip
+    if name in parts:  # parts of equal size: their mean is the batch's
+        assert len(parts[name]) in (2, 3, 4) and np.mean([*parts[name]]) == pytest.approx(last["length"])
     if name == "elastic":
         assert 0 <= last["forced_share"] <= 1 and last["length"] <= 33
-    if name == "adaptthink":  # a response without thinking is </think>, an answer and the end, or little more
-        assert last["no_think_length"] < last["think_length"]
     if name in ("dler", "da_dler", "thinkprune"):
         assert last["length_p95"] <= (32 if name == "thinkprune" else 40)
 
