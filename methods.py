@@ -280,7 +280,8 @@ def sample(sampler, plans: list[list[dict]], temperature: float, seed: int) -> l
             r["logps"] = [math.nan] * len(q["forced"]) + r["logps"]
             if "mix" in q and r["ids"]:
                 a, b = r["mix"] = q["mix"].get(r["ids"][0], q["mix"][None])
-                r["logps"][0] = float(np.logaddexp(a, b + r["logps"][0]))
+                if not q["forced"]:
+                    r["logps"][0] = float(np.logaddexp(a, b + r["logps"][0]))
     if "solution" in flat[0]:
         add_solutions(sampler, sum(made, []), *flat[0]["solution"], temperature, seed + 1)
     groups, rest = [], iter(made)

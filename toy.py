@@ -228,8 +228,8 @@ def make_conciseness(cache: str = "out", seed: int = 0, log=print) -> str:
     model, rng = LlamaForSequenceClassification(config).train(), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     log("toy: teaching a conciseness model")
-    for _ in range(60):
-        extra = rng.integers(0, WARMUP["extra"] + 1, 32)
+    for _ in range(50):
+        extra = rng.integers(0, WARMUP["extra"] + 1, 16)
         batch = tokenizer([trace(draw("add", rng), int(x), rng) for x in extra], padding=True)
         ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
         logits = model(input_ids=ids, attention_mask=mask).logits[:, 0]

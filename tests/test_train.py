@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import rollouts
 import sampler as samplers
 import toy
 import train_grpo
@@ -134,10 +135,10 @@ def test_learning_rate_by_hand():
 # Data and samples -------------------------------------------------------------------------------------------
 
 
-def test_rows_of_step_cover_every_epoch_once():
+def test_rows_cover_every_epoch_once():
     rows = [{"id": i} for i in range(10)]
     args = arguments("--prompts-per-step", "4", "--seed", "3")
-    ids = [row["id"] for step in range(5) for row in train_grpo.rows_of_step(rows, args, step, {})]
+    ids = [row["id"] for step in range(5) for row in rollouts.draw_rows(rows, args, 4 * step, 4, {})]
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10)) and ids[:10] != ids[10:]
 
 
@@ -147,12 +148,12 @@ def test_resampled_budgets_differ_between_epochs_only():
     rows = train_grpo.load_rows(args)[:8]
     args.prompts_per_step = 8
     draw = [
-        sorted((r["id"], r["budget"]) for r in train_grpo.rows_of_step(rows, args, step, {}))
+        sorted((r["id"], r["budget"]) for r in rollouts.draw_rows(rows, args, 8 * step, 8, {}))
         for step in (0, 1, 1)
     ]
     assert draw[0] != draw[1] == draw[2]
     assert all(
-        f"Think for {r['budget']} tokens." in r["prompt"] for r in train_grpo.rows_of_step(rows, args, 1, {})
+        f"Think for {r['budget']} tokens." in r["prompt"] for r in rollouts.draw_rows(rows, args, 8, 8, {})
     )
 
 
