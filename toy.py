@@ -210,6 +210,42 @@ def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
     return path
 
 
+def make_conciseness(cache: str = "out", seed: int = 0, log=print) -> str:
+    """Path of a small classifier whose sigmoid is 1 for a plain trace, 0 for one prolonged to the limit.
+
+    It plays the conciseness reward model of CRF; like the base model it is made once (seconds) and kept.
+    """
+    path = os.path.join(cache, f"toy_conciseness_v{VERSION}_seed{seed}")
+    if os.path.exists(os.path.join(path, "model.safetensors")):
+        return path
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    config = make_model(tokenizer, seed).config
+    config.num_labels = 1
+    model, rng = LlamaForSequenceClassification(config).train(), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    log("toy: teaching a conciseness model")
+    for _ in range(50):
+        extra = rng.integers(0, WARMUP["extra"] + 1, 16)
+        batch = tokenizer([trace(draw("add", rng), int(x), rng) for x in extra], padding=True)
+        ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        target = torch.tensor(1 - extra / WARMUP["extra"]).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    os.makedirs(cache, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=".toy_conciseness_", dir=cache)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
+    return path
+
+
 def summary(out: str) -> str:
     """Before and after in two lines, from the two evaluations of a toy run."""
     both = []
