@@ -129,7 +129,7 @@ def short(value) -> str:
 
 
 def base_of(methods: list[dict]) -> dict:
-    """Figures of the base model: of a run that asked it for all budgets (ThinkPrune's asks for its own only)."""
+    """The base model, from a run that asked it for all budgets (ThinkPrune asks for its own only)."""
     return max((m["base"] for m in methods), key=lambda base: base["budgets"])
 
 
