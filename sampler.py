@@ -43,7 +43,8 @@ class HFSampler:
         self.max_model_len = max_model_len
 
     def sync(self, model) -> None:
-        """Nothing to push: this sampler reads the trained model itself."""
+        """Nothing is pushed: this sampler reads `model` itself, from now on."""
+        self.model = model
 
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None) -> list[list[dict]]:
         """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible."""

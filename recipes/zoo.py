@@ -93,7 +93,7 @@ def figures(path: str) -> dict:
         cells = json.load(f)["datasets"]["toy"]["budgets"]
     asked = ["none"] if "none" in cells else BUDGETS
     names = {"accuracy": "accuracy", "length": "mean_length", "truncated": "truncated", "error": "abs_error"}
-    out = {"asked": "none" not in cells}
+    out = {"asked": "none" not in cells, "budgets": sum(b in cells for b in asked)}
     for ours, theirs in names.items():
         values = [cells[b][theirs] for b in asked if b in cells]
         out[ours] = None if None in values else round(float(np.mean(values)), 4)
@@ -128,6 +128,11 @@ def short(value) -> str:
     return f"{value:.3g}"
 
 
+def base_of(methods: list[dict]) -> dict:
+    """The base model, from a run that asked it for all budgets (ThinkPrune asks for its own only)."""
+    return max((m["base"] for m in methods), key=lambda base: base["budgets"])
+
+
 def table(methods: list[dict]) -> str:
     """Markdown rows, the base model first, the others by mean length."""
     asked = methods[0]["asked"]
@@ -135,7 +140,7 @@ def table(methods: list[dict]) -> str:
     head = f"run|reward|advantage|steps|accuracy|tokens|{third}|its own quantities, last step".split("|")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     base = {"name": "**base model**", "reward": "", "advantage": "", "steps": 0, "own": {}}
-    for m in [base | methods[0]["base"], *sorted(methods, key=lambda m: m["length"])]:
+    for m in [base | base_of(methods), *sorted(methods, key=lambda m: m["length"])]:
         third = m["error"] if asked else m["truncated"]
         own = "; ".join(f"{key} {short(value)}" for key, value in m["own"].items())
         cells = [m["name"] + (" (reconstruction)" if m.get("reconstruction") else ""), m["reward"]]
@@ -203,7 +208,7 @@ def place(points: list, sizes: list, frame: tuple, radius: float = 5) -> list[tu
 def draw_panel(fig, ax, methods: list[dict], title: str) -> None:
     """Accuracy against mean length of one kind of runs, each named beside its point."""
     shown = [(m["length"], 100 * m["accuracy"], m["name"], m["reconstruction"]) for m in methods]
-    base = methods[0]["base"]
+    base = base_of(methods)
     shown.append((base["length"], 100 * base["accuracy"], "base model", None))
     for x, y, _, hollow in shown[:-1]:
         ax.plot(x, y, "o", ms=6, mfc="white" if hollow else "0.55", mec="black", zorder=3)

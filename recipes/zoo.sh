@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The toy study: every reward from the same base model and seed, two runs at a time; then docs/zoo.md, zoo.json, zoo.png.
-#   bash recipes/zoo.sh                                about 2.5 hours on two cores; finished runs are not repeated
+#   bash recipes/zoo.sh                                47 runs, some 2 hours on two idle cores; finished ones are not repeated
 #   STEPS=2 OUT=out/zoo_try bash recipes/zoo.sh        every run with 2 steps: tries the machinery, writes into OUT
 #   ONLY="dler kimi" bash recipes/zoo.sh               some of the runs
 # The flags are those of the line "# toy:" in each recipe. A run's output goes to OUT/NAME.log.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,6 +424,26 @@ def test_dynamic_sampling_stops_at_its_cap(tiny, tmp_path):
         assert (m["kept_groups"], m["sampled_groups"], m["sampled_accuracy"]) == (0, 12, 0)
     state = torch.load(tmp_path / "out" / "checkpoint-2" / "trainer_state.pt", weights_only=True)
     assert state["memory"]["position"] == 24
+
+
+def test_reference_samples_come_from_the_starting_model(tiny):
+    """At a later step, too: the sampler is lent to the starting model and handed back."""
+    words = "--max-tokens 8 --reference-samples 2 --prompts-per-step 1 --group-size 2".split()
+    row = {"id": "a", "prompt": "1 + 1?", "answer": "2", "kind": "math", "budget": None}
+    model, reference, asked = samplers.load_model(tiny), samplers.load_model(tiny), []
+
+    class Noting(samplers.HFSampler):
+        def generate(self, prompts, n, *rest, **options):
+            asked.append(self.model)
+            return super().generate(prompts, n, *rest, **options)
+
+    sampler = Noting(model, load_tokenizer(tiny), [2], 100)
+    s = SimpleNamespace(sampler=sampler, memory={}, conciseness=None, clock=0.0, rows=[row], epochs={})
+    s.model, s.reference, s.tokenizer, s.seconds = model, reference, sampler.tokenizer, Counter()
+    for step in (3, 4):  # the second time the prompt is known
+        rollouts.sample_batch(s, checked(*words), ONE, step)
+    assert asked == [model, reference, model] and sampler.model is model
+    assert list(s.memory["reference"]) == ["a"] and 1 <= s.memory["reference"]["a"][1] <= 8
 
 
 def test_fewer_responses_than_minibatches(tiny):
