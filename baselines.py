@@ -220,8 +220,8 @@ def respond(method: str, sampler, prompts: list[list[int]], n: int, budget: int 
 
 
 def settings(
-    tokenizer, room: int, methods=METHODS, *, waits=100, reserve=0, votes=4, max_tokens=None, answer_tokens=512,
-    wait_text=None, final_text=None, temperature=0.6, top_p=0.95, seed=0,
+    tokenizer, room: int, methods=METHODS, *, waits=100, reserve=0, votes=4, max_tokens=None,
+    answer_tokens=512, wait_text=None, final_text=None, temperature=0.6, top_p=0.95, seed=0,
 ) -> dict:  # fmt: skip
     """What plan() and respond() need; `room` is what the longest prompt leaves of the context (tokens)."""
     if think_token(tokenizer) is None and set(methods) - {"none", "cut"}:
