@@ -129,11 +129,7 @@ def majority(sampler, prompts, n, votes, think, share, **options) -> list[list[d
     out = [[] for _ in prompts]
     for group, kept in zip(short, out, strict=True):
         for part in (group[i : i + votes] for i in range(0, n * votes, votes)):
-            # A response that was cut off has no answer to vote for.
-            answers = [
-                spoken_answer(sampler.tokenizer, c["ids"]) if c["finish_reason"] == "stop" else None
-                for c in part
-            ]
+            answers = [spoken_answer(sampler.tokenizer, completion) for completion in part]
             length = sum(len(c["ids"]) for c in part)
             kept.append(part[winner(answers)] | {"length": length, "votes": answers})
     return out
@@ -145,9 +141,11 @@ def winner(answers: list[str | None]) -> int:
     return answers.index(max(counts, key=counts.get)) if counts else 0
 
 
-def spoken_answer(tokenizer, ids: list[int]) -> str | None:
-    """What a finished response answers, as a string to compare: its last box, else all after `</think>`."""
-    text = tokenizer.decode(ids[:-1]).split("</think>")[-1]
+def spoken_answer(tokenizer, completion: dict) -> str | None:
+    """What a response answers, as a string to compare: its last box, else all after `</think>`."""
+    if completion["finish_reason"] != "stop":  # cut off: no answer to vote for
+        return None
+    text = tokenizer.decode(completion["ids"][:-1]).split("</think>")[-1]
     text = (rewards.boxed_answers(text) or [text])[-1]
     # Two spellings of one number are two answers: the vote compares text, not mathematics.
     return re.sub(r"\s+", "", text).strip(".$").lower() or None
@@ -487,10 +485,14 @@ def merge(base: str, tuned: str, out: str, keep: float = 0.25, scale: float = 0.
             file, tensors = f"model-{i:05d}-of-{len(parts):05d}.safetensors", {}
             for name in names:
                 one, other = read_tensor(a, name), read_tensor(b, name)
-                chosen = (other.float() - one.float()).abs().view(torch.int32) >= threshold
-                # lerp gives exactly `tuned` at scale 1, where base + (tuned - base) may be off by a rounding.
-                moved = torch.where(chosen, torch.lerp(one.float(), other.float(), scale), one.float())
-                tensors[name], kept = moved.to(other.dtype), kept + int(chosen.sum())
+                tensors[name] = torch.empty_like(other, memory_format=torch.contiguous_format)
+                chunks = [t.flatten().split(CHUNK) for t in (one, other)]
+                for x, y, to in zip(*chunks, tensors[name].view(-1).split(CHUNK), strict=True):
+                    x, y = x.float(), y.float()
+                    chosen = (y - x).abs().view(torch.int32) >= threshold
+                    # lerp gives exactly y at scale 1, where x + (y - x) may be off by a rounding.
+                    to.copy_(torch.where(chosen, torch.lerp(x, y, scale), x))
+                    kept += int(chosen.sum())
             file = "model.safetensors" if len(parts) == 1 else file
             save_file(tensors, os.path.join(folder, file), {"format": "pt"})
             index |= dict.fromkeys(names, file)

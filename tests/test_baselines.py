@@ -223,7 +223,7 @@ def test_majority(sampler, prompts, s):
     for c in made:
         assert c["length"] <= 64 and len(c["ids"]) <= 16 < c["length"] and len(c["votes"]) == 4
         if c["finish_reason"] == "stop":
-            answer = baselines.spoken_answer(sampler.tokenizer, c["ids"])
+            answer = baselines.spoken_answer(sampler.tokenizer, c)
             assert c["votes"].count(answer) == max(map(c["votes"].count, set(c["votes"]) - {None}))
     assert baselines.winner(["2", "3", "3", None]) == 1
     assert baselines.winner([None, "7", "2", "2", "7"]) == 1  # a tie: the first to come
@@ -239,8 +239,9 @@ def test_spoken_answer(tiny):
         "so 3 </think>": None,
     }
     for text, answer in cases.items():
-        ids = tokenizer.encode(text) + [tokenizer.eos_token_id]
-        assert baselines.spoken_answer(tokenizer, ids) == answer
+        whole = {"ids": tokenizer.encode(text) + [tokenizer.eos_token_id], "finish_reason": "stop"}
+        assert baselines.spoken_answer(tokenizer, whole) == answer
+        assert baselines.spoken_answer(tokenizer, whole | {"finish_reason": "length"}) is None
 
 
 def test_plan_by_hand(s):
