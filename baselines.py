@@ -224,8 +224,8 @@ def settings(
     """What plan() and respond() need; `room` is what the longest prompt leaves of the context (tokens)."""
     if think_token(tokenizer) is None and set(methods) - {"none", "cut"}:
         raise BadInput("the model's tokenizer has no token </think> to force: use --methods none,cut")
-    s = {"waits": waits, "reserve": reserve, "votes": votes, "max_tokens": max_tokens, "room": room}
-    s |= {"answer_tokens": answer_tokens}
+    s = {"waits": waits, "reserve": reserve, "votes": votes, "room": room}
+    s |= {"max_tokens": max_tokens, "answer_tokens": answer_tokens}
     s["wait"] = first_writable(tokenizer, (wait_text,) if wait_text else WAIT_TEXTS, "--wait-text")
     final = FINAL_TEXTS if final_text is None else (final_text,)
     s["final"] = first_writable(tokenizer, final, "--final-text")
@@ -478,8 +478,8 @@ def merge(base: str, tuned: str, out: str, keep: float = 0.25, scale: float = 0.
     a, b = weight_files(base, "--base"), weight_files(tuned, "--tuned")
     (parts, total), index, kept = shards(a, b), {}, 0
     count = round(keep * total)
-    # Nothing is above the largest int32: no update is kept.
-    threshold = largest_threshold(lambda: magnitude_bits(a, b), count) if count else 2**31 - 1
+    # Nothing is above the largest int32: no update is kept. A weight that did not move is no update.
+    threshold = max(1, largest_threshold(lambda: magnitude_bits(a, b), count)) if count else 2**31 - 1
     with new_folder(out) as folder:
         for i, names in enumerate(parts, 1):
             file, tensors = f"model-{i:05d}-of-{len(parts):05d}.safetensors", {}
@@ -590,8 +590,9 @@ def thinkedit_command(args: argparse.Namespace) -> None:
         found = f"{n_long} thoughts longer than {args.long} tokens, {n_short} shorter than {args.short}"
         raise BadInput(f"--samples {args.samples} has {found}; both are needed: see --long and --short")
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
+    logging.disable_progress_bar()
     config = model_config(args.model)
     if config.model_type not in ARCHITECTURES:
         raise BadInput(f"--model is a {config.model_type}: heads are known of {', '.join(ARCHITECTURES)}")
@@ -611,8 +612,7 @@ def thinkedit_command(args: argparse.Namespace) -> None:
         with open(os.path.join(folder, "thinkedit.json"), "w") as f:
             json.dump(about | {"layer_head_contribution": edited}, f, indent=1)
     where = ", ".join(f"{layer}.{head}" for layer, head, _ in edited)
-    print(f"thinkedit: {n_long} long and {n_short} short responses; edited layer.head {where}")
-    print(f"thinkedit: {len(edited)} of {total} heads; saved to {args.out}")
+    print(f"thinkedit: {n_long} long, {n_short} short responses; {len(edited)} of {total} heads: {where}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -737,10 +737,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise BadInput(f"--keep ({args.keep}) is a share from 0 to 1, --scale ({args.scale}) a finite number")
     if args.command == "thinkedit" and not (args.short <= args.long and math.isfinite(args.weight)):
         raise BadInput(f"--short ({args.short}) must not be above --long ({args.long}), --weight be finite")
-    if args.command == "sweep":
-        check_sweep(args)
-    elif args.command == "tops":
-        data.check_out(args.out)
+    if args.command in ("sweep", "tops"):
+        check_sweep(args) if args.command == "sweep" else data.check_out(args.out)
     elif os.path.exists(args.out):
         raise BadInput(f"--out {args.out} exists: name a new folder")
 

@@ -347,6 +347,7 @@ def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
     assert torch.allclose(done, torch.where(largest, 0.7 * delta, 0), atol=1e-7)
     assert f"merge: {int(largest.sum())} of {len(delta)} updates kept (25.0%)" in capsys.readouterr().out
     assert os.path.exists(tmp_path / "dler" / "model.safetensors") == (shard > 300_000)
+    assert baselines.merge(model, model, str(tmp_path / "same"))[1] == 0  # what did not move is not counted
     assert data.load_tokenizer(str(tmp_path / "dler")).encode("wait") == toy.make_tokenizer().encode("wait")
 
 
@@ -372,7 +373,7 @@ def test_thinkedit(model, sampler, spoken, tmp_path, capsys):
     out, heads = tmp_path / "edited", 3
     flags = ["--samples", spoken, "--heads", str(heads), "--long", "20", "--short", "10", "--out", str(out)]
     assert baselines.main(["thinkedit", "--model", model, *flags]) == 0
-    assert f"{heads} of 8 heads" in capsys.readouterr().out
+    assert f"{heads} of 8 heads: " in capsys.readouterr().out
     about = json.loads((out / "thinkedit.json").read_text())
     chosen = {(layer, head): value for layer, head, value in about["layer_head_contribution"]}
     groups = baselines.thinking_samples(baselines.read_samples(spoken), sampler.tokenizer, 20, 10, None)
