@@ -218,13 +218,15 @@ def test_calibrate():
 
 
 def test_majority(sampler, prompts, s):
-    made = flat(baselines.respond("majority", sampler, prompts, 2, 64, s))
+    made = flat(baselines.respond("majority", sampler, prompts, 2, 240, s | {"reserve": 40}))
     assert len(made) == 12
     for c in made:
-        assert c["length"] <= 64 and len(c["ids"]) <= 16 < c["length"] and len(c["votes"]) == 4
-        if c["finish_reason"] == "stop":
+        assert c["length"] <= 240 and len(c["ids"]) <= 60 < c["length"] and len(c["votes"]) == 4
+        given = [answer for answer in c["votes"] if answer is not None]
+        if given:
             answer = baselines.spoken_answer(sampler.tokenizer, c)
-            assert c["votes"].count(answer) == max(map(c["votes"].count, set(c["votes"]) - {None}))
+            assert given.count(answer) == max(map(given.count, given))
+    assert sum(len(set(c["votes"]) - {None}) > 1 for c in made) > 2  # some had to be counted
     assert baselines.winner(["2", "3", "3", None]) == 1
     assert baselines.winner([None, "7", "2", "2", "7"]) == 1  # a tie: the first to come
     assert baselines.winner([None, None]) == 0
@@ -339,7 +341,7 @@ def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
     for name, wanted in (("all", b), ("nothing", a)):
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(tmp_path / name).items())
     merged = weights(tmp_path / "dler")
-    names = [key for key in merged if key != "lm_head.weight"]  # tied: the embedding once more
+    names = [name for name, _ in samplers.load_model(model).named_parameters()]  # tied weights once
     delta = torch.cat([(b[key] - a[key]).flatten() for key in names])
     done = torch.cat([(merged[key] - a[key]).flatten() for key in names])
     largest = delta.abs() >= delta.abs().sort(descending=True).values[round(0.25 * len(delta)) - 1]
