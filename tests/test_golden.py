@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import losses
+import metrics
 import rewards
 
 FILES = [Path(__file__).parent / "data" / "golden.json"]
@@ -89,7 +90,11 @@ def run_schedule(name, batch, params):
     return {"curriculum_budget": rewards.curriculum_budget}[name](batch["step"], **params)
 
 
-# One runner per kind: (name, batch, params) -> the shape of "expected". Metrics: test_evaluate.py.
+def run_metric(name, batch, params):
+    return metrics.jsonable(metrics.METRICS[name](**batch, **params))
+
+
+# One runner per kind: (name, batch, params) -> the shape of "expected".
 RUNNERS = {
     "reward": run_reward,
     "advantage": run_advantage,
@@ -97,6 +102,7 @@ RUNNERS = {
     "kl": run_kl,
     "weight": run_weight,
     "schedule": run_schedule,
+    "metric": run_metric,
 }
 
 
@@ -104,8 +110,7 @@ def load_cases():
     cases = []
     for path in FILES:
         for number, case in enumerate(json.loads(path.read_text())["cases"]):
-            if case["kind"] != "metric":
-                cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
+            cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
     return cases
 
 
