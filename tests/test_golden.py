@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import losses
+import metrics
 import rewards
 
 FILES = [Path(__file__).parent / "data" / "golden.json"]
@@ -93,7 +94,11 @@ def run_schedule(name, batch, params):
     return {"curriculum_budget": rewards.curriculum_budget}[name](batch["step"], **params)
 
 
-# One runner per kind: (name, batch, params) -> the shape of "expected". Metrics: test_evaluate.py.
+def run_metric(name, batch, params):
+    return metrics.jsonable(metrics.METRICS[name](**batch, **params))
+
+
+# One runner per kind: (name, batch, params) -> the shape of "expected".
 RUNNERS = {
     "reward": run_reward,
     "advantage": run_advantage,
@@ -101,6 +106,7 @@ RUNNERS = {
     "kl": run_kl,
     "weight": run_weight,
     "schedule": run_schedule,
+    "metric": run_metric,
 }
 
 
@@ -108,8 +114,7 @@ def load_cases():
     cases = []
     for path in FILES:
         for number, case in enumerate(json.loads(path.read_text())["cases"]):
-            if case["kind"] != "metric":
-                cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
+            cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
     return cases
 
 
