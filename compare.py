@@ -105,7 +105,7 @@ def areas(labels: list, curves: list) -> dict:
     if len(curves) < 2 or not all(np.min(s) > 0 for s in spans):
         return {"area": None, "area_difference": None}
     low, high = max(map(min, spans)), min(map(max, spans))
-    if low >= high:
+    if high < 1.1 * low:  # too little in common to compare curves
         return {"area": None, "area_difference": None}
     value = [metrics.area_under_curve(*points(i), low, high)["area"] for i in range(len(labels))]
     # In a draw the ends of the curves move a little: np.interp holds the outermost accuracy there.

@@ -21,17 +21,30 @@ TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
 class APISampler:
     """A server in the place of a sampler: asked in text, without a tokenizer here; it counts the tokens."""
 
-    tokenizer = max_model_len = None
+    name, tokenizer, max_model_len = "api", None, None
 
     def __init__(self, base_url: str, model: str, concurrency: int = 16):
         try:
             import openai
         except ImportError:
             raise BadInput("--base-url needs the package openai: pip install openai") from None
-        self.openai, self.name, self.model, self.concurrency = openai, base_url, model, concurrency
+        self.openai, self.url, self.model, self.concurrency = openai, base_url, model, concurrency
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.cap_name, self.batch = "max_tokens", 4 * concurrency  # responses between two writes
+
+    def check(self) -> None:
+        """BadInput, before any file is touched, where no server answers or it refuses the key."""
+        try:
+            names = [model.id for model in self.client.with_options(max_retries=1, timeout=30).models.list()]
+        except self.openai.NotFoundError:
+            return  # it lists no models: the first request will tell
+        except self.openai.APIError as error:
+            told = f"no usable answer from --base-url {self.url} ({first_line(error)[:300]})"
+            raise BadInput(f"{told}: is the server up, its address complete (/v1), the key right?") from None
+        # A host of many models may know a name that it does not list; a server of one's own does not.
+        if len(names) <= 20 and self.model not in names:
+            raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
 
     def respond(
         self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int
@@ -47,9 +60,9 @@ class APISampler:
             done = list(pool.map(lambda job: self.ask(*job, temperature, top_p), jobs))
         except self.openai.APIStatusError as error:
             what = f"status {error.status_code}, {first_line(error)[:300]}"
-            raise BadInput(f"--base-url {self.name} refused: {what}; --resume goes on from here") from None
+            raise BadInput(f"--base-url {self.url} refused: {what}; --resume goes on from here") from None
         except self.openai.APIConnectionError as error:
-            told = f"no answer from --base-url {self.name} ({first_line(error)})"
+            told = f"no answer from --base-url {self.url} ({first_line(error)})"
             raise BadInput(f"{told}: is the server up? --resume goes on from here") from None
         finally:
             # After a failure the requests that wait are dropped: on a hosted model each costs money.
@@ -64,7 +77,8 @@ class APISampler:
             answer = self.client.chat.completions.create(model=self.model, messages=messages, **options)
         except self.openai.BadRequestError as error:
             # OpenAI's newer models know the cap by its newer name only; many servers know the old one only.
-            if self.cap_name != "max_tokens" or "max_completion_tokens" not in str(error):
+            # What this request used counts: another thread may have changed the name meanwhile.
+            if "max_tokens" not in options or "max_completion_tokens" not in str(error):
                 raise
             self.cap_name = "max_completion_tokens"
             return self.ask(prompt, cap, seed, temperature, top_p)

@@ -232,7 +232,9 @@ def evaluate(
                 record = {"done": done, "verify": verify, "settings": settings}
                 write_json(os.path.join(out, UNFINISHED), record)
             log(f"evaluate: {done}/{len(requests) * n} samples, {time.monotonic() - start:.0f} s")
-    about = settings | {"trained_budgets": trained_budgets, "count": count, "verify": verify}
+    # Not among the settings: a server may come back at another address.
+    about = settings | {"base_url": getattr(sampler, "url", None)}
+    about |= {"trained_budgets": trained_budgets, "count": count, "verify": verify}
     return finish(table, about, out, kept, log, limit) if rank == 0 else {}
 
 
@@ -475,14 +477,8 @@ def check_out(args: argparse.Namespace) -> None:
         way_out = "name another, --resume it, or --overwrite it"
         raise BadInput(f"--out {args.out} holds an evaluation ({held[0]}): {way_out}")
     own = os.path.join(args.out, "samples.jsonl")
-    elsewhere = args.compare or (args.samples and not os.path.exists(args.samples))
-    if (
-        args.samples
-        and os.path.exists(own)
-        and not os.path.samefile(own, args.samples)
-        or elsewhere
-        and held[:1]
-    ):
+    of_another = args.samples and os.path.exists(own) and not os.path.samefile(own, args.samples)
+    if of_another or (args.compare and {"results.json", "samples.jsonl"} & set(held)):
         raise BadInput(f"--out {args.out} holds samples of another evaluation: name another folder")
 
 
@@ -613,7 +609,9 @@ def evaluate_model(args: argparse.Namespace) -> dict:
 
 def load_api(args: argparse.Namespace) -> tuple:
     """(the server as a sampler, no hash)."""
-    return engines.APISampler(args.base_url, args.api_model, args.concurrency), None
+    sampler = engines.APISampler(args.base_url, args.api_model, args.concurrency)
+    sampler.check()
+    return sampler, None
 
 
 def load_weights(args: argparse.Namespace, problems: list[dict], wording: str) -> tuple:

@@ -58,15 +58,24 @@ def pick(kept: list, sample: dict) -> None:
     heapq.heappush(kept, item) if len(kept) < SHOWN else heapq.heapreplace(kept, item)
 
 
-def picked(kept: list) -> list[dict]:
-    """The kept samples in the order of data set, problem, budget and sample number."""
-    rows = [item[-1] for item in kept]
+def picked(kept: list, total: int) -> list[dict]:
+    """The kept samples of `total`, in the order of data set, problem, budget and sample number."""
+    # Of the last problem that found room some may be missing: shown are whole ones.
+    ranks = [item[0] for item in kept]
+    last = min(ranks) if len(kept) < total and len(set(ranks)) > 1 else None
+    rows = [item[-1] for item in kept if item[0] != last]
     return sorted(rows, key=lambda s: (s["source"], str(s["id"]), s["budget"] or 1 << 40, s["sample"] or 0))
+
+
+def html_cell(text: str) -> str:
+    """A text, escaped; an interval stands below its figure, since beside it tables get too wide to read."""
+    figure, bracket, rest = html.escape(text).partition(" [")
+    return f"{figure}<small>[{rest}</small>" if bracket else figure
 
 
 def html_table(rows: list[list[str]]) -> str:
     """Rows of texts as an HTML table; the first row is the heading."""
-    cells = [[html.escape(text) for text in row] for row in rows]
+    cells = [list(map(html_cell, row)) for row in rows]
     head = "".join(f"<th>{text}</th>" for text in cells[0])
     body = "\n".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in cells[1:])
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
@@ -133,6 +142,7 @@ TOKENS = ("mean_length", "median_length", "thinking_length", "solution_length")
 
 def table_rows(lines: dict, columns: dict = COLUMNS, intervals: bool = False) -> list[list[str]]:
     """A heading and one row of texts per budget of {budget: figures}; "-" is what is not known."""
+    columns = {k: v for k, v in columns.items() if not (intervals and k == "+-")}
     rows = [["budget", "n", *columns]]
     for label, figures in lines.items():
         row = [label, str(figures.get("n", ""))]
@@ -177,7 +187,7 @@ def notes_of(summary: dict) -> list[str]:
         ]
         told = f"slope {texts[0]} (natural logarithm; {texts[1]} to base 10), R^2 {texts[2]}"
         notes.append(f"Accuracy against the logarithm of the mean length: {told}.")
-    if fit.get("area") is not None:
+    if fit.get("area") is not None and fit["high"] > 1.1 * fit["low"]:
         told = with_interval(fit["area"], fit.get("ci", {}).get("area"))
         notes.append(f"Mean accuracy over log length, {fit['low']:.0f} to {fit['high']:.0f} tokens: {told}.")
     for key in ("ruler", "yap", "winrate"):
@@ -228,4 +238,4 @@ def write_report(results: dict, shown: dict, pictures: list[str], kept: list, ou
     title = (
         f"{os.path.basename(str(results.get('model') or results.get('samples')).rstrip('/'))}: length control"
     )
-    write(os.path.join(out, "report.html"), title, facts, sections, picked(kept), at)
+    write(os.path.join(out, "report.html"), title, facts, sections, picked(kept, at), at)

@@ -1,12 +1,21 @@
 """evaluate.py: saved samples, real sampling, resuming, and what it refuses."""
 
+import contextlib
 import gzip
+import http.server
+import importlib.util
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -463,3 +472,168 @@ def test_command_samples_a_model(model_folder, tmp_path, capsys):
     os.remove(os.path.join(model_folder, "tokenizer.json"))
     assert run(*rest, "--budgets", "8") == 2 and "tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Servers
+
+
+@contextlib.contextmanager
+def serve(answer):
+    """A real HTTP server on loopback; `answer(request as dict, its number)` -> (status, reply)."""
+    seen, lock = [], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            text = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self):
+            self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                seen.append(request)
+                number = len(seen)
+            self.reply(*answer(request, number))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(request, tokens=9, **message):
+    """What such a server sends for one request: the sum of the digits, thought about for `tokens`."""
+    digits = [int(word) for word in request["messages"][0]["content"].splitlines()[0].split()[1:]]
+    message = {"role": "assistant", "content": str(sum(digits) % 10)} | message
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def api(url, out, *more):
+    flags = ["--base-url", url, "--api-model", "m", "--data", "toy", "--limit", "4", "--budgets", "8,16"]
+    return run(*flags, "--n", "2", "--concurrency", "2", "--out", out, *more)
+
+
+def test_a_busy_server_is_asked_again(tmp_path):
+    pytest.importorskip("openai")
+    running, most = [0], [0]
+
+    def answer(request, number):
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        running[0] -= 1
+        if number in (2, 5):
+            return (503, 429)[number == 5], {"error": {"message": "busy"}}
+        return 200, completion(request, reasoning_content="hm, one moment")
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+    assert len(seen) == 4 * 2 * 2 + 2 and most[0] == 2  # two were refused; two at a time
+    assert {r["max_tokens"] for r in seen} == {16, 32} and all(r["temperature"] == 0.6 for r in seen)
+    assert len({r["seed"] for r in seen}) == 16  # a request that was refused comes with its own seed again
+    results = read(tmp_path / "out")
+    assert results["model"] == "m" and results["base_url"] == url and results["versions"]["openai"]
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+    assert all(r["length"] == 9 and r["correct"] and r["finish_reason"] == "stop" for r in rows)
+    assert rows[0]["response"].startswith("hm, one moment</think>")
+
+
+def test_a_server_that_breaks_off_loses_one_batch(tmp_path, capsys):
+    pytest.importorskip("openai")
+
+    def answer(request, number):
+        return (200, completion(request)) if number <= 10 else (400, {"error": {"message": "no credit left"}})
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert "no credit left" in error and "--resume" in error and error.count("\n") == 1
+        # Eight responses are a batch here, of which the first is whole.
+        assert len(open(tmp_path / "out" / "samples.jsonl").readlines()) == 8
+        asked = len(seen)
+        seen.clear()
+        assert api(url, tmp_path / "out") == 2 and "--resume" in capsys.readouterr().err
+        assert api(url, tmp_path / "out", "--resume") == 0
+        assert 10 < asked <= 16 and len(seen) == 8
+    budgets = read(tmp_path / "out")["datasets"]["toy"]["budgets"]
+    assert [cell["n"] for cell in budgets.values()] == [8, 8] and budgets["8"]["accuracy"] == 1
+
+
+def test_servers_that_know_one_name_of_the_cap_and_count_their_thoughts(tmp_path, capsys):
+    pytest.importorskip("openai")
+
+    def answer(request, number):
+        if "max_tokens" in request:
+            return 400, {"error": {"message": "'max_tokens' is not supported: use 'max_completion_tokens'"}}
+        reply = completion(request)
+        reply["usage"]["completion_tokens_details"] = {"reasoning_tokens": 7}
+        return 200, reply
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+        assert api(url, tmp_path / "b", "--api-model", "other") == 2
+        assert "has m" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    cell = read(tmp_path / "out")["datasets"]["toy"]["budgets"]["8"]
+    same([cell["thinking_length"], cell["solution_length"]], [7.0, 2.0])
+    assert api("http://127.0.0.1:9/v1", tmp_path / "c") == 2
+    assert "is the server up" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+SERVER_NEEDS = ("vllm", "uvicorn", "watchfiles", "model_hosting_container_standards")
+
+
+@pytest.mark.slow  # a minute, most of it vLLM's start
+@pytest.mark.vllm
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, SERVER_NEEDS)), reason="no vLLM server installed")
+def test_a_real_vllm_server(model_folder, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder]
+    command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-num-seqs", "16", "--max-model-len", "512"]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            time.sleep(1)
+        assert api(f"http://127.0.0.1:{port}/v1", tmp_path / "out", "--max-tokens", "24") == 0
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)  # the engine is a child process of the server's
+        server.wait(30)
+    tokenizer, ends = data.load_tokenizer(model_folder), Counter()
+    for row in map(json.loads, open(tmp_path / "out" / "samples.jsonl")):
+        ends[row["finish_reason"]] += 1
+        # The server leaves the end token out of the text and counts it, as the in-process samplers do.
+        most = len(tokenizer.encode(row["response"], add_special_tokens=False)) + (
+            row["finish_reason"] == "stop"
+        )
+        assert most <= row["length"] <= 24 and (row["finish_reason"] == "stop" or row["length"] == 24)
+    assert sum(ends.values()) == 16 and ends["length"] > 0
