@@ -416,6 +416,15 @@ def test_protocols_fill_in_what_was_not_given(tmp_path):
     assert {s for p in evaluate.PROTOCOLS.values() for s in p["data"].split(",")} <= set(data.PRESETS)
 
 
+def test_l1s_draw_of_mmlu():
+    # The first five of its thousand rows, as L1's file of them has them; the full set is not it.
+    drawn = data.draw_1000(iter(range(14042)))
+    assert drawn[:5] == [12744, 13382, 11239, 6561, 12247] and len(set(drawn)) == 1000
+    assert data.PRESETS["mmlu_1000"] == data.PRESETS["mmlu"]
+    by_id = {value[0]: key for key, value in data.PRESETS.items()}
+    assert by_id["cais/mmlu"] == "mmlu"  # the hub id means the whole set
+
+
 def test_instruction_of_aime2025_stands_apart():
     problem = {"id": "1", "problem": "1+1?", "answer": "2", "kind": "math", "source": "aime2025"}
     requests = evaluate.plan([problem, problem | {"source": "amc"}], [512], "exact", "l1", None, None)
