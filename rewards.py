@@ -23,10 +23,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter, deque
-from functools import lru_cache
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import combinations
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -34,7 +34,7 @@ import numpy as np
 # ----------------------------------------------------------------------------------------------------------
 # 1. Is the answer right? String rules decide the plain cases; the mathematics (math-verify) runs in processes
 #    that can be killed, because sympy can spin for ever in one C call that no signal interrupts: 9^{9^{9^9}}.
-#    Conventions: units and degree signs are ignored, 10% is 10 and 0.1, a list is a set, text ignores case.
+#    The conventions are in the docstring of check_answers.
 
 MAX_ANSWER = 2000  # characters of an answer that are parsed; a longer box is a parse failure
 MAX_BOXES = 12  # boxes that can make up one answer
@@ -50,24 +50,31 @@ BOX_JOINT = re.compile(
 )
 STATED_LETTER = re.compile(
     r"(?:answer|option|choice)\s*(?:is|:)\s*:?[\s$*]*(?:\\text(?:bf)?\{|\(|\[)*\s*([A-Z])(?![A-Za-z'])"
-    r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b)"  # "A or B" states nothing
+    r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\()"  # "A or B" and "(A)(B)" state nothing
     r"|\bit(?:'s| is)\s+\(?([A-Z])\)?[.!\s]*$",
     re.I,
 )
 # \frac with an argument that is not in braces: \frac \pi4, \dfrac {n^2} 4.
 FRACTION_PART = r"\s*(\{[^{}]*\}|\\(?:pi|theta|alpha|beta|lambda)(?![a-z])|[A-Za-z0-9])"
 FRACTION = re.compile(r"\\[dtc]?frac" + FRACTION_PART * 2)
+# "The answer is $5$." at the end: what the dollars hold is the answer, from end to end.
+STATED = re.compile(r"answer(?: is|:)[\s:*]*(?:\$+|\\[(\[])([^$]+?)(?:\$+|\\[)\]])[\s.*]*$", re.I)
+# "x = 1, y = 2 or x = 2, y = 1": here "or" parts more than the comma does.
+AND = re.compile(r"(?:\\q?quad|[\s,])*(?:\\text\s*\{)?\s*\b(?:and|or)\b\s*\}?")
+# What stands between the members of a chain, 2/3 = 4/6 \approx 0.67; and a member that is a number.
+RELATION = re.compile(r"(?<![<>!:\\])=|\\(?:approx|simeq|thickapprox)(?![a-z])|\u2248")
+NUMBER = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
+SYMBOLS = {"\u2212": "-", "\u00b2": "^2", "\u00b3": "^3", "\u00b7": "\\cdot ", "\u22c5": "\\cdot "}
+SYMBOLS = str.maketrans(SYMBOLS | {"\u00bd": "\\frac{1}{2}", "\u221e": "\\infty "})
 UNIT_WORDS = re.compile(
     r"(?<=[0-9}])\s*(?:square |cubic )?(?:weeks?|dollars?|cents?|people|times|units?)\.?$"
 )
 
 
 def answer_part(response: str, require_think: bool = False) -> str | None:
-    """The graded text: after the last `</think>`; without one the whole text, or None if it is required."""
-    at = response.rfind("</think>")
-    if at < 0:
-        return None if require_think else response
-    return response[at + len("</think>") :]
+    """The graded text: all after the last `</think>`. Without one: None if required, else up to `<think>`."""
+    _, closed, text = response.rpartition("</think>")
+    return None if require_think and not closed else text.split("<think>")[0]  # not what is thought again
 
 
 def _box(text: str, end: int) -> tuple[int, int, str] | None:
@@ -135,7 +142,7 @@ def _quick(answer: str, gold: str) -> bool | None:
     a, g = _plain(answer), _plain(gold)
     if not a or not g:
         return False
-    if a == g or (_words(a) and _words(a) == _words(g)):
+    if a.rstrip("\\% ") == g.rstrip("\\% ") or (_words(a) and _words(a) == _words(g)):
         return True
     if INTEGER.fullmatch(a) and INTEGER.fullmatch(g):
         return int(a.replace(",", "").split(".")[0]) == int(g.replace(",", "").split(".")[0])
@@ -163,6 +170,8 @@ def _letter(text: str, options: list[str], count: int) -> str | None:
     several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:${}]", "", bare)
     if several and set(several) <= set(allowed):
         return several[0] if len(set(several)) == 1 else ""
+    if all(re.search(rf"\b{x}\s*[).:]", bare) for x in allowed):
+        return ""  # a list of all options
     label = re.match(r"([A-Z])\s*[).:]\s*\S", bare)
     return None if not label else label[1] if label[1] in allowed else ""
 
@@ -176,13 +185,14 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     boxes = boxed_answers(text)
     letter = _letter(boxes[0], texts, count) if boxes and len(boxes[0]) <= MAX_ANSWER else None
     if letter is None:
-        stated = [a or b for a, b in STATED_LETTER.findall(text) if (a or b).isupper()]
-        short = _stated(text).splitlines()[-1:]  # a bare answer
-        if not stated and short:
-            letter = _letter(short[0], texts, count)
-        stated = stated or re.findall(r"\(([A-Z])\)", text)
-        if letter is None and stated and stated[-1] in LETTERS[:count]:
-            letter = stated[-1]
+        stated = [a or b for a, b in STATED_LETTER.findall(text) if (a or b).isupper()][-1:]
+        tail = _stated(text)
+        # Without a statement a letter must stand alone: no list of the options, no "(A) is wrong, so (B)".
+        labels = stated or {a or b for a, b in re.findall(r"\(([A-Z])\)|^([A-Z])[.):]", tail, re.M)}
+        if not stated and tail and len(labels) < 2:
+            letter = _letter(tail.splitlines()[-1], texts, count)
+        if letter is None and len(labels) == 1:
+            letter = max(labels) if max(labels) in LETTERS[:count] else None
     # A reference may carry its option's text after the letter.
     lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
     right = {_letter(g, texts, count) or (m[1] if m else "") for g, m in zip(golds, lead, strict=True)}
@@ -198,7 +208,7 @@ def _decide(response: str, golds: list[str], kind: str, options, require_think: 
         return False, None
     if kind == "choice":
         return _choice(text, golds, options), None
-    boxes = boxed_answers(text)
+    boxes = boxed_answers(text) or STATED.findall(text[-MAX_ANSWER:])
     answers = [a for a in boxes or [_stated(text)] if a and len(a) <= MAX_ANSWER]
     if not answers:
         return None, None
@@ -212,61 +222,108 @@ def _decide(response: str, golds: list[str], kind: str, options, require_think: 
 
 
 def _tidy(text: str) -> str:
-    r"""Spellings that math-verify misreads: \$5, \mathrm{e}, \frac \pi4, +7; 2 1/2 and 1 234 it adds up."""
-    text = text.replace("\\$", "").replace("\u2212", "-")
+    r"""Mends what math-verify misreads: \mathrm{e}, \frac \pi4, 2^-1; 2 1/2, 1 234 and 2(3) it adds up."""
+    text = text.replace("\\$", "").translate(SYMBOLS)
+    if re.search(r"\\\\[a-z]{2}", text) and not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", text):
+        text = text.replace("\\\\", "\\")  # every backslash is doubled
     text = re.sub(r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"{\1}", text)
     text = FRACTION.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
+    text = re.sub(r"\^\s*(-[0-9a-z]+|\\frac\{[^{}]*\}\{[^{}]*\})", r"^{\1}", text)
     text = re.sub(r"^\s*f\(x\)\s*=", "y =", text)
+    text = re.sub(r"(?<=[0-9)])\s*(?:\\left)?\(([0-9.]+)(?:\\right)?\)", r" \\cdot \1", text)
+    text = re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r" \\times 10^{\1}", text)
+    systems = AND.split(text)
+    if all("," in part and part.count("=") > 1 for part in systems):
+        text = ";".join(systems)
     text = re.sub(r"((?:^|\bis|:|=)\s*)\+(?=[0-9])", r"\1", text)
     text = re.sub(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"(?<=[0-9])(?:\\[,;! ]|\{,\}|[ ~])(?=[0-9]{3}(?![0-9]))", "", text)
-    return UNIT_WORDS.sub("", re.sub(r"(?<![\^_0-9])([0-9]+)[ \t]+(?=[0-9])", r"\1, ", text))
+    text = re.sub(r"(?<![\^_0-9])([0-9]+)(?:[ \t~]|\\[,;:! ]|\\q?quad)+(?=[0-9])", r"\1, ", text)
+    return UNIT_WORDS.sub("", text)
+
+
+def _contradictory(numbers: list[tuple[str, list]], rounded: bool) -> bool:
+    r"""Whether numbers of a chain differ: 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, so is 5 \approx 7."""
+    from math_verify import verify
+
+    for pair in combinations(numbers, 2):
+        (_, a), (_, b) = pair
+        if verify(a, b, timeout_seconds=None):
+            continue
+        shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text, _ in pair]
+        digits = [len(m[2]) for m in shown if m and (m[1] or rounded)]
+        if not digits or not abs((a[0] - b[0]).evalf()) <= 0.5001 * 10.0 ** -min(digits):
+            return True
+    return False
 
 
 @lru_cache(maxsize=1000)  # a group's answers share their reference
-def _parse(text: str, bare: bool) -> list:
-    """math-verify's reading of an answer, [] if none; a bare answer is LaTeX, prose is searched for one."""
+def _parse(text: str, bare: bool, trusted: bool = False) -> list:
+    """math-verify's readings of an answer, [] if none; a bare answer is LaTeX, prose is searched for one.
+
+    A chain of numbers that differ, 1 = 2, is no answer; only a reference is trusted with one.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from sympy import Expr, I
 
     text = _tidy(text)
     marked = re.search(r"\$|\\boxed|\\\(|\\\[", text)
+    if bare and re.search(r"(?:[-+=]|\\[lc]?dots)[\s$?]*$", text):
+        return []  # 5 + ...: it would read the beginning
     attempts = [f"${text}$", text] if bare and not marked else [text]
-    if bare and text.count("=") == 1:  # "I_{\max} = 3": the left side may be what it cannot read
-        attempts.append(f"${text.strip('$').split('=')[1]}$")
+    chain = [part.strip("$ ") for part in RELATION.split(text)] if bare else []
+    rounded = bool(re.search(r"approx|simeq|\u2248", text))
+    if len(chain) > 1:  # "I_{\max} = 3": the left side may be what it cannot read; it stops at \approx
+        attempts = ([] if rounded else attempts) + [f"${chain[-1]}$"]
+    if "\\pm" in text and bare:
+        both = (chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
+        attempts.append(f"${', '.join(both)}$")
     # Numbers are searched for in plain text only: in LaTeX that it cannot read it would find some exponent.
     searches = [LatexExtractionConfig()] + ([] if bare and "\\" in text else [ExprExtractionConfig()])
-    found = []
-    for attempt in attempts:
-        found = parse(attempt, searches, parsing_timeout=None) or found
-        if any(not isinstance(x, str) for x in found):
-            break
+    read = partial(parse, extraction_config=searches, fallback_mode="no_fallback", parsing_timeout=None)
+    found = next(filter(None, map(read, attempts)), [])
+    if len(chain) > 1 and not re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text)):
+        numbers = [x for x in chain if NUMBER.fullmatch(x) and x.count("{") == x.count("}")]
+        numbers = [(x, value) for x in numbers if (value := read(f"${x}$"))]
+        if not trusted and _contradictory(numbers, rounded):
+            return []
+        if len(numbers) > 1:  # a number and its rounding: either may be what is asked for
+            found = found + [x for _, value in numbers for x in value]
     imaginary = [{s: I for s in getattr(x, "free_symbols", ()) if s.name == "i"} for x in found]
     return [x.subs(i) if i and isinstance(x, Expr) else x for x, i in zip(found, imaginary, strict=True)]
 
 
-def _same_magnitude(answer, gold) -> bool:
-    """Exact numbers must agree exactly, or to 12 digits: math-verify takes 2^-2013 and 3^-2013 both for 0."""
-    from sympy import Expr, Float, UnevaluatedExpr
+def _equal(found, wanted, texts: str) -> bool:
+    """math-verify's verdict, made stricter for tuples against sets and for numbers near zero."""
+    from math_verify import verify
+    from sympy import Expr, FiniteSet, Float, Interval, Tuple, UnevaluatedExpr
 
-    pair = (answer, gold)
-    if not all(isinstance(x, Expr) and x.is_number and not x.has(Float, UnevaluatedExpr) for x in pair):
+    pair = (found, wanted)
+    if {isinstance(x, FiniteSet) for x in pair} == {isinstance(x, (Tuple, Interval)) for x in pair} == {0, 1}:
+        if "\\{" in texts:
+            return False  # one is ordered, the other a set in braces
+        if isinstance(wanted, FiniteSet):
+            found, wanted = wanted, found  # against a tuple a list is ordered too
+    if not verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True):
+        return False
+    if found == wanted or not all(isinstance(x, Expr) and x.is_number for x in pair):
         return True
-    gap = (answer - gold).doit()
-    return gap == 0 if gap.is_Rational else bool(abs(gap.evalf(15)) <= 1e-12 * abs(gold.evalf(15)))
+    if any(x.has(UnevaluatedExpr) for x in pair):
+        return True  # a percentage
+    # math-verify takes 2^-2013 and 3^-2013 both for 0, and 2e-7 and 4e-7 too.
+    gap = (found - wanted).doit()
+    tolerance = 0 if gap.is_Rational else 1e-5 if any(x.has(Float) for x in pair) else 1e-12
+    return bool(abs(gap.evalf(15)) <= tolerance * abs(wanted.evalf(15)))
 
 
 def _mathematics(pairs: list, bare: bool) -> tuple[bool, bool]:
     """(right?, readable?) for (answer, gold) pairs of which any may match. May never end: for workers."""
-    from math_verify import verify
-
     readable = False
     for answer, gold in pairs:
-        found, wanted = _parse(answer, bare), _parse(gold, True)
-        readable |= all(any(not isinstance(x, str) for x in side) for side in (found, wanted))
-        for want in wanted:
-            if any(verify(want, x, timeout_seconds=None) and _same_magnitude(x, want) for x in found):
-                return True, readable
+        found, wanted = _parse(answer, bare), _parse(gold, True, trusted=True)
+        readable |= bool(found and wanted)
+        if any(_equal(x, want, answer + gold) for want in wanted for x in found):
+            return True, readable
     return False, readable
 
 
@@ -307,102 +364,64 @@ def _serve() -> None:
         print(json.dumps({"right": bool(right), "parsed": parsed}), file=out)
 
 
-class _Worker:
-    """One killable process; `task` is the index it works on (None: idle), `deadline` when it is killed."""
-
-    def __init__(self):
-        # -P keeps this folder off the worker's path: no data.py or the like shadows a library's module.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", os.path.abspath(__file__), "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is the caller's to handle
-        )
-        self.ready, self.task, self.deadline = False, None, time.monotonic() + 120
-
-    def kill(self):
-        self.process.kill()
-        self.process.communicate()
+_IDLE: list[subprocess.Popen] = []  # workers, started when the first hard answer comes, then kept
+os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
 
 
-_POOL: list[_Worker] = []  # started when the first hard answer comes, kept for the life of the process
-_POOL_LOCK = threading.RLock()  # callers on several threads take turns
-_POOL_OWNER = [0]  # process id: a forked child must neither use nor kill its parent's workers
-
-
+@atexit.register
 def close_workers() -> None:
-    """Ends the worker processes; the next hard answer starts new ones. Called at exit."""
-    with _POOL_LOCK:
-        if _POOL_OWNER[0] == os.getpid():
-            for worker in _POOL:
-                worker.kill()
-        _POOL.clear()
+    """Ends the idle worker processes; the next hard answer starts new ones. Called at exit."""
+    while _IDLE:
+        _end(_IDLE.pop())
 
 
-atexit.register(close_workers)
+def _end(worker: subprocess.Popen) -> None:
+    worker.kill()
+    worker.communicate()
 
 
-def _assign(tasks: list[dict], waiting: deque, timeout: float, workers: int) -> None:
-    """Starts workers, one for every eight answers, and gives each idle one its next answer and deadline."""
-    while waiting and len(_POOL) < min(workers, 1 + len(waiting) // 8):
-        _POOL.append(_Worker())
-    for worker in _POOL[:workers]:
-        if worker.ready and worker.task is None and waiting:
-            worker.task, worker.deadline = waiting.popleft(), time.monotonic() + timeout
-            line = json.dumps({**tasks[worker.task], "seconds": timeout}).encode() + b"\n"
-            try:
-                worker.process.stdin.write(line)
-                worker.process.stdin.flush()
-            except OSError:
-                pass  # it has died: its output has ended too, which _collect reads as a crash
+def _start() -> subprocess.Popen:
+    """A worker that is ready; RuntimeError with its reason if it cannot start."""
+    worker = subprocess.Popen(
+        # -P keeps this folder off the worker's path: no data.py or the like shadows a library's module.
+        [sys.executable, "-P", os.path.abspath(__file__), "--worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,  # Ctrl-C is the caller's to handle
+    )
+    line = worker.stdout.readline() if wait([worker.stdout], 120) else b""
+    if line != b"{}\n":
+        _end(worker)
+        reason = json.loads(line)["error"] if line.endswith(b"\n") else "no sign of it"
+        raise RuntimeError(f"the answer-checking process did not start: {reason}")
+    return worker
 
 
-def _collect() -> list[tuple[int, dict]]:
-    """Waits for replies or a deadline, at which the worker is killed; returns (task, reply) pairs."""
-    active = [w for w in _POOL if w.task is not None or not w.ready]
-    patience = min(w.deadline for w in active) - time.monotonic()
-    talking = wait([w.process.stdout for w in active], max(0.0, patience))
-    replies = []
-    for worker in active:
-        late = time.monotonic() >= worker.deadline
-        if worker.process.stdout not in talking and not late:
-            continue
-        line = worker.process.stdout.readline() if worker.process.stdout in talking else b""
-        reply = json.loads(line) if line.endswith(b"\n") else {"failed": "timeouts" if late else "crashes"}
-        if not worker.ready and reply:
-            raise RuntimeError(
-                f"the answer-checking process did not start: {reply.get('error', 'no sign of it')}"
-            )
-        if worker.task is not None:
-            replies.append((worker.task, reply))
-        worker.ready, worker.task = True, None
-        if "failed" in reply:
-            worker.kill()
-            _POOL.remove(worker)
-    return replies
-
-
-def _run_tasks(tasks: list[dict], timeout: float, workers: int) -> list[tuple[bool, str]]:
-    """(right?, how it ended) for each hard answer, spread over the pool, one at a time per worker."""
-    results, waiting = [None] * len(tasks), deque(range(len(tasks)))
-    with _POOL_LOCK:
-        if _POOL_OWNER[0] != os.getpid():
-            _POOL.clear()
-            _POOL_OWNER[0] = os.getpid()
+def _solve(task: dict, timeout: float) -> tuple[bool, str]:
+    """(right?, how it ended) for one hard answer; a worker that is late or has died is replaced."""
+    line = json.dumps({**task, "seconds": timeout}).encode() + b"\n"
+    for fresh in (False, True):
         try:
-            while waiting or any(w.task is not None for w in _POOL):
-                _assign(tasks, waiting, timeout, workers)
-                for index, reply in _collect():
-                    outcome = reply.get("failed", "solved" if reply.get("parsed") else "parse_failures")
-                    if outcome == "crashes" and results[index] is None:
-                        waiting.append(index)  # once more: the worker may have died of something else
-                    results[index] = (reply.get("right", False), outcome)
-        except BaseException:
-            close_workers()  # an interrupted worker would answer the next call with this call's results
-            raise
-    return results
+            worker = _start() if fresh else _IDLE.pop()
+        except IndexError:
+            continue  # none is idle
+        try:
+            worker.stdin.write(line)
+            worker.stdin.flush()
+        except OSError:
+            pass  # it has died: its output has ended too
+        late = not wait([worker.stdout], timeout)
+        reply = b"" if late else worker.stdout.readline()
+        if reply.endswith(b"\n"):
+            _IDLE.append(worker)
+            reply = json.loads(reply)
+            return reply["right"], "solved" if reply["parsed"] else "parse_failures"
+        _end(worker)
+        if late:
+            return False, "timeouts"
+    return False, "crashes"  # twice: the first worker may have died of something else
 
 
 def check_answers(
@@ -428,9 +447,8 @@ def check_answers(
     verdicts, hard = [False] * len(responses), {}
     for i, (response, gold, kind, options) in enumerate(zip(responses, golds, kinds, choices, strict=True)):
         accepted = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
-        # A reference solution counts by its box; math-verify reads one that has several.
-        accepted = [g if g.count("\\boxed") > 1 else (boxed_answers(g) or [g])[0] or g for g in accepted]
-        accepted = [g[-MAX_ANSWER:] for g in accepted]
+        # A reference solution counts by its box, several in a row by all of them.
+        accepted = [((boxed_answers(g) or [g])[-1] or g)[-MAX_ANSWER:] for g in accepted]
         verdict, task = _decide(response, accepted, kind, options, require_think)
         if task is not None:
             hard.setdefault(json.dumps(task), []).append(i)  # one answer to one problem is checked once
@@ -438,8 +456,9 @@ def check_answers(
             verdicts[i] = bool(verdict)
             counts["parse_failures" if verdict is None else "fast"] += 1
     if hard:
-        workers = workers or min(8, os.cpu_count() or 1)
-        results = _run_tasks([json.loads(key) for key in hard], timeout, workers)
+        workers = min(workers or min(8, os.cpu_count() or 1), 1 + len(hard) // 8)
+        with ThreadPoolExecutor(workers) as threads:  # each waits for one worker process
+            results = list(threads.map(partial(_solve, timeout=timeout), map(json.loads, hard)))
         for places, (right, outcome) in zip(hard.values(), results, strict=True):
             counts[outcome] += len(places)
             for i in places:
