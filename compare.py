@@ -17,8 +17,11 @@ from data import BadInput
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 
 
-def read_evaluation(folder: str) -> dict:
-    """{data set: {budget: {problem id: {figure: (top, bottom)}}}} of an evaluation's problems.jsonl."""
+def read_evaluation(folder: str, texts: dict) -> dict:
+    """{data set: {budget: {problem id: {figure: (top, bottom)}}}} of an evaluation's problems.jsonl.
+
+    `texts` {(data set, id): checksum} collects the problems of all evaluations: one id, one text.
+    """
     path, found = os.path.join(folder, "problems.jsonl"), {}
     if not os.path.exists(path):
         way_out = "evaluate.py --samples FILE --out NEW makes one from saved samples"
@@ -29,8 +32,13 @@ def read_evaluation(folder: str) -> dict:
                 row = json.loads(line)
                 budget = "none" if row["budget"] is None else str(row["budget"])
                 found.setdefault(row["source"], {}).setdefault(budget, {})[row["id"]] = row["figures"]
+                same = texts.setdefault((row["source"], row["id"]), row["text"]) == row["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{path}, line {at} is damaged ({error!r}): make it anew") from None
+            # Ids of a drawn set are numbers: with another --seed they mean other problems.
+            if not same:
+                told = f"{row['source']}, {row['id']} is another problem than in the evaluations before it"
+                raise BadInput(f"--compare {folder}: {told}; evaluate with the same --seed and data")
     return found
 
 
@@ -166,7 +174,9 @@ def compare(specs: list[str], out: str, seed: int = 0, log=print) -> dict:
     models = name_models(specs)
     if len(models) < 2:
         raise BadInput("--compare needs two finished evaluations or more")
-    labels, found = list(models), [read_evaluation(folder) for folder in models.values()]
+    labels, found, texts = list(models), [], {}
+    for folder in models.values():
+        found.append(read_evaluation(folder, texts))
     names = [name for name in found[0] if all(name in f for f in found)]
     names = [n for n in names if any(all(b in f[n] for f in found) for b in found[0][n])]
     if not names:

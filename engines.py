@@ -15,6 +15,9 @@ import rewards
 from data import BadInput, first_line
 
 RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), a restart (5xx, no connection)
+# What a vLLM server is told besides: it would take these from the model's folder, and cut `</think>` out of
+# the text where that is a special token. Other servers refuse what they do not know.
+VLLM = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
 TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
 
 
@@ -32,16 +35,20 @@ class APISampler:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.cap_name, self.batch = "max_tokens", 4 * concurrency  # responses between two writes
+        self.extra = {}
 
     def check(self) -> None:
         """BadInput, before any file is touched, where no server answers or it refuses the key."""
         try:
-            names = [model.id for model in self.client.with_options(max_retries=1, timeout=30).models.list()]
+            models = list(self.client.with_options(max_retries=1, timeout=30).models.list())
         except self.openai.NotFoundError:
             return  # it lists no models: the first request will tell
         except self.openai.APIError as error:
             told = f"no usable answer from --base-url {self.url} ({first_line(error)[:300]})"
             raise BadInput(f"{told}: is the server up, its address complete (/v1), the key right?") from None
+        names = [model.id for model in models]
+        if any(getattr(model, "owned_by", "") == "vllm" for model in models):
+            self.extra = VLLM
         # A host of many models may know a name that it does not list; a server of one's own does not.
         if len(names) <= 20 and self.model not in names:
             raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
@@ -74,7 +81,8 @@ class APISampler:
         options = {"temperature": temperature, "top_p": top_p, "seed": seed % 2**31, self.cap_name: cap}
         messages = [{"role": "user", "content": prompt}]
         try:
-            answer = self.client.chat.completions.create(model=self.model, messages=messages, **options)
+            create = self.client.chat.completions.create
+            answer = create(model=self.model, messages=messages, extra_body=self.extra, **options)
         except self.openai.BadRequestError as error:
             # OpenAI's newer models know the cap by its newer name only; many servers know the old one only.
             # What this request used counts: another thread may have changed the name meanwhile.

@@ -285,11 +285,14 @@ def answer_key(sample: dict) -> int:
 
 def add(table: dict, sample: dict, count: str = "response") -> None:
     """Append one sample; `count` "thinking" takes the tokens up to `</think>` where they are known."""
-    part = table.setdefault(sample["source"], {"ids": {}, "modes": set(), "cells": {}, "extras": {}})
+    part = table.setdefault(
+        sample["source"], {"ids": {}, "texts": {}, "modes": set(), "cells": {}, "extras": {}}
+    )
     budget, length, finish = sample["budget"], sample["length"], sample["finish_reason"]
     text, thinking = sample.get("response"), sample.get("thinking_length")
     tokens = thinking if count == "thinking" and thinking is not None else length
     cell = part["cells"].setdefault(budget, new_cell())
+    part["texts"].setdefault(sample["id"], zlib.crc32(str(sample.get("problem")).encode()))
     cell["problem"].append(part["ids"].setdefault(sample["id"], len(part["ids"])))
     cell["correct"].append(bool(sample["correct"]))
     # The budget stands in every row, too: groups of many budgets are drawn as one (see pool).
@@ -580,7 +583,8 @@ def shortest(draws: dict, budget) -> int:
 def problem_records(table: dict, limit: int = EXCEED) -> Iterator[dict]:
     """Per data set, budget and problem: the sums behind every figure and CASTILLO's length statistics.
 
-    What --compare pairs: {"source", "id", "budget", "figures": {name: [top, bottom]}, "length": statistics}.
+    What --compare pairs: {"source", "id", "text" (a checksum of the problem), "budget", "figures":
+    {name: [top, bottom]}, "length": statistics}.
     """
     for name, part in table.items():
         ids = list(part["ids"])
@@ -591,7 +595,12 @@ def problem_records(table: dict, limit: int = EXCEED) -> Iterator[dict]:
                 # Plain lists, block by block: numpy is slow element by element, and lists are large.
                 lists = {k: (t[rows].tolist(), b[rows].tolist()) for k, (t, b) in columns.items()}
                 for i, row in enumerate(rows.tolist()):
-                    record = {"source": name, "id": ids[row], "budget": budget}
+                    record = {
+                        "source": name,
+                        "id": ids[row],
+                        "text": part["texts"][ids[row]],
+                        "budget": budget,
+                    }
                     record["figures"] = {k: [t[i], b[i]] for k, (t, b) in lists.items() if b[i]}
                     many = len(groups.get(row, ())) > 1  # one length has no spread
                     yield record | ({"length": castillo(groups[row])} if many else {})

@@ -488,7 +488,7 @@ def test_command_samples_a_model(model_folder, tmp_path, capsys):
 
 
 @contextlib.contextmanager
-def serve(answer):
+def serve(answer, owner="somebody"):
     """A real HTTP server on loopback; `answer(request as dict, its number)` -> (status, reply)."""
     seen, lock = [], threading.Lock()
 
@@ -502,7 +502,7 @@ def serve(answer):
             self.wfile.write(text)
 
         def do_GET(self):
-            self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+            self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": owner}]})
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -567,6 +567,15 @@ def test_a_busy_server_is_asked_again(tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
     assert all(r["length"] == 9 and r["correct"] and r["finish_reason"] == "stop" for r in rows)
     assert rows[0]["response"].startswith("hm, one moment</think>")
+
+
+@pytest.mark.parametrize("owner, told", [("vllm", True), ("somebody", False)])
+def test_only_a_vllm_server_is_told_to_leave_the_folders_defaults(tmp_path, owner, told):
+    pytest.importorskip("openai")
+    with serve(lambda request, number: (200, completion(request)), owner) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+    assert {r.get("repetition_penalty") for r in seen} == ({1.0} if told else {None})
+    assert {r.get("skip_special_tokens") for r in seen} == ({False} if told else {None})
 
 
 def test_a_server_that_breaks_off_loses_one_batch(tmp_path, capsys):

@@ -180,12 +180,14 @@ def test_only_problems_that_both_have_are_compared(tmp_path):
 def test_comparisons_that_make_no_sense(tmp_path, capsys):
     a = evaluation(tmp_path, "a", [sample()])
     b = evaluation(tmp_path, "b", [sample(source="other")])
+    c = evaluation(tmp_path, "c", [sample(problem="the same id, another problem")])
     (tmp_path / "old").mkdir()
     for words, folders in {
         "two finished evaluations": [a],
         "no data set and budget is in all": [a, b],
         "holds no problems.jsonl": [a, tmp_path / "old"],
         "names 'x' twice": [f"x={a}", f"x={b}"],
+        "another problem": [a, c],
         "no such folder": [a, tmp_path / "nowhere"],
     }.items():
         capsys.readouterr()
