@@ -54,9 +54,6 @@ STATED_LETTER = re.compile(
     r"|\bit(?:'s| is)\s+\(?([A-Z])\)?[.!\s]*$",
     re.I,
 )
-# \frac with an argument that is not in braces: \frac \pi4, \dfrac {n^2} 4.
-FRACTION_PART = r"\s*(\{[^{}]*\}|\\(?:pi|theta|alpha|beta|lambda)(?![a-z])|[A-Za-z0-9])"
-FRACTION = re.compile(r"\\[dtc]?frac" + FRACTION_PART * 2)
 # "The answer is $5$." at the end: what the dollars hold is the answer, from end to end.
 STATED = re.compile(r"answer(?: is|:)[\s:*]*(?:\$+|\\[(\[])([^$]+?)(?:\$+|\\[)\]])[\s.*]*$", re.I)
 # "x = 1, y = 2 or x = 2, y = 1": here "or" parts more than the comma does.
@@ -67,7 +64,7 @@ NUMBER = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot
 SYMBOLS = {"\u2212": "-", "\u00b2": "^2", "\u00b3": "^3", "\u00b7": "\\cdot ", "\u22c5": "\\cdot "}
 SYMBOLS = str.maketrans(SYMBOLS | {"\u00bd": "\\frac{1}{2}", "\u221e": "\\infty "})
 UNIT_WORDS = re.compile(
-    r"(?<=[0-9}])\s*(?:square |cubic )?(?:weeks?|dollars?|cents?|people|times|units?)\.?$"
+    r"(?<=[0-9}])\s*(?:(?:square |cubic )?units?|weeks?|dollars?|cents?|people|times)\.?$"
 )
 
 
@@ -227,8 +224,8 @@ def _tidy(text: str) -> str:
     if re.search(r"\\\\[a-z]{2}", text) and not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", text):
         text = text.replace("\\\\", "\\")  # every backslash is doubled
     text = re.sub(r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"{\1}", text)
-    text = FRACTION.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
-    text = re.sub(r"\^\s*(-[0-9a-z]+|\\frac\{[^{}]*\}\{[^{}]*\})", r"^{\1}", text)
+    text = re.sub(r"(frac(?:\s*\w|\{[^{}]*\})?)\s*\\pi(?![a-z])", r"\1{\\pi}", text)
+    text = re.sub(r"\^\s*(-[0-9a-z]+|\\[dt]?frac\s*(?:\{[^{}]*\}|\w){2})", r"^{\1}", text)
     text = re.sub(r"^\s*f\(x\)\s*=", "y =", text)
     text = re.sub(r"(?<=[0-9)])\s*(?:\\left)?\(([0-9.]+)(?:\\right)?\)", r" \\cdot \1", text)
     text = re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r" \\times 10^{\1}", text)
@@ -246,14 +243,12 @@ def _contradictory(numbers: list[tuple[str, list]], rounded: bool) -> bool:
     r"""Whether numbers of a chain differ: 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, so is 5 \approx 7."""
     from math_verify import verify
 
-    for pair in combinations(numbers, 2):
-        (_, a), (_, b) = pair
-        if verify(a, b, timeout_seconds=None):
-            continue
-        shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text, _ in pair]
+    for (s, a), (t, b) in combinations(numbers, 2):
+        shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text in (s, t)]
         digits = [len(m[2]) for m in shown if m and (m[1] or rounded)]
-        if not digits or not abs((a[0] - b[0]).evalf()) <= 0.5001 * 10.0 ** -min(digits):
-            return True
+        if not verify(a, b, timeout_seconds=None):
+            if not digits or not abs((a[0] - b[0]).evalf()) <= 0.5001 * 10.0 ** -min(digits):
+                return True
     return False
 
 
@@ -279,7 +274,9 @@ def _parse(text: str, bare: bool, trusted: bool = False) -> list:
         both = (chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
         attempts.append(f"${', '.join(both)}$")
     # Numbers are searched for in plain text only: in LaTeX that it cannot read it would find some exponent.
-    searches = [LatexExtractionConfig()] + ([] if bare and "\\" in text else [ExprExtractionConfig()])
+    searches = [LatexExtractionConfig()] + (
+        [] if bare and re.search(r"[\\{^]", text) else [ExprExtractionConfig()]
+    )
     read = partial(parse, extraction_config=searches, fallback_mode="no_fallback", parsing_timeout=None)
     found = next(filter(None, map(read, attempts)), [])
     if len(chain) > 1 and not re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text)):
@@ -306,10 +303,9 @@ def _equal(found, wanted, texts: str) -> bool:
             found, wanted = wanted, found  # against a tuple a list is ordered too
     if not verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True):
         return False
-    if found == wanted or not all(isinstance(x, Expr) and x.is_number for x in pair):
+    numbers = all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in pair)
+    if found == wanted or not numbers:  # UnevaluatedExpr: a percentage
         return True
-    if any(x.has(UnevaluatedExpr) for x in pair):
-        return True  # a percentage
     # math-verify takes 2^-2013 and 3^-2013 both for 0, and 2e-7 and 4e-7 too.
     gap = (found - wanted).doit()
     tolerance = 0 if gap.is_Rational else 1e-5 if any(x.has(Float) for x in pair) else 1e-12
@@ -365,7 +361,8 @@ def _serve() -> None:
 
 
 _IDLE: list[subprocess.Popen] = []  # workers, started when the first hard answer comes, then kept
-os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
 
 
 @atexit.register
@@ -399,16 +396,15 @@ def _start() -> subprocess.Popen:
     return worker
 
 
-def _solve(task: dict, timeout: float) -> tuple[bool, str]:
+def _solve(task: str, timeout: float) -> tuple[bool, str]:
     """(right?, how it ended) for one hard answer; a worker that is late or has died is replaced."""
-    line = json.dumps({**task, "seconds": timeout}).encode() + b"\n"
     for fresh in (False, True):
         try:
             worker = _start() if fresh else _IDLE.pop()
         except IndexError:
             continue  # none is idle
         try:
-            worker.stdin.write(line)
+            worker.stdin.write(task.encode() + b"\n")
             worker.stdin.flush()
         except OSError:
             pass  # it has died: its output has ended too
@@ -433,11 +429,20 @@ def check_answers(
     timeout: float = 5.0,
     workers: int | None = None,
 ) -> tuple[list[bool], dict]:
-    """Grades many responses; `timeout` is wall-clock seconds an answer. Safe on any thread.
+    r"""Grades many responses; `timeout` is wall-clock seconds an answer. Safe on any thread.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
     response its option texts, their number, or None (A-J). Counts: fast (no mathematics needed), solved, and
     three sorts of wrong answers: timeouts, crashes, parse_failures (no answer found, or not readable).
+
+    Conventions. Only what follows `</think>` is read: the last box (boxes side by side are also tried as a
+    list), else a stated answer, else the end of the text. Ignored: units, even wrong ones, and words after a
+    number; degree signs; a missing base (52 is 52_8); what stands before "="; upper case in words.
+    Equal: 10% and 10, 10% and 0.1; decimals that agree to 6 places and 5 digits; lists and sets in any order,
+    repeats counted once; a list and a tuple in the same order; x < 5 and (-\infty, 5). Different: a tuple and
+    a set in braces; open and closed ends; other roundings. A chain counts by its last member, and by any
+    number in it if they agree: 2/3 = 4/6 = 0.67 does; 1 = 2 and 5 \approx 7 are wrong. A choice needs a
+    letter alone in the box, or its option's text, or "the answer is (C)" without a box; two are wrong.
     """
     choices = [None] * len(responses) if choices is None else choices
     sizes = (len(responses), len(golds), len(kinds), len(choices))
@@ -451,14 +456,15 @@ def check_answers(
         accepted = [((boxed_answers(g) or [g])[-1] or g)[-MAX_ANSWER:] for g in accepted]
         verdict, task = _decide(response, accepted, kind, options, require_think)
         if task is not None:
-            hard.setdefault(json.dumps(task), []).append(i)  # one answer to one problem is checked once
+            # One answer to one problem is checked once.
+            hard.setdefault(json.dumps({**task, "seconds": timeout}), []).append(i)
         else:
             verdicts[i] = bool(verdict)
             counts["parse_failures" if verdict is None else "fast"] += 1
     if hard:
         workers = min(workers or min(8, os.cpu_count() or 1), 1 + len(hard) // 8)
         with ThreadPoolExecutor(workers) as threads:  # each waits for one worker process
-            results = list(threads.map(partial(_solve, timeout=timeout), map(json.loads, hard)))
+            results = list(threads.map(partial(_solve, timeout=timeout), hard))
         for places, (right, outcome) in zip(hard.values(), results, strict=True):
             counts[outcome] += len(places)
             for i in places:

@@ -51,7 +51,7 @@ def test_public_cases():
     assert wrong == sorted(listed)
     assert share >= 0.92
     accepted = [n for n in wrong if not rows[n - 1]["expected"]]
-    assert len(accepted) <= 3, "wrong answers that are accepted need a stated convention"
+    assert accepted == [166, 167], "wrong answers that are accepted need a stated convention"
 
 
 @pytest.mark.skipif("ANSWER_CASES" not in os.environ, reason="set ANSWER_CASES to a file of more cases")
@@ -98,6 +98,42 @@ CONVENTIONS = [
     (r"\frac \pi4 + 2", r"\frac{\pi}{4} + 2", True),
     (r"\frac{5}{\sqrt{3}} \sin^2 80^\circ", r"\frac{4}{\sqrt{3}} \sin^2 80^\circ", False),
     ("5xyz", "5", False),
+    ("12.5", r"12.5\%", True),
+    ("1.5e3", "1500", True),
+    # tuples have an order, sets have none, and a list takes after what it is compared with
+    ("(1, 2)", r"\{1, 2\}", False),
+    (r"\{1, 2\}", "(1, 2)", False),
+    ("(2, 1)", "1, 2", False),
+    ("(1, 2)", "1, 2", True),
+    ("2, 1", r"\{1, 2\}", True),
+    ("1, 2, 3", "1, 2", False),
+    ("x < 5", r"(-\infty, 5)", True),
+    (r"x \le 5", r"(-\infty, 5)", False),
+    # chains
+    ("1 = 2 = 5", "5", False),
+    ("2 + 3 = 5", "5", True),
+    ("x = 5 = 6", "6", False),
+    (r"\frac{3}{2} = 1\frac{1}{2} = 1.5", "1.5", True),
+    (r"5 \approx 7", "5", False),
+    (r"\frac{2}{3} = 0.67", r"\frac{2}{3}", True),
+    (r"\frac{2}{3} = 0.6", r"\frac{2}{3}", False),
+    (r"\frac{200}{7} \approx 29", "29", True),
+    (r"\frac{200}{7} = 29", "29", False),
+    (r"\sqrt{2} \approx 1.5", r"\sqrt{2}", False),
+    (r"x = \frac{-1 \pm \sqrt5}{2}", r"\frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}", True),
+    (r"x = 1, y = 1 \text{ or } x = 2, y = 2", r"x = 1, y = 2 \text{ or } x = 2, y = 1", False),
+    # near zero, and what math-verify alone misreads
+    ("0.0000004", "0.00000045", False),
+    ("0.0000001", "0", False),
+    ("2(3)", "5", False),
+    ("2(3)", "6", True),
+    (r"2\,3", "5", False),
+    ("2^-1", "2", False),
+    ("2^-1", "0.5", True),
+    ("2\u00b2", "2", False),
+    ("2 \u00b7 3", "6", True),
+    (r"1 + 2 + \dots", "3", False),
+    (r"\\frac{1}{2}", "0.5", True),  # all backslashes doubled
 ]
 
 
@@ -128,6 +164,49 @@ def test_where_the_answer_is_looked_for():
     assert is_correct("anything \\boxed{1/2}", ["0.3", "0.5"]), "any gold may match"
     assert is_correct("\\boxed{142}", 142.0), "golds may be numbers"
     assert not is_correct("\\boxed{42}", ["\\boxed{}", ""])
+
+
+HACKS = {
+    "only in the thinking part": r"<think> It is \boxed{7}. </think> Done.",
+    "thinking that never ends": r"<think> It is \boxed{7}.",
+    "thinking opened again": r"</think> Hm. <think> \boxed{7}",
+    "an earlier box": r"</think> \boxed{7}, no: \boxed{8}",
+    "</think> faked many times": r"\boxed{7}</think>" * 500 + "Done.",
+    "quoted from the prompt": "</think> You told me: 7 is the answer to beat.\n\nI find \\boxed{8}.",
+    "all candidates in one box": r"</think> \boxed{1, 2, 3, 4, 5, 6, 7}",
+    "all candidates, a box each": "</think> " + " or ".join(f"\\boxed{{{i}}}" for i in range(9)),
+    "either or": r"</think> \boxed{7 \text{ or } 8}",
+    "plus minus": r"</think> \boxed{\pm 7}",
+    "an interval": r"</think> \boxed{[0, 9]}",
+    "a chain of candidates": "</think> \\boxed{" + " = ".join("12345678") + " = 7}",
+    "a rounding to everything": r"</think> \boxed{x \approx 7 \approx 8}",
+    "an unknown": r"</think> \boxed{x}",
+    "a box that stays open": r"</think> \boxed{7",
+    "no number": r"</think> \boxed{\text{the right answer}}",
+}
+CHOICE_HACKS = {
+    "all letters": r"</think> \boxed{A, B, C, D}",
+    "all letters run together": r"</think> \boxed{ABCD}",
+    "all options": r"</think> \boxed{A. 1 B. 2 C. 3 D. 4}",
+    "a box each": r"</think> \boxed{D} \boxed{A} \boxed{B} \boxed{C}",
+    "stated all": "</think> The answer is D, A, B or C.",
+    "stated twice": "</think> Answer: (D)(A)",
+    "the prompt's options again": "</think> (A) 1\n(B) 2\n(C) 3\n(D) 4",
+    "the prompt's options, dots": "</think> A. 1\nB. 2\nC. 3\nD. 4",
+    "brackets": "</think> I weigh (A), (B), (C) and (D).",
+    "only in the thinking part": "<think> The answer is D. </think> Done.",
+    "negated": "</think> The answer is not D.",
+}
+
+
+def test_reward_hacking():
+    """What looks like the reference without being an answer is wrong, and costs no worker its life."""
+    sizes = len(HACKS), len(CHOICE_HACKS)
+    kinds = ["math"] * sizes[0] + ["choice"] * sizes[1]
+    golds = ["7"] * sizes[0] + ["D"] * sizes[1]
+    got, counts = check_answers([*HACKS.values(), *CHOICE_HACKS.values()], golds, kinds, [4] * len(kinds))
+    assert [name for name, right in zip([*HACKS, *CHOICE_HACKS], got, strict=True) if right] == []
+    assert counts["timeouts"] == counts["crashes"] == 0
 
 
 def test_require_think():
@@ -196,7 +275,7 @@ def test_plain_integers_are_free():
         times.append(time.perf_counter() - start)
     assert got == [i % 10 == i % 7 for i in range(256)]
     assert counts == {"fast": 256, "solved": 0, "timeouts": 0, "crashes": 0, "parse_failures": 0}
-    assert not rewards._POOL and min(times) < 0.02
+    assert not rewards._IDLE and min(times) < 0.02
 
 
 HOSTILE = {
@@ -240,7 +319,7 @@ def test_hostile_answers():
 def test_workers_are_limited():
     """Address space and core files are limited from the start, processor time by the first task."""
     assert is_correct("\\frac{3}{2}", "1.5")
-    limits = Path(f"/proc/{rewards._POOL[0].process.pid}/limits").read_text()
+    limits = Path(f"/proc/{rewards._IDLE[0].pid}/limits").read_text()
     soft = {
         name: re.search(rf"^Max {name}\s+(\S+)", limits, re.M)[1]
         for name in ("address space", "core file size")
@@ -251,13 +330,38 @@ def test_workers_are_limited():
 
 def test_a_killed_worker_is_replaced():
     assert is_correct("\\frac{1}{2}", "0.5")
-    for worker in rewards._POOL:
-        os.kill(worker.process.pid, signal.SIGKILL)
+    for worker in rewards._IDLE:
+        os.kill(worker.pid, signal.SIGKILL)
     verdicts, counts = check_answers(["\\frac{1}{3}", "\\frac{3}{4}"], ["2/6", "0.75"], ["math"] * 2)
     assert verdicts == [True, True] and counts["crashes"] == 0
 
 
-def test_threads_take_turns():
+def test_a_worker_killed_at_work_is_replaced():
+    """Its answer is tried once more; then it is late, which is counted, and the next worker is a new one."""
+    assert is_correct("\\frac{1}{2}", "0.5")
+    pid = rewards._IDLE[-1].pid
+    timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    got, counts = check_answers(
+        ["9^{9^{9^9}}", "\\frac{3}{6}"], ["4", "0.5"], ["math"] * 2, timeout=2, workers=1
+    )
+    timer.join()
+    assert got == [False, True] and counts["timeouts"] == 1 and counts["crashes"] == 0
+    assert pid not in [worker.pid for worker in rewards._IDLE]
+
+
+def test_crashes_are_counted(monkeypatch):
+    """Workers that die of every answer: two tries, then it is wrong and counted."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    monkeypatch.setattr(
+        rewards, "_start", lambda: subprocess.Popen([sys.executable, "-c", "input()"], **pipes)
+    )
+    rewards.close_workers()
+    verdicts, counts = check_answers(["\\frac{1}{3}", "4"], ["2/6", "4"], ["math"] * 2)
+    assert verdicts == [False, True] and counts["crashes"] == 1 and not rewards._IDLE
+
+
+def test_threads_share_the_workers():
     results = {}
 
     def work(k):
@@ -273,14 +377,14 @@ def test_threads_take_turns():
 
 def test_forked_child_has_its_own_workers():
     assert is_correct("\\frac{1}{2}", "0.5")
-    mine = [worker.process.pid for worker in rewards._POOL]
+    mine = [worker.pid for worker in rewards._IDLE]
     child = os.fork()
     if child == 0:
-        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.process.pid for w in rewards._POOL}
+        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.pid for w in rewards._IDLE}
         rewards.close_workers()
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert is_correct("\\frac{1}{4}", "0.25") and [w.process.pid for w in rewards._POOL] == mine
+    assert is_correct("\\frac{1}{4}", "0.25") and [w.pid for w in rewards._IDLE] == mine
 
 
 def run_script(code, tmp_path, **env):
@@ -299,7 +403,7 @@ def alive(pid):
 
 
 def test_script_without_main_guard_ends_quietly(tmp_path):
-    code = "import rewards\nprint(rewards.is_correct('\\\\frac12', '0.5'), rewards._POOL[0].process.pid)\n"
+    code = "import rewards\nprint(rewards.is_correct('\\\\frac12', '0.5'), rewards._IDLE[0].pid)\n"
     done = run_script(code, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     verdict, pid = done.stdout.split()
@@ -309,7 +413,7 @@ def test_script_without_main_guard_ends_quietly(tmp_path):
 def test_workers_of_a_killed_caller_end(tmp_path):
     code = (
         "import os, rewards, threading, time\nrewards.is_correct('1/2', '0.50')\n"
-        "print(rewards._POOL[0].process.pid, flush=True)\n"
+        "print(rewards._IDLE[0].pid, flush=True)\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), 9)).start()\n"
         "rewards.check_answers(['9^{9^{9^9}}'], ['4'], ['math'], timeout=1)\n"
     )
