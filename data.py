@@ -51,6 +51,7 @@ SENTENCES = {
     "tulu": {"exact": "Think for {} tokens.", "max": "Think for up to {} tokens."},
 }
 WORDINGS = tuple(SENTENCES)
+BLANK_LINE = ("aime2025",)  # sets of mathematics whose instruction L1's scripts set off by a blank line
 
 
 def option_letters(problem: str) -> str:
@@ -60,13 +61,17 @@ def option_letters(problem: str) -> str:
 
 
 def budget_prompt(
-    problem: str, budget: int | None, mode: str | None, kind: str = "math", wording: str = "l1"
+    problem: str, budget: int | None, mode: str | None, kind: str = "math", wording: str = "l1", apart=False
 ) -> str:
-    """The user turn: the problem and, where `budget` (tokens) is not None, the sentence that asks for it."""
+    """The user turn: the problem and, where `budget` (tokens) is not None, the sentence that asks for it.
+
+    `apart`: a blank line before l1's mathematics instruction, as L1 has it for the sets in BLANK_LINE.
+    """
     if wording not in WORDINGS:
         raise BadInput(f"wording {wording!r} is unknown: use one of {', '.join(WORDINGS)}")
     # L1 sets its multiple-choice instruction off by a blank line, its mathematics one by a space.
-    options = f"\n\n{STEPS} (eg, {option_letters(problem)})" if kind == "choice" else f" {STEPS}"
+    plain = f"\n\n{STEPS}" if apart else f" {STEPS}"
+    options = f"\n\n{STEPS} (eg, {option_letters(problem)})" if kind == "choice" else plain
     text = f"{problem}{options} within \\boxed{{}}."
     # The AI2 blog's form: the sentence on a line of its own, and no other instruction.
     text, separator = (problem, "\n") if wording == "tulu" else (text, " ")
@@ -327,6 +332,7 @@ PRESETS = {
     "lsat_ar": ("dmayhem93/agieval-lsat-ar", (), "test", "lsat"),
     "lsat_lr": ("dmayhem93/agieval-lsat-lr", (), "test", "lsat"),
     "lsat_rc": ("dmayhem93/agieval-lsat-rc", (), "test", "lsat"),
+    "mmlu_1000": ("cais/mmlu", ("all",), "test", "plain"),  # L1's draw of 1,000
     "mmlu": ("cais/mmlu", ("all",), "test", "plain"),
     "gsm8k": ("openai/gsm8k", ("main",), "test", "plain"),
     "omni_math": ("KbsdJames/Omni-MATH", (), "test", "omni"),
@@ -548,11 +554,20 @@ def open_source(name: str, split: str | None):
         hub_id, configs, default_split, layout = PRESETS[preset]
         # GSM8K by name is its test split: say what is read before anybody trains on it.
         print(f"data.py: {hub_id}, split {split or default_split}", file=sys.stderr)
-        return *read_hub(hub_id, configs, split or default_split), layout, preset
+        records, columns = read_hub(hub_id, configs, split or default_split)
+        return draw_1000(records) if preset == "mmlu_1000" else records, columns, layout, preset
     if re.search(SUFFIX, name.lower()) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise BadInput(f"{name}: no such file, and not one of the named sets ({', '.join(PRESETS)})")
     hub_id, _, config = name.partition(":")
     return *read_hub(hub_id, (config,) if config else (), split), None, stem
+
+
+def draw_1000(records) -> list:
+    """The 1,000 rows that L1 drew: the first of numpy's old shuffle with seed 42."""
+    records = list(records)
+    order = np.arange(len(records))
+    np.random.RandomState(42).shuffle(order)
+    return [records[i] for i in order[:1000]]
 
 
 def find_layout(columns: list[str], layout: str | None, name: str, need_answer: bool = True):
@@ -712,6 +727,7 @@ def summary(rows: list[dict], counts: Counter, lengths: list[int], unit: str, di
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags as given; check_args fills in what depends on another flag."""
     about, presets = "Problems -> rows with a token budget in the prompt.", f"Presets: {', '.join(PRESETS)}."
     parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description=about, epilog=presets)
     add = parser.add_argument
@@ -781,6 +797,7 @@ def build(args: argparse.Namespace, dist: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     try:
         args = parse_args(argv)
         print(build(args, check_args(args)))

@@ -1,16 +1,20 @@
 """Does the model think for as many tokens as it was asked to, and is it still right?
 
     python evaluate.py --model DIR --data math500 --budgets 512,1024,2048,3600 --n 16 --out out/eval
+    python evaluate.py --model DIR --protocol l1 --out out/l1                     the settings of a paper
+    python evaluate.py --base-url URL --api-model NAME --data ... --out out/api   any OpenAI-compatible server
     python evaluate.py --samples out/eval/samples.jsonl --out out/again           no model needed
+    python evaluate.py --compare out/a out/b --out out/both                       finished evaluations
 
 For every budget the prompt is rebuilt from the problem, n responses are sampled, checked, and appended to
-samples.jsonl as they come. Then follow results.json (accuracy, signed and absolute length error, shares
-within 10% and over the budget ...), a table and three pictures per data set; samples.jsonl alone is enough to
-make them again. Training calls evaluate() with its own sampler. Left out: other engines, baselines.
+samples.jsonl as they come; --resume goes on after a crash. Then follow results.json (all figures of
+metrics.py, with intervals), problems.jsonl (the same per problem), pictures, and report.html with a browser
+of single samples. samples.jsonl alone is enough to make them again. Training calls evaluate() itself.
 """
 
 import argparse
 import gzip
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -19,212 +23,33 @@ import os
 import re
 import sys
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 import data
+import engines
+import metrics
 import plots
+import report
 import rewards
 import toy
 from data import BadInput
+from metrics import jsonable
 
-QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
-CROWD = 16  # pictures and tables of more budgets than this show groups of them
 # The fields of a sample that results need.
 NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")
-
-# ------------------------------------------------------------------------------------------------------------
-# Metrics: pure functions of numbers. Lengths and budgets in tokens, shares from 0 to 1.
-
-
-def length_error(length, budget) -> dict:
-    """Mean, mean absolute and root mean square of (length - budget) / budget; one budget or one each."""
-    budget = np.asarray(budget, float)
-    error = (np.asarray(length, float) - budget) / budget
-    # In the signed mean over- and undershoot cancel: published "3% errors" are of this kind.
-    return {"signed": error.mean(), "mean_abs": np.abs(error).mean(), "rmse": np.sqrt((error**2).mean())}
-
-
-def over_budget(length, budget) -> dict:
-    """Shares longer than the budget ("hard") and longer by more than 500 tokens ("soft500"), as in L1."""
-    excess = np.asarray(length) - np.asarray(budget)
-    return {"hard": (excess > 0).mean(), "soft500": (excess > 500).mean()}
-
-
-def within10(length, budget) -> dict:
-    """Share of lengths at most 10% away from the budget; in integers, so that exactly 10% is inside."""
-    return {"share": (10 * np.abs(np.asarray(length) - budget) <= np.asarray(budget)).mean()}
-
-
-def log_linear_fit(tokens, accuracy) -> dict:
-    """Least squares accuracy = intercept + slope * log(tokens), both bases; nan without two token counts."""
-    x, y = np.log(np.asarray(tokens, float)), np.asarray(accuracy, float)
-    if len(x) < 2 or np.ptp(x) == 0:
-        return dict.fromkeys(("slope_ln", "slope_log10", "intercept", "r2"), math.nan)
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
-    intercept = y.mean() - slope * x.mean()
-    total = ((y - y.mean()) ** 2).sum()
-    r2 = 1 - ((y - intercept - slope * x) ** 2).sum() / total if total else math.nan
-    return {"slope_ln": slope, "slope_log10": slope * math.log(10), "intercept": intercept, "r2": r2}
-
-
-def pass_at_k(n, c, k) -> dict:
-    """Unbiased pass@k, 1 - C(n-c, k) / C(n, k), of problems with c right among n samples; k <= every n."""
-    each = [1 - math.comb(ni - ci, k) / math.comb(ni, k) for ni, ci in zip(n, c, strict=True)]
-    return {"per_problem": each, "mean": sum(each) / len(each)}
-
-
-def trimmed_quantiles(values, probs=QUANTILES) -> list[float]:
-    """Quantiles with linear interpolation; the outer two of the default are where the violins are cut."""
-    return np.quantile(np.asarray(values, float), probs).tolist()
-
-
-def standard_error(means) -> float:
-    """Standard error of the mean over problems (ddof 1); nan for a single problem."""
-    # Not over responses: those of one problem are no independent evidence.
-    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
-
-
-def correlation(requested, produced) -> float:
-    """Pearson correlation of requested and produced length; nan where one of them does not vary."""
-    x, y = np.asarray(requested, float), np.asarray(produced, float)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-METRICS = (length_error, over_budget, within10, log_linear_fit, pass_at_k, trimmed_quantiles, standard_error)
-METRICS = {function.__name__: function for function in (*METRICS, correlation)}
-
-# ------------------------------------------------------------------------------------------------------------
-# Samples -> table -> results. The table keeps five numbers per sample and no text, since a file of
-# generations may be larger than the memory:
-#     {data set: {"ids": {problem id: row}, "modes": set, "cells": {budget or None: columns}}}
-
-
-def new_cell() -> dict:
-    """Empty columns of the samples at one budget; -1 stands for "not known"."""
-    return {key: array("q") for key in ("problem", "budget", "correct", "length", "truncated")}
-
-
-def add(table: dict, sample: dict, count: str = "response") -> None:
-    """Append one sample; `count` "thinking" takes the tokens up to `</think>` where they are known."""
-    part = table.setdefault(sample["source"], {"ids": {}, "modes": set(), "cells": {}})
-    budget, length, finish = sample["budget"], sample["length"], sample["finish_reason"]
-    if count == "thinking" and sample.get("thinking_length") is not None:
-        length = sample["thinking_length"]
-    cell = part["cells"].setdefault(budget, new_cell())
-    cell["problem"].append(part["ids"].setdefault(sample["id"], len(part["ids"])))
-    cell["correct"].append(bool(sample["correct"]))
-    # The budget stands in every row, too: groups of many budgets are drawn as one (see pool).
-    cell["budget"].append(-1 if budget is None else budget)
-    cell["length"].append(-1 if length is None else length)
-    cell["truncated"].append(-1 if finish is None else finish == "length")
-    if sample.get("mode"):
-        part["modes"].add(sample["mode"])
-
-
-def known_lengths(cell: dict) -> np.ndarray:
-    """Lengths (tokens) of the samples whose length is known."""
-    length = np.array(cell["length"])
-    return length[length >= 0]
-
-
-def summarise_cell(cell: dict) -> dict:
-    """All figures of one cell; nan where a figure has no meaning or its numbers are not known."""
-    problem, correct, truncated = (np.array(cell[key]) for key in ("problem", "correct", "truncated"))
-    # Right answers and samples of every problem that occurs here (a problem may lack at some budgets).
-    _, row, n = np.unique(problem, return_inverse=True, return_counts=True)
-    right = np.bincount(row, weights=correct).astype(int)
-    most = int(n.min())  # pass@k is known up to the fewest samples that any problem has
-    ks = sorted({2**i for i in range(most.bit_length())} | {most})
-    length, budget = known_lengths(cell), np.array(cell["budget"])[np.array(cell["length"]) >= 0]
-    finished = truncated[truncated >= 0]
-    out = {
-        "n": len(correct),
-        "problems": len(n),
-        "accuracy": correct.mean(),
-        "accuracy_stderr": standard_error(right / n),
-        "pass_at_k": {str(k): pass_at_k(n.tolist(), right.tolist(), k)["mean"] for k in ks},
-        "truncated": finished.mean() if len(finished) else math.nan,
-        **dict.fromkeys(("mean_length", "median_length", "length_std", "length_quantiles"), math.nan),
-        **dict.fromkeys(("signed_error", "abs_error", "rmse", "within_10"), math.nan),
-        **dict.fromkeys(("over_budget", "over_budget_500"), math.nan),
-    }
-    if len(length):
-        out |= {"mean_length": length.mean(), "median_length": np.median(length), "length_std": length.std()}
-        out["length_quantiles"] = dict(zip(map(str, QUANTILES), trimmed_quantiles(length), strict=True))
-    if len(length) and budget[0] > 0:
-        error, over = length_error(length, budget), over_budget(length, budget)
-        out |= {"signed_error": error["signed"], "abs_error": error["mean_abs"], "rmse": error["rmse"]}
-        out |= {"over_budget": over["hard"], "over_budget_500": over["soft500"]}
-        out["within_10"] = within10(length, budget)["share"]
-    return out
-
-
-def mean_of(cells: list[dict]) -> dict:
-    """Means over budgets, each budget weighing the same; nan where one of them has no such figure."""
-    # A budget of which more samples were saved must not outvote the rest.
-    keys = ("accuracy", "mean_length", "signed_error", "abs_error", "rmse")
-    keys += ("within_10", "over_budget", "over_budget_500", "truncated")
-    return {key: np.mean([cell[key] for cell in cells]) if cells else math.nan for key in keys}
-
-
-def jsonable(value):
-    """The same value for json: numpy scalars become Python numbers, nan and infinity become null."""
-    if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def in_order(cells: dict) -> dict:
-    """The cells by budget, smallest first, the run without a budget (None) last."""
-    return dict(sorted(cells.items(), key=lambda item: item[0] or math.inf))
-
-
-def pool(cells: dict) -> dict:
-    """The cells that are shown: many budgets (a uniform draw) become ten groups, each at its median."""
-    asked = sorted(b for b in cells if b is not None)
-    if len(asked) <= CROWD:
-        return in_order(cells)
-    pooled = {None: cells[None]} if None in cells else {}
-    for group in np.array_split(asked, 10):
-        cell = pooled[int(np.median(group))] = new_cell()
-        for budget in group.tolist():
-            for key in cell:
-                cell[key].extend(cells[budget][key])
-    return in_order(pooled)
-
-
-def summarise(table: dict, trained_budgets: list[int] | None = None) -> dict:
-    """{data set: {"budgets": {"512": figures, "none": figures}, "mean", "mean_trained", ...}}, for json."""
-    datasets = {}
-    for name, part in table.items():
-        cells = {b: summarise_cell(cell) for b, cell in in_order(part["cells"]).items()}
-        asked = [b for b in cells if b is not None]
-        # The correlation is over all samples with a budget, not over the means of the budgets.
-        produced = [known_lengths(part["cells"][b]) for b in asked]
-        requested = [np.full(len(x), b) for x, b in zip(produced, asked, strict=True)]
-        # Lengths above 0 have a logarithm; the comparison is false for nan as well.
-        fit = [(c["mean_length"], c["accuracy"]) for b, c in cells.items() if b and c["mean_length"] > 0]
-        datasets[name] = {
-            "mode": " and ".join(sorted(part["modes"])) or None,
-            "budgets": {"none" if b is None else str(b): c for b, c in cells.items()},
-            "mean": mean_of([cells[b] for b in asked]),
-            "mean_trained": mean_of([cells[b] for b in asked if b in (trained_budgets or [])]),
-            "correlation": correlation(*map(np.concatenate, (requested, produced))) if asked else None,
-            "accuracy_by_log_length": log_linear_fit([x for x, _ in fit], [y for _, y in fit]),
-        }
-    return jsonable(datasets)
-
+DEFAULTS = {"mode": "exact", "n": 1, "temperature": 0.6, "top_p": 0.95, "require_think": False}
+# What a paper evaluates and how; any flag that is given goes before. The AI2 blog states neither samples
+# nor temperature, so the defaults stand there.
+PROTOCOLS = {
+    "l1": {"data": "aime2025,math500,amc,olympiadbench", "budgets": "512,1024,2048,3600", "n": 16,
+           "temperature": 0.6, "top_p": 0.95, "wording": "l1", "require_think": True},
+    "ai2": {"data": "math500,mmlu", "budgets": "100,1024,2048,4096,6144,8192,9216,10240", "wording": "tulu"},
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading samples
@@ -242,7 +67,7 @@ def check_sample(sample, need: tuple) -> dict:
         if value is None:
             continue
         # nan and infinity, which Python's json reads, fail the comparison with their own whole part.
-        if type(value) not in (int, float) or value != value // 1 or value < least:
+        if type(value) not in (int, float) or value != value // 1 or not least <= value < 2**31:
             raise BadInput(f"{key} is {value!r}; it must be null or a whole number of tokens from {least}")
         sample[key] = int(value)
     if not isinstance(sample["id"], (str, int)) or not isinstance(sample["source"], str):
@@ -253,10 +78,16 @@ def check_sample(sample, need: tuple) -> dict:
         raise BadInput("response must be a string and answer a string or a list of strings")
     if sample.get("kind") not in (None, "math", "choice"):
         raise BadInput(f"kind is {sample['kind']!r}; it must be math or choice")
+    for key, kinds in (("baseline", str), ("target_words", (str, int)), ("preference", (int, float)),
+                       ("difficulty", (int, float))):  # fmt: skip
+        if sample.get(key) is not None and not (
+            isinstance(sample[key], kinds) and sample[key] == sample[key]
+        ):
+            raise BadInput(f"{key} is {sample[key]!r}; it must be a text or a number, as its metric says")
     return sample
 
 
-def read_samples(path: str, regrade: bool = False) -> Iterator[dict]:
+def read_samples(path: str, regrade: bool = False, flag: str = "--samples") -> Iterator[dict]:
     """Samples of a JSONL file, plain or gzipped, one at a time; BadInput names the line that is wrong."""
     # To be checked again, a sample needs its text and its gold answer in place of a verdict.
     need, sample = (*NEEDED[:-1], "response", "answer") if regrade else NEEDED, None
@@ -268,14 +99,14 @@ def read_samples(path: str, regrade: bool = False) -> Iterator[dict]:
                 try:
                     sample = check_sample(json.loads(line), need)
                 except BadInput as error:
-                    raise BadInput(f"--samples {path}, line {at}: {error}") from None
+                    raise BadInput(f"{flag} {path}, line {at}: {error}") from None
                 except (ValueError, RecursionError) as error:
-                    raise BadInput(f"--samples {path}, line {at} is no JSON ({error}): delete it") from None
+                    raise BadInput(f"{flag} {path}, line {at} is no JSON ({error}): delete it") from None
                 yield sample
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"--samples {path} cannot be read ({error}): give a .jsonl(.gz) file") from None
+        raise BadInput(f"{flag} {path} cannot be read ({error}): give a .jsonl(.gz) file") from None
     if sample is None:
-        raise BadInput(f"--samples {path} holds no samples: give a file that evaluate.py wrote")
+        raise BadInput(f"{flag} {path} holds no samples: give a file that evaluate.py wrote")
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
@@ -294,6 +125,7 @@ def plan(
     """One request per budget and problem: {"problem", "budget", "prompt", "ids", "max_tokens"}.
 
     `context` and `max_tokens` in tokens; BadInput where prompt and response do not fit into the context.
+    Without a tokenizer (a server) there are no ids, and the server has to know what fits.
     """
     largest = max((b for b in budgets if b), default=0)
     if max_tokens and largest > max_tokens and mode == "exact":
@@ -303,7 +135,11 @@ def plan(
         cap = max_tokens or (2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 0))
         for problem in problems:
             asked_as = mode if budget else None
-            prompt = data.budget_prompt(problem["problem"], budget, asked_as, problem["kind"], wording)
+            apart = problem["source"] in data.BLANK_LINE
+            prompt = data.budget_prompt(problem["problem"], budget, asked_as, problem["kind"], wording, apart)
+            if tokenizer is None:
+                yield {"problem": problem, "budget": budget, "prompt": prompt, "max_tokens": cap}
+                continue
             ids = np.array(data.encode_prompt(tokenizer, prompt), np.int32)  # an eighth of a list's memory
             room = context - len(ids)
             # A default cap gives way to the context; a budget or a cap that was asked for does not.
@@ -316,19 +152,14 @@ def plan(
             yield request | {"max_tokens": min(cap, room)}
 
 
-def to_samples(request: dict, completions: list, mode: str, tokenizer, think_end: list) -> Iterator:
-    """The completions of one request as samples of the Sample contract, not yet graded."""
+def to_samples(request: dict, responses: list[dict], mode: str) -> Iterator[dict]:
+    """The responses to one request as samples of the Sample contract, not yet graded."""
     problem, budget = request["problem"], request["budget"]
-    for i, completion in enumerate(completions):
-        ids, finish = list(completion["ids"]), completion["finish_reason"]
-        # Only the end token is left out: in many tokenizers `</think>` is a special token, too.
-        response = tokenizer.decode(ids[:-1] if finish == "stop" else ids, skip_special_tokens=False)
+    for i, response in enumerate(responses):
         sample = {"id": problem["id"], "sample": i, "source": problem["source"]}
         sample |= {key: problem[key] for key in ("problem", "answer", "kind")}
         sample |= {"prompt": request["prompt"], "budget": budget, "mode": mode if budget else None}
-        sample |= {"response": response, "length": rewards.response_length(ids), "finish_reason": finish}
-        if "</think>" in response:
-            sample["thinking_length"] = rewards.response_length(ids, "thinking", think_end)
+        sample |= response
         if problem.get("choices"):
             sample["choices"] = problem["choices"]
         yield sample
@@ -355,44 +186,125 @@ def evaluate(
     wording: str = "l1", temperature: float = 0.6, top_p: float = 0.95, max_tokens: int | None = None,
     seed: int = 0, count: str = "response", require_think: bool = False,
     trained_budgets: list[int] | None = None, model: str | None = None, log: Callable = print, state=None,
+    resume: bool = False, weights: str | None = None, limit: int = metrics.EXCEED,
 ) -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
-    Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over.
-    With `state` (accelerate's PartialState) its processes share the work; the first one writes and returns.
+    Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over,
+    or, with `resume`, gone on with. With `state` (accelerate's PartialState) its processes share the work;
+    the first one writes and returns. `weights` is a hash of the model, `limit` the tokens of "exceed".
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    tokenizer, table, verify, done, start = sampler.tokenizer, {}, {}, 0, time.monotonic()
-    think_end = tokenizer.encode("</think>", add_special_tokens=False)
+    tokenizer, start, batch_size = sampler.tokenizer, time.monotonic(), getattr(sampler, "batch", BATCH)
+    per_batch = max(1, batch_size // n)  # problems
     # The whole plan comes first: what does not fit is found before an hour of sampling, not after it.
     requests = list(plan(problems, budgets, mode, wording, tokenizer, sampler.max_model_len, max_tokens))
+    settings = {"model": model, "weights": weights, "sampler": sampler.name, "mode": mode, "wording": wording}
+    settings |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    settings |= {"require_think": require_think, "asked": budgets, "batch": per_batch}
+    settings |= {"data": hash_data(problems), "template": getattr(tokenizer, "chat_template", None)}
+    done, verify, table, kept = 0, {}, {}, []
     if rank == 0:
         os.makedirs(out, exist_ok=True)
-        clear(out)
+        if resume and (finished := finished_results(out, settings, log)):
+            return finished
+        done, verify = go_on(out, settings) if resume else start_anew(out)
+    path = os.path.join(out, "samples.jsonl") if rank == 0 else os.devnull
+    tally(read_samples(path, flag="--resume") if done else (), table, kept, count)
     # A batch is sampled, checked, written and counted before the next one starts.
-    with open(os.path.join(out, "samples.jsonl") if rank == 0 else os.devnull, "w", encoding="utf-8") as f:
-        for at, batch in enumerate(batches(requests, max(1, BATCH // n))):
+    with open(path, "a", encoding="utf-8") as f:
+        for at, batch in enumerate(batches(requests, per_batch)):
+            if at * per_batch * n < done:
+                continue
             own = batch[rank::processes]
-            ids, caps = [r["ids"].tolist() for r in own], [r["max_tokens"] for r in own]
             # No two batches and no two processes draw with the same seed.
             batch_seed = (seed * 1_000_003 + at) * processes + rank
-            found = sampler.generate(ids, n, caps, temperature, top_p, batch_seed) if own else []
-            pairs = zip(own, found, strict=True)
-            samples = [s for r, c in pairs for s in to_samples(r, c, mode, tokenizer, think_end)]
+            found = engines.respond(sampler, own, n, temperature, top_p, batch_seed) if own else []
+            samples = [s for r, c in zip(own, found, strict=True) for s in to_samples(r, c, mode)]
             counts = [grade(samples, require_think)]
             if processes > 1:
                 samples, counts = gather(samples), gather(counts)
             verify = sum_counts([verify, *counts])
-            for sample in samples:
-                f.write(json.dumps(sample, ensure_ascii=False) + "\n")
-                add(table, sample, count)
-            f.flush()
             done += len(samples)
+            tally(samples, table, kept, count)
+            if rank == 0:
+                append(f, samples)
+                record = {"done": done, "verify": verify, "settings": settings}
+                write_json(os.path.join(out, UNFINISHED), record)
             log(f"evaluate: {done}/{len(requests) * n} samples, {time.monotonic() - start:.0f} s")
-    about = {"model": model, "mode": mode, "wording": wording, "trained_budgets": trained_budgets}
-    about |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-    about |= {"sampler": sampler.name, "count": count, "require_think": require_think, "verify": verify}
-    return finish(table, about, out, log) if rank == 0 else {}
+    # Not among the settings: a server may come back at another address.
+    about = settings | {"base_url": getattr(sampler, "url", None)}
+    about |= {"trained_budgets": trained_budgets, "count": count, "verify": verify}
+    return finish(table, about, out, kept, log, limit) if rank == 0 else {}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Crashes and how to go on. Beside the samples lies how many of them are whole, and how they were made.
+
+UNFINISHED = "unfinished.json"
+
+
+def tally(samples: Iterable[dict], table: dict, kept: list, count: str) -> None:
+    """Samples into the table of figures and, some of them, into the report's browser."""
+    for sample in samples:
+        metrics.add(table, sample, count)
+        report.pick(kept, sample)
+
+
+def append(file, samples: list[dict]) -> None:
+    """Samples to disk, for good: the record of them that follows must never be ahead of them."""
+    file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path: str, value: dict) -> None:
+    """Written beside its place, fsynced and renamed: nobody ever reads half a file."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(json.dumps(jsonable(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def same_settings(old: dict, new: dict, out: str) -> None:
+    """BadInput that names what differs: samples made in two ways would make one figure."""
+    for key, value in jsonable(new).items():
+        if old.get(key) != value:
+            told = f"{key} was {str(old.get(key))[:200]!r} and is {str(value)[:200]!r}"
+            raise BadInput(f"--resume {out}: {told}: give the settings of the first run, or --overwrite it")
+
+
+def finished_results(out: str, settings: dict, log: Callable) -> dict:
+    """The results in `out` if they are there and of these settings; {} where none are."""
+    results = read_results(os.path.join(out, "results.json"))
+    if results:
+        same_settings(results, settings, out)
+        log(f"evaluate: {out} is finished: nothing to resume")
+    return results
+
+
+def start_anew(out: str) -> tuple[int, dict]:
+    """Remove what an earlier evaluation left in `out`; no samples, no counts."""
+    clear(out)
+    for name in ("samples.jsonl", UNFINISHED):
+        if os.path.exists(os.path.join(out, name)):
+            os.remove(os.path.join(out, name))
+    return 0, {}
+
+
+def go_on(out: str, settings: dict) -> tuple[int, dict]:
+    """(samples, checker's counts) of an unfinished sweep; lines after its last whole batch are cut off."""
+    old = read_results(os.path.join(out, UNFINISHED))
+    if not old:
+        return start_anew(out)  # stopped before its first batch was whole
+    same_settings(old["settings"], settings, out)
+    with open(os.path.join(out, "samples.jsonl"), "r+b") as f:
+        lines = sum(f.readline().endswith(b"\n") for _ in range(old["done"]))
+        if lines < old["done"]:
+            raise BadInput(f"--resume {out}: samples.jsonl lost lines since the crash: --overwrite it")
+        f.truncate(f.tell())
+    return old["done"], old["verify"]
 
 
 def gather(items: list) -> list:
@@ -405,6 +317,16 @@ def gather(items: list) -> list:
 def sum_counts(counts: list[dict]) -> dict:
     """Counters added up, name by name."""
     return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
+
+
+def hash_data(problems: list[dict]) -> dict:
+    """{data set: {"problems", "sha256"}}: two evaluations with equal hashes asked the same."""
+    rows: dict = {}
+    for p in problems:
+        row = [p[key] for key in ("id", "problem", "answer", "kind")] + [p.get("choices")]
+        rows.setdefault(p["source"], []).append(json.dumps(row, ensure_ascii=False))
+    hashes = {name: hashlib.sha256("\n".join(lines).encode()).hexdigest() for name, lines in rows.items()}
+    return {name: {"problems": len(lines), "sha256": hashes[name]} for name, lines in rows.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -425,63 +347,58 @@ def read_results(path: str) -> dict:
 def clear(out: str) -> None:
     """Remove an earlier evaluation's results and pictures, which would pass for those of the new samples."""
     pictures = read_results(os.path.join(out, "results.json")).get("pictures", [])
-    for name in (*pictures, "results.json"):
+    for name in (*pictures, "results.json", "report.html", "problems.jsonl"):
         path = os.path.join(out, os.path.basename(name))
         if os.path.exists(path):
             os.remove(path)
 
 
-def finish(table: dict, about: dict, out: str, log: Callable = print) -> dict:
-    """Summarise, draw, write results.json to `out`, print the tables; returns the results."""
+def versions() -> dict:
+    """The libraries that took part: another version of the answer checker may judge otherwise."""
+    found = {"python": sys.version.split()[0], "math-verify": importlib.metadata.version("math-verify")}
+    used = [name for name in ("numpy", "torch", "transformers", "vllm", "openai") if name in sys.modules]
+    return found | {name: sys.modules[name].__version__ for name in used}
+
+
+def finish(table: dict, about: dict, out: str, kept: list, log=print, limit: int = metrics.EXCEED) -> dict:
+    """Summarise, draw, write results.json and the rest to `out`, print the tables; returns the results."""
     os.makedirs(out, exist_ok=True)
-    path, trained = os.path.join(out, "results.json"), about.get("trained_budgets")
-    # The libraries that took part: another version of the answer checker may judge otherwise.
-    versions = {"python": sys.version.split()[0], "math-verify": importlib.metadata.version("math-verify")}
-    used = [name for name in ("numpy", "torch", "transformers", "vllm") if name in sys.modules]
-    versions |= {name: sys.modules[name].__version__ for name in used}
-    results = jsonable(about) | {"versions": versions, "datasets": summarise(table, trained)}
+    trained = about.get("trained_budgets")
+    datasets, draws = metrics.summarise(table, trained, limit, about.get("seed") or 0)
+    results = jsonable(about | {"exceed_limit": limit, "versions": versions(), "datasets": datasets})
+    if over_sets := metrics.mean_over_sets(datasets, draws):
+        results["mean"] = jsonable({"sets": list(datasets), "budgets": over_sets})
     clear(out)
     shown = {}  # what tables and pictures need of each data set
     for name, part in table.items():
-        cells = pool(part["cells"])
-        shown[name] = {"problems": len(part["ids"]), "mode": results["datasets"][name]["mode"]}
-        shown[name]["figures"] = {b: summarise_cell(cell) for b, cell in cells.items()}
-        shown[name]["lengths"] = {b: known_lengths(cell) for b, cell in cells.items()}
+        cells, problems = metrics.pool(part["cells"]), len(part["ids"])
+        shown[name] = {"problems": problems, "mode": results["datasets"][name]["mode"]}
+        if len(cells) == len(part["cells"]):
+            figures = {b: datasets[name]["budgets"]["none" if b is None else str(b)] for b in cells}
+        else:
+            figures = {b: metrics.summarise_cell(c, problems, limit, 0)[0] for b, c in cells.items()}
+        shown[name] |= {
+            "figures": figures,
+            "lengths": {b: metrics.known_lengths(c) for b, c in cells.items()},
+        }
     pictures = plots.draw(shown, out, trained, about.get("model"))
     results["pictures"] = [os.path.basename(p) for p in pictures]
-    # Written beside its place, fsynced and renamed: nobody ever reads half a file.
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    with open(os.path.join(out, "problems.jsonl"), "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(jsonable(row)) + "\n" for row in metrics.problem_records(table, limit))
+    report.write_report(results, shown, pictures, kept, out)
+    write_json(os.path.join(out, "results.json"), results)
+    if os.path.exists(os.path.join(out, UNFINISHED)):
+        os.remove(os.path.join(out, UNFINISHED))
     for name, part in shown.items():
-        log(format_table(name, part, results["datasets"][name]))
-    log(f"evaluate: figures in {path}")
+        log(report.format_table(name, part, results["datasets"][name]))
+    if over_sets:
+        rows = report.table_rows(results["mean"]["budgets"])
+        log(f"\nmean of {len(table)} data sets\n{report.plain_table(rows)}")
+    log(
+        f"evaluate: figures in {os.path.join(out, 'results.json')}, all in {os.path.join(out, 'report.html')}"
+    )
     log(f"evaluate: pictures in {', '.join(pictures) or 'no file, as no lengths are known'}")
     return results
-
-
-def format_table(name: str, part: dict, summary: dict) -> str:
-    """The table of one data set: a line per budget (or group of many), then the means over budgets."""
-    columns = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length"}
-    columns |= {"signed": "signed_error", "abs error": "abs_error", "within 10%": "within_10"}
-    columns |= {"over": "over_budget", "cut off": "truncated"}
-    # As json has them: what is not known is None here, like in the means below.
-    lines = {"none" if b is None else str(b): jsonable(figures) for b, figures in part["figures"].items()}
-    for label, key in (("mean", "mean"), ("mean, trained", "mean_trained")):
-        if len(lines) > 1 and summary[key]["abs_error"] is not None:
-            lines[label] = summary[key]
-    rows = [["budget", "n", *columns]]
-    for label, figures in lines.items():
-        values = [(key, figures.get(key)) for key in columns.values()]
-        texts = ["-" if v is None else f"{v:.1f}" if k == "mean_length" else f"{v:.1%}" for k, v in values]
-        rows.append([label, str(figures.get("n", "")), *texts])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = f"\n{name}: {part['problems']} problems, mode {summary['mode'] or 'none'}"
-    if summary["correlation"] is not None:
-        text += f", correlation of requested and produced length {summary['correlation']:.3f}"
-    return "\n".join([text, *("  ".join(map(str.rjust, row, widths)) for row in rows)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -490,32 +407,32 @@ def format_table(name: str, part: dict, summary: dict) -> str:
 
 def evaluate_samples(args: argparse.Namespace) -> dict:
     """Results and pictures from saved samples; --regrade checks again and writes disagreements.jsonl."""
-    path, out, regrade, table, verify = args.samples, args.out, args.regrade, {}, {"changed": 0}
+    path, out, regrade, table, kept, verify = args.samples, args.out, args.regrade, {}, [], {"changed": 0}
     about = {"model": None, "trained_budgets": None, "count": "response"}
     if os.path.basename(path) == "samples.jsonl":
         # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
         beside = read_results(os.path.join(os.path.dirname(path), "results.json"))
-        about |= {k: v for k, v in beside.items() if k not in ("datasets", "pictures", "versions")}
+        about |= {k: v for k, v in beside.items() if k not in ("datasets", "mean", "pictures", "versions")}
     about |= {k: v for k, v in vars(args).items() if k in ("samples", "count", "trained_budgets") and v}
     require_think = args.require_think or bool(about.get("require_think"))
     if regrade:
         # Once through the whole file first: a broken line is found before anything is written.
         sum(1 for _ in read_samples(path, regrade))
         os.makedirs(out, exist_ok=True)
-    kept = os.path.join(out, "disagreements.jsonl") if regrade else os.devnull
-    with open(kept, "w", encoding="utf-8") as f:
+    differing = os.path.join(out, "disagreements.jsonl") if regrade else os.devnull
+    with open(differing, "w", encoding="utf-8") as f:
         # Batch by batch: the file may be far larger than the memory.
         for batch in batches(read_samples(path, regrade), BATCH):
             stored = [s.get("correct") for s in batch]
             verify = sum_counts([verify, grade(batch, require_think)]) if regrade else verify
+            tally(batch, table, kept, about["count"])
             for sample, old in zip(batch, stored, strict=True):
-                add(table, sample, about["count"])
                 if old is not None and bool(old) != sample["correct"]:
                     verify["changed"] += 1
                     f.write(json.dumps(sample | {"correct": old, "regraded": sample["correct"]}) + "\n")
     if regrade:
         about |= {"require_think": require_think, "verify": verify}
-    return finish(table, about, out)
+    return finish(table, about, out, kept, limit=args.exceed)
 
 
 def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
@@ -554,35 +471,78 @@ def check_out(args: argparse.Namespace) -> None:
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise BadInput(f"--out {args.out} is a file: name a folder")
     # samples.jsonl alone is what a run leaves that was stopped half-way.
-    held = [f for f in ("results.json", "samples.jsonl") if os.path.exists(os.path.join(args.out, f))]
-    if held and not args.overwrite:
-        raise BadInput(f"--out {args.out} holds an evaluation ({held[0]}): name another, or --overwrite it")
+    names = ("results.json", "samples.jsonl", "compare.json")
+    held = [f for f in names if os.path.exists(os.path.join(args.out, f))]
+    if held and not (args.overwrite or args.resume):
+        way_out = "name another, --resume it, or --overwrite it"
+        raise BadInput(f"--out {args.out} holds an evaluation ({held[0]}): {way_out}")
     own = os.path.join(args.out, "samples.jsonl")
-    if args.samples and os.path.exists(own) and not os.path.samefile(own, args.samples):
+    of_another = args.samples and os.path.exists(own) and not os.path.samefile(own, args.samples)
+    if of_another or (args.compare and {"results.json", "samples.jsonl"} & set(held)):
         raise BadInput(f"--out {args.out} holds samples of another evaluation: name another folder")
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Flags that were not given get the value of --protocol, else the default."""
+    for key, value in (
+        PROTOCOLS.get(args.protocol, {}) | DEFAULTS | PROTOCOLS.get(args.protocol, {})
+    ).items():
+        if getattr(args, key) is None and not (args.samples or args.compare):
+            setattr(args, key, value)
+
+
+def check_source(args: argparse.Namespace) -> None:
+    """Exactly one of --model, --base-url, --samples and --compare, and no flag that goes with another one."""
+    given = [flag for flag in ("model", "base_url", "samples", "compare") if getattr(args, flag)]
+    if len(given) != 1:
+        told = "--model or --base-url (to sample), --samples (saved responses) or --compare (evaluations)"
+        raise BadInput(
+            f"give one of {told}, not {' and '.join('--' + g.replace('_', '-') for g in given) or 'none'}"
+        )
+    if args.samples and not os.path.isfile(args.samples):
+        raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
+    sampled = (
+        "data",
+        "budgets",
+        "mode",
+        "n",
+        "limit",
+        "max_tokens",
+        "wording",
+        "protocol",
+        "temperature",
+        "top_p",
+    )
+    for key in (*sampled, "sampler", "resume") if args.samples or args.compare else ():
+        if getattr(args, key):
+            flag = f"--{key.replace('_', '-')}"
+            raise BadInput(f"--{given[0]} brings its own problems and responses: leave out {flag}")
+    if args.regrade and not args.samples:
+        raise BadInput("--regrade needs --samples: the answers of a --model are checked in any case")
+    if bool(args.base_url) != bool(args.api_model):
+        raise BadInput("--base-url and --api-model go together: the server, and the model's name there")
+    if args.base_url and args.sampler:
+        raise BadInput("--sampler is for --model: with --base-url the server samples")
+    if args.resume and args.overwrite:
+        raise BadInput("--resume goes on, --overwrite starts anew: choose one")
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a file or a model is opened; turn the budgets into lists."""
-    if (args.model is None) == (args.samples is None):
-        raise BadInput("give either --model (to sample) or --samples (saved responses), not both or neither")
-    if args.samples and not os.path.isfile(args.samples):
-        raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
-    for flag in ("--data", "--budgets", "--limit", "--max-tokens", "--wording"):
-        if args.samples and getattr(args, flag[2:].replace("-", "_")) is not None:
-            raise BadInput(f"--samples brings its own problems and responses: leave out {flag}")
-    if args.model and not args.data:
+    check_source(args)
+    fill_in(args)
+    sampling = bool(args.model or args.base_url)
+    if sampling and not args.data:
         raise BadInput("--data is missing: name a preset, a file of problems, toy or toy_ood")
-    if args.model and args.mode != "none" and not args.budgets:
+    if sampling and args.mode != "none" and not args.budgets:
         raise BadInput("--budgets is missing: give token counts, as in --budgets 512,1024, or --mode none")
-    if args.regrade and not args.samples:
-        raise BadInput("--regrade needs --samples: the answers of a --model are checked in any case")
-    for flag, least in (("--n", 1), ("--limit", 1), ("--max-tokens", 1), ("--seed", 0)):
-        value = getattr(args, flag[2:].replace("-", "_"))
-        if value is not None and value < least:
-            raise BadInput(f"{flag} ({value}) must be {least} or more")
+    least = {"n": 1, "limit": 1, "max_tokens": 1, "seed": 0, "concurrency": 1, "exceed": 0}
+    for key, smallest in least.items():
+        value = getattr(args, key)
+        if value is not None and value < smallest:
+            raise BadInput(f"--{key.replace('_', '-')} ({value}) must be {smallest} or more")
     # Written so that nan, which compares false with everything, is refused as well.
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+    if sampling and (not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1):
         raise BadInput(f"--temperature ({args.temperature}) is from 0, --top-p ({args.top_p}) in (0, 1]")
     if args.trained_budgets:
         # A distribution stands for its range: the pictures need the smallest and the largest only.
@@ -599,27 +559,36 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags; those that --protocol may fill in are None where they are not given."""
     about = "Sweep token budgets over a model and data sets, or rebuild all figures from saved samples."
     parser = argparse.ArgumentParser(prog="evaluate.py", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="model folder or hub id")
+    add("--base-url", help="an OpenAI-compatible server in the model's place: http://localhost:8000/v1")
+    add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
+    add("--concurrency", type=int, default=16, help="with --base-url: requests under way at once (16)")
     add("--data", help="data sets, comma-separated: presets, hub ids, files of problems, toy, toy_ood")
     add("--budgets", help="tokens, comma-separated: 512,1024; none among them: also a run without a budget")
-    add("--mode", choices=("exact", "max", "none"), default="exact", help="how the budget is asked for")
-    add("--n", type=int, default=1, help="samples per problem and budget (L1: 16)")
-    add("--out", required=True, help="folder for samples.jsonl, results.json and the pictures")
+    add("--mode", choices=("exact", "max", "none"), help="how the budget is asked for (default exact)")
+    add("--protocol", choices=PROTOCOLS, help="settings of the L1 paper or the AI2 blog; flags go before it")
+    add("--n", type=int, help="samples per problem and budget (default 1; L1: 16)")
+    add("--out", required=True, help="folder for samples.jsonl, results.json, pictures and report.html")
     add("--samples", help="saved samples (.jsonl, .jsonl.gz) in place of a model")
     add("--regrade", action="store_true", help="with --samples: check the answers anew")
+    add("--compare", nargs="+", metavar="FOLDER", help="finished evaluations (FOLDER or LABEL=FOLDER)")
     add("--wording", choices=("l1", "tulu"), help="the budget sentence (default l1; the toy's tasks: tulu)")
-    add("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy")
-    add("--top-p", type=float, default=0.95, help="share of the probability that is kept in sampling")
+    add("--temperature", type=float, help="of sampling; 0 is greedy (default 0.6)")
+    add("--top-p", type=float, help="share of the probability that is kept in sampling (default 0.95)")
     add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
-    add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
-    add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems")
+    add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
+    add("--seed", type=int, default=0, help="seed of the sampling, the bootstrap and the toy's problems")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
+    add("--exceed", type=int, default=metrics.EXCEED, help="tokens: limit of the share Exceed (default 4000)")
     add("--count", choices=("response", "thinking"), help="tokens that count: all (default) or to </think>")
-    add("--require-think", action="store_true", help="an answer without </think> is wrong")
+    think = argparse.BooleanOptionalAction
+    add("--require-think", action=think, help="an answer without </think> is wrong (default: no)")
     add("--trained-budgets", help="tokens trained on, for the pictures: 512,1024 or uniform:100:4000")
+    add("--resume", action="store_true", help="go on with the unfinished sweep in --out")
     add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
     return data.one_line_errors(parser).parse_args(argv)
 
@@ -627,9 +596,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def evaluate_model(args: argparse.Namespace) -> dict:
     """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
     problems = load_data(args.data, args.limit, args.seed)
-    # Every budget that does not fit, every missing file is found now: weights take minutes to load.
     is_toy = {p["source"] for p in problems} <= set(toy.TASKS)  # its tokenizer knows one wording
-    wording, tokenizer = args.wording or ("tulu" if is_toy else "l1"), data.load_tokenizer(args.model)
+    wording = args.wording if args.wording and not (is_toy and args.protocol) else "tulu" if is_toy else "l1"
+    sampler, weights = load_api(args) if args.base_url else load_weights(args, problems, wording)
+    return evaluate(
+        sampler, problems, args.budgets, args.mode, args.n, args.out, wording=wording,
+        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
+        count=args.count or "response", require_think=args.require_think, model=args.model or args.api_model,
+        trained_budgets=args.trained_budgets, resume=args.resume, weights=weights, limit=args.exceed,
+    )  # fmt: skip
+
+
+def load_api(args: argparse.Namespace) -> tuple:
+    """(the server as a sampler, no hash)."""
+    sampler = engines.APISampler(args.base_url, args.api_model, args.concurrency)
+    sampler.check()
+    return sampler, None
+
+
+def load_weights(args: argparse.Namespace, problems: list[dict], wording: str) -> tuple:
+    """(an in-process sampler, the hash of its weights)."""
+    # Every budget that does not fit, every missing file is found now: weights take minutes to load.
+    tokenizer = data.load_tokenizer(args.model)
     from transformers import AutoConfig
 
     try:
@@ -642,20 +630,21 @@ def evaluate_model(args: argparse.Namespace) -> dict:
     from sampler import load_sampler
 
     # No longer than needed: an engine sets memory aside for max_model_len.
-    sampler = load_sampler(args.model, args.sampler, longest, args.seed)
-    return evaluate(
-        sampler, problems, args.budgets, args.mode, args.n, args.out, wording=wording,
-        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
-        count=args.count or "response", require_think=args.require_think, model=args.model,
-        trained_budgets=args.trained_budgets,
-    )  # fmt: skip
+    sampler = load_sampler(args.model, args.sampler or "auto", longest, args.seed)
+    return sampler, engines.hash_weights(args.model)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     try:
         args = parse_args(argv)
         check_args(args)
-        evaluate_model(args) if args.model else evaluate_samples(args)
+        if args.compare:
+            from compare import compare
+
+            compare(args.compare, args.out, args.seed)
+        else:
+            evaluate_samples(args) if args.samples else evaluate_model(args)
     except BadInput as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

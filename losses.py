@@ -159,21 +159,22 @@ def policy_loss(
     return (loss * weight.to(loss.dtype)).sum(), stats
 
 
-def drpo_loss(
-    logp: torch.Tensor, old_logp: torch.Tensor, row: torch.Tensor, group: torch.Tensor, correct: torch.Tensor,
+def mixture_logp(logp: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """log(e^a + e^b pi) per token: a sampler that forces a token now and then (AdaptThink)."""
+    return torch.logaddexp(a, b + logp)
+
+
+def drpo_objective(
+    score: torch.Tensor, length: torch.Tensor, group: torch.Tensor, correct: torch.Tensor, kl: torch.Tensor,
     *, lam: float = 0.1, tau: float = 10.0, l_max: float = 8192, kl_coef: float = 1e3, kl_delta: float = 1e-4,
 ) -> torch.Tensor:  # fmt: skip
-    """DRPO (2510.04474 Eq. 7): shorter right answers weigh more among the right ones and count against none.
+    """DRPO (2510.04474 Eq. 7): shorter right answers weigh more, among the right ones only.
 
-    Token values [T], `row` [T]; per response [N] its question `group` and `correct`. With s = mean logp of a
-    response, loss = -mean over questions of (sum of w s over right ones - tau log mean exp(s / tau) of wrong
-    ones), w = softmax(-length / (l_max lam)). A question without both kinds adds 0; KL above kl_delta costs
-    its square.
+    Per response [N]: `score` s = mean logp, `length`, its question `group`, `correct`; `kl` is a number.
+    Loss = -mean over questions of (sum of w s over right ones - tau log mean exp(s / tau) of wrong ones),
+    w = softmax(-length / (l_max lam)). A question without both kinds adds 0; kl above kl_delta costs.
     """
-    n = len(group)
-    length = row_sum(torch.ones_like(logp), row, n)
-    score = row_sum(logp, row, n) / length.clamp(min=1)
-    loss = logp.new_zeros(())
+    loss = score.new_zeros(())
     questions = group.unique()
     for question in questions:
         right = ((group == question) & (correct > 0)).nonzero()[:, 0]
@@ -182,4 +183,23 @@ def drpo_loss(
             weight = (-length[right] / (l_max * lam)).softmax(0)
             push_down = tau * ((score[wrong] / tau).logsumexp(0) - math.log(len(wrong)))
             loss = loss - ((weight * score[right]).sum() - push_down) / len(questions)
-    return loss + kl_coef / 2 * ((old_logp - logp).mean() - kl_delta).clamp(min=0).square()
+    return loss + kl_coef / 2 * (kl - kl_delta).clamp(min=0).square()
+
+
+def drpo_loss(logp, old_logp, row, group, correct, **constants) -> torch.Tensor:
+    """drpo_objective from the token values [T] of one batch; its KL is the mean of old_logp - logp."""
+    length = row_sum(torch.ones_like(logp), row, len(group))
+    score = row_sum(logp, row, len(group)) / length.clamp(min=1)
+    return drpo_objective(score, length, group, correct, (old_logp - logp).mean(), **constants)
+
+
+def drpo_weights(score, length, group, correct, kl, **constants) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, its derivative [N] by each token's logp) at the given scores: sum(weight logp) has its gradient.
+
+    A question's answers may so lie in different micro-batches: only the N scores are needed all at once.
+    """
+    score, kl = score.detach().requires_grad_(), kl.detach().requires_grad_()
+    loss = drpo_objective(score, length, group, correct, kl, **constants)
+    by_score, by_kl = torch.autograd.grad(loss, (score, kl), allow_unused=True)
+    by_score = torch.zeros_like(score) if by_score is None else by_score  # no question has both kinds
+    return loss.detach(), by_score / length.clamp(min=1) - by_kl / length.sum().clamp(min=1)

@@ -1,8 +1,11 @@
-"""The three pictures of an evaluation, from plain numbers to PNG files; evaluate.py calls draw().
+"""The pictures of an evaluation, from plain numbers to PNG files; evaluate.py calls draw() and draw_models().
 
     violins   produced against requested length, a violin per budget with its median
-    accuracy  accuracy against mean produced length, with one standard error over problems
+    accuracy  accuracy against mean produced length, with 95% intervals over problems
     error     mean absolute and mean signed length error per budget
+    over      shares over the budget, over it by more than 500 tokens, and cut off
+    patterns  words that mark reasoning, per 1,000 tokens
+    models    accuracy-length curves of several models, with 95% intervals
 
 A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
 response that never ends would flatten all others. Figures in results.json always count every response.
@@ -30,11 +33,13 @@ def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | N
         # Responses from elsewhere may lack a token count: their budget has no place on a length axis.
         lengths = {b: x for b, x in part["lengths"].items() if len(x)}
         figures = {b: part["figures"][b] for b in lengths}
-        suffix = "" if len(shown) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
+        suffix = "" if len(shown) == 1 else "_" + file_name(name)
         for kind, function in PICTURES.items():
             # Without a single budget there is still an accuracy at a length.
-            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
+            if not lengths or (kind not in ("accuracy", "patterns") and set(lengths) == {None}):
                 continue
+            if kind == "patterns" and not any(f.get("patterns") for f in figures.values()):
+                continue  # saved samples without their texts
             with plt.rc_context(STYLE):
                 picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
                 function(ax, figures, lengths, trained)
@@ -43,6 +48,11 @@ def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | N
                 picture.savefig(paths[-1], dpi=150)
                 plt.close(picture)  # pyplot would keep every picture of a long run in memory
     return paths
+
+
+def file_name(name: str) -> str:
+    """A data set's name as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def heading(name: str, part: dict, lengths: dict, model: str | None) -> str:
@@ -76,6 +86,27 @@ def plain_ticks(axis, values) -> None:
 def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
     """Which budgets were trained, to within 5%: of a wide range not every single number was drawn."""
     return np.array([any(abs(b - t) <= 0.05 * b for t in trained or []) for b in budgets], bool)
+
+
+def error_bar(figures: dict, key: str, value: float) -> tuple[float, float]:
+    """Distances in % down and up to the ends of the 95% interval; none where there is no interval."""
+    low, high = (100 * v for v in figures.get("ci", {}).get(key, (value / 100, value / 100)))
+    return max(0.0, value - low), max(0.0, high - value)
+
+
+def length_axis(ax, lengths) -> None:
+    """A logarithmic length axis where lengths lie far apart: accuracy grows with the logarithm, if at all."""
+    if max(lengths) > 8 * min(lengths) > 0:
+        ax.set_xscale("log", base=2)
+        low, high = (int(np.log2(f(lengths))) for f in (min, max))
+        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
+
+
+def shade_trained(ax, asked: list, trained: list[int] | None) -> None:
+    """The trained range behind evenly spaced budgets (see draw_error)."""
+    at = np.flatnonzero(is_trained(asked, trained))
+    if len(at):
+        ax.axvspan(at.min() - 0.5, at.max() + 0.5, color="0.92", zorder=0, label="trained range")
 
 
 def legend(ax) -> None:
@@ -144,11 +175,11 @@ def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to
 
 
 def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Accuracy against mean produced length, with one standard error over problems; labels: budgets."""
+    """Accuracy against mean produced length, with 95% intervals over problems; the labels are budgets."""
     asked = [b for b in figures if b is not None]
     x = {b: c["mean_length"] for b, c in figures.items()}
     y = {b: 100 * c["accuracy"] for b, c in figures.items()}
-    bars = {b: 100 * np.nan_to_num(c["accuracy_stderr"]) for b, c in figures.items()}
+    bars = {b: error_bar(c, "accuracy", y[b]) for b, c in figures.items()}
     known = dict(zip(asked, is_trained(asked, trained), strict=True))
     along = sorted(asked, key=x.get)  # by length: budgets that are not obeyed would make it a scribble
     ax.plot([x[b] for b in along], [y[b] for b in along], color=DARK, lw=1.2, zorder=2)
@@ -160,19 +191,16 @@ def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -
     for group, marker, face, color, label in kinds:
         if group:
             style = dict(fmt=marker, ms=8, mfc=face, color=color, capsize=3, zorder=3, label=label)
-            ax.errorbar([x[b] for b in group], [y[b] for b in group], [bars[b] for b in group], **style)
+            ends = np.transpose([bars[b] for b in group])
+            ax.errorbar([x[b] for b in group], [y[b] for b in group], ends, **style)
     for i, budget in enumerate(along):
         # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
         place = dict(xytext=(7, -14), ha="left") if i % 2 else dict(xytext=(-6, 6), ha="right")
         ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
-    # Accuracy grows with the logarithm of the length, if at all: lengths far apart get that axis.
-    if max(x.values()) > 8 * min(x.values()) > 0:
-        ax.set_xscale("log", base=2)
-        low, high = (int(np.log2(f(x.values()))) for f in (min, max))
-        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
+    length_axis(ax, x.values())
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
-    reach = max(8, max(bars.values()) + 3)
+    reach = max(8, np.max(list(bars.values())) + 3)
     ax.margins(x=0.09)  # room for the labels
     ax.set_ylim(max(-2, min(y.values()) - reach), min(101, max(y.values()) + reach))
     ax.grid(axis="y", color="0.9")
@@ -184,16 +212,14 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     asked = [b for b in figures if b is not None]
     size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
     # Evenly spaced: the size of an error says nothing about the distance between two budgets.
-    x, known = np.arange(len(asked)), is_trained(asked, trained)
+    x = np.arange(len(asked))
     bars = ax.bar(x, size, 0.6, color=LIGHT, edgecolor=DARK, zorder=2, label="mean absolute error")
     # Clear of the diamond, which sits on the bar's end where all responses miss on the same side.
     ax.bar_label(bars, [f"{v:.1f}%" for v in size], padding=7, fontsize=9)
     ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
     ax.axhline(0, color="black", lw=0.8)
     ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
-    if known.any():
-        ends = x[known].min() - 0.5, x[known].max() + 0.5
-        ax.axvspan(*ends, color="0.92", zorder=0, label="trained range")
+    shade_trained(ax, asked, trained)
     ax.set_xticks(x, [str(b) for b in asked])
     ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
     ax.set_xlim(-0.8, len(asked) - 0.2)
@@ -201,4 +227,107 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     legend(ax)
 
 
-PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
+def draw_over(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Shares of responses over the budget, over it by more than 500 tokens, and cut off at the cap."""
+    asked = [b for b in figures if b is not None]
+    x = np.arange(len(asked))
+    kinds = {"over_budget": ("over the budget", LIGHT, ""), "truncated": ("cut off at the cap", SAND, "..")}
+    kinds["over_budget_500"] = "over by more than 500 tokens", "white", "///"
+    for i, (key, (label, color, hatch)) in enumerate(kinds.items()):
+        values = [100 * figures[b][key] for b in asked]
+        at = x + 0.27 * (i - 1)
+        bars = [error_bar(figures[b], key, v) for b, v in zip(asked, values, strict=True)]
+        style = dict(color=color, edgecolor=DARK, hatch=hatch, zorder=2, label=label)
+        ax.bar(at, values, 0.27, yerr=np.transpose(bars), error_kw=dict(lw=1, capsize=2), **style)
+    shade_trained(ax, asked, trained)
+    ax.set_xticks(x, [str(b) for b in asked])
+    ax.set(xlabel="requested length (tokens)", ylabel="share of the responses (%)", ylim=(0, 104))
+    ax.set_xlim(-0.8, len(asked) - 0.2)
+    legend(ax)
+
+
+def draw_patterns(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+    """Rates of the four groups of reasoning words (metrics.PATTERNS) by budget, with 95% intervals."""
+    asked = [b for b in figures if figures[b].get("patterns")]
+    x = np.arange(len(asked))
+    styles = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
+    grays = (DARK, OTHER, "0.35", "0.55")
+    for i, key in enumerate(figures[asked[0]]["patterns"]):
+        rate = [figures[b]["patterns"][key] for b in asked]
+        # Percent is error_bar's unit; a rate per 1,000 is a number of its own.
+        bars = [error_bar(figures[b], key, 100 * v) for b, v in zip(asked, rate, strict=True)]
+        marker, line = styles[i]
+        # A little apart, so that intervals do not hide one another.
+        style = dict(
+            marker=marker, ls=line, color=grays[i], mfc="white", capsize=3, label=key.replace("_", " ")
+        )
+        ax.errorbar(x + 0.06 * (i - 1.5), rate, np.transpose(bars) / 100, **style)
+    shade_trained(ax, [b or -1e9 for b in asked], trained)
+    ax.set_xticks(x, ["none" if b is None else str(b) for b in asked])
+    ax.set(xlabel="requested length (tokens)", ylabel="words per 1,000 tokens")
+    ax.set_xlim(-0.8, len(asked) - 0.2)
+    ax.set_ylim(bottom=0)
+    legend(ax)
+
+
+PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error, "over": draw_over}
+PICTURES["patterns"] = draw_patterns
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several models
+
+
+def draw_models(models: dict, out: str) -> list[str]:
+    """`models`: {model: {data set: {budget: figures}}}; one picture of all curves per data set; the paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for name in next(iter(models.values())):
+        with plt.rc_context(STYLE):
+            picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+            every = [curve_of(ax, i, label, sets[name]) for i, (label, sets) in enumerate(models.items())]
+            every = [x for lengths in every for x in lengths]
+            if every:
+                length_axis(ax, every)
+                ax.set(xlabel="mean produced length (tokens)", ylabel="accuracy (%)")
+                ax.set_title(
+                    f"{name}: points are budgets, bars 95% intervals".replace("$", r"\$"),
+                    loc="left",
+                    fontsize=11,
+                )
+                ax.grid(axis="y", color="0.9")
+                legend(ax)
+                suffix = "" if len(next(iter(models.values()))) == 1 else "_" + file_name(name)
+                paths.append(os.path.join(out, f"models{suffix}.png"))
+                picture.savefig(paths[-1], dpi=150)
+            plt.close(picture)
+    return paths
+
+
+def curve_of(ax, i: int, label: str, figures: dict) -> list[float]:
+    """One model's curve, budgets joined along the length, the run without a budget alone; its lengths."""
+    known = {b: c for b, c in figures.items() if c.get("mean_length") is not None}
+    markers, lines = "osD^vPX*", ("-", "--", "-.", ":")
+    colors = (DARK, OTHER, "0.45", "#4f8a5b")
+    x = {b: c["mean_length"] for b, c in known.items()}
+    y = {b: 100 * c["accuracy"] for b, c in known.items()}
+    along = sorted((b for b in known if b != "none"), key=x.get)
+    name = label.replace("$", r"\$")
+    style = dict(color=colors[i % 4], marker=markers[i % 8], capsize=3, ms=7, lw=1.4)
+    for group, face, line in (
+        (along, None, lines[i % 4]),
+        ([b for b in known if b == "none"], "white", "none"),
+    ):
+        if group:
+            bars = np.transpose([error_bar(known[b], "accuracy", y[b]) for b in group])
+            told = name if group is along else f"{name}, no budget"
+            ax.errorbar(
+                [x[b] for b in group], [y[b] for b in group], bars, ls=line, mfc=face, label=told, **style
+            )
+    for budget in along:
+        ax.annotate(budget, (x[budget], y[budget]), xytext=(5, -11), textcoords="offset points", fontsize=8)
+    return list(x.values())

@@ -553,13 +553,16 @@ def lcpo_exact(rollouts: dict, alpha: float = 3e-4, parts: bool = False):
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(-alpha * error)}, parts)
 
 
-def lcpo_max(rollouts: dict, alpha: float = 3e-4, delta: float = 0.5) -> np.ndarray:
+def lcpo_max(rollouts: dict, alpha: float = 3e-4, delta: float = 0.5, additive: bool = False) -> np.ndarray:
     """c clip(alpha (budget - L) + delta, 0, 1); wrong 0. L1-Max, 2503.04697 Eq. 2.
 
     No budget: c. The paper states no alpha for this one (3e-4 is Eq. 1's); the first commit has 1e-3.
+    additive: c + clip(...), right or wrong, the paper's ablation that collapses to very short answers.
     """
     budget = _get(rollouts, "budget")
     factor = np.clip(alpha * (budget - _get(rollouts, "length")) + delta, 0, 1)
+    if additive:
+        return _c(rollouts) + np.nan_to_num(factor)
     return _c(rollouts) * np.where(np.isnan(budget), 1.0, factor)
 
 

@@ -1,15 +1,16 @@
 """Two samplers with one face, both in the trainer's process: transformers' generate, and a vLLM engine.
 
-    sampler.generate(prompts, n, max_tokens, temperature, top_p, seed)
+    sampler.generate(prompts, n, max_tokens, temperature, top_p, seed, stop_ids, stop_scale)
         -> for each prompt a list of n responses {"ids", "logps", "finish_reason": "stop" | "length"}
     sampler.sync(model)    push the trainer's weights; the next response comes from them
 
 `ids` end with the end token where there is one; `logps` are log-probs under the distribution that was sampled
-from (temperature included, top_p not): what the importance correction of the loss needs.
+from (temperature and stop_scale included, top_p not): what the importance correction of the loss needs.
 """
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 
 import numpy as np
@@ -29,6 +30,25 @@ def stop_tokens(model_config, tokenizer) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
+def think_token(tokenizer) -> int | None:
+    """The id of `</think>`; None where the tokenizer has no single token for it."""
+    ids = tokenizer.encode("</think>", add_special_tokens=False)
+    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def stop_bias(stop_ids: list[int], think_end: int | None, scale: float) -> dict[int, float]:
+    """{id: log scale} for the stop tokens and `</think>`, to be added to their logits; {} for scale 1.
+
+    It multiplies the odds of stopping by `scale`: above 1 responses get shorter, below 1 longer. The idea is
+    that of 2505.07961, whose own formula was not found.
+    """
+    # Added, not multiplied: a factor on the logit itself would push a negative one the wrong way.
+    if not 0 < scale < math.inf:
+        raise BadInput(f"stop_scale ({scale}) must be above 0: 2 doubles the odds of a stop, 0.5 halves them")
+    ids = {*stop_ids, *([] if think_end is None else [think_end])}
+    return {} if scale == 1 else dict.fromkeys(sorted(ids), math.log(scale))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # transformers
 
@@ -43,26 +63,35 @@ class HFSampler:
         self.max_model_len = max_model_len
 
     def sync(self, model) -> None:
-        """Nothing to push: this sampler reads the trained model itself."""
+        """Nothing is pushed: this sampler reads `model` itself, from now on."""
+        self.model = model
 
-    def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None) -> list[list[dict]]:
-        """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible."""
+    def generate(
+        self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, stop_ids=None, stop_scale=1.0
+    ) -> list[list[dict]]:
+        """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible.
+
+        `stop_ids` end a response in place of the sampler's own; `stop_scale` multiplies the odds of these and
+        of `</think>` (see stop_bias), before the temperature divides the logits.
+        """
         import torch
 
         if seed is not None:
             torch.manual_seed(seed)
         caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        stop_ids = stop_ids or self.stop_ids
+        bias = stop_bias(stop_ids, think_token(self.tokenizer), stop_scale)
         # At most 512 rows and 2^18 tokens at once: the cache of keys and values has to fit into memory.
         rows = min(512, 2**18 // (max(map(len, prompts)) + max(caps)))
         was_training, done, per_call = self.model.training, [], max(1, rows // n)
         self.model.eval()
         for start in range(0, len(prompts), per_call):
             part = slice(start, start + per_call)
-            done += self._generate(prompts[part], n, caps[part], temperature, top_p)
+            done += self._generate(prompts[part], n, caps[part], temperature, top_p, stop_ids, bias)
         self.model.train(was_training)
         return done
 
-    def _generate(self, prompts, n, caps, temperature, top_p):
+    def _generate(self, prompts, n, caps, temperature, top_p, stop_ids, bias):
         import torch
         from transformers import GenerationConfig
 
@@ -76,14 +105,16 @@ class HFSampler:
         ids, mask = (t.repeat_interleave(n, 0).to(device) for t in (ids, mask))
         logps, last = [], []
 
-        def record(sequences, scores):  # a logits processor that changes nothing: it sees the logits go by
+        def record(sequences, scores):  # a logits processor: adds the bias and sees the logits go by
+            if bias:
+                scores[:, list(bias)] += torch.tensor(list(bias.values()), device=device)
             if last:
                 logps.append(last.pop().gather(-1, sequences[:, -1:])[:, 0])
             last.append((scores.float() / (temperature or 1.0)).log_softmax(-1))
             return scores
 
-        options = {"max_new_tokens": max(caps), "eos_token_id": self.stop_ids, "do_sample": temperature > 0}
-        options["pad_token_id"] = self.stop_ids[0]
+        options = {"max_new_tokens": max(caps), "eos_token_id": stop_ids, "do_sample": temperature > 0}
+        options["pad_token_id"] = stop_ids[0]
         if temperature > 0:
             options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
         # The model's own settings step aside (generate falls back on them for all that is not given): they
@@ -101,7 +132,7 @@ class HFSampler:
         for i, tokens in enumerate(out.tolist()):
             tokens = tokens[: caps[i // n]]
             # The response ends with its first end token, whatever pads the rest (it may be the same token).
-            end = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
+            end = next((t + 1 for t, token in enumerate(tokens) if token in stop_ids), None)
             tokens, reason = tokens[:end], "length" if end is None else "stop"
             result.append({"ids": tokens, "logps": logps[i][: len(tokens)], "finish_reason": reason})
         return [result[i : i + n] for i in range(0, len(result), n)]
@@ -179,7 +210,9 @@ class VLLMSampler:
         ]
         return [name for name, a, b in both if not (a[: len(b)] == b.to(a.device, a.dtype)).all()]
 
-    def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None) -> list[list[dict]]:
+    def generate(
+        self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, stop_ids=None, stop_scale=1.0
+    ) -> list[list[dict]]:
         """As HFSampler.generate; one request a prompt: its prefix is computed once for all n responses."""
         import torch
 
@@ -188,8 +221,11 @@ class VLLMSampler:
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
         caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        common = {"n": n, "temperature": temperature, "top_p": top_p, "stop_token_ids": self.stop_ids}
+        stop_ids = stop_ids or self.stop_ids
+        common = {"n": n, "temperature": temperature, "top_p": top_p, "stop_token_ids": stop_ids}
         common |= {"logprobs": 0, "detokenize": False}
+        # The engine adds it before the temperature, and its processed log-probs include it.
+        common["logit_bias"] = stop_bias(stop_ids, think_token(self.tokenizer), stop_scale) or None
         params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         result = []

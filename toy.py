@@ -18,7 +18,6 @@ import os
 import shutil
 import tempfile
 import zlib
-from functools import lru_cache
 
 import numpy as np
 
@@ -32,7 +31,7 @@ ASKED_BEFORE = [16, 32, 48, 64]  # budgets of the evaluation before training, an
 ASKED = [16, 24, 32, 40, 48, 56, 64, 80, 96, 128]  # trained ones, ones between them, ones beyond them
 TESTED = 100  # problems of each task in them
 WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
-VERSION = 1  # part of the cache's name: a base model made by another recipe is never taken for this one
+VERSION = 2  # part of the cache's name: a base model made by another recipe is never taken for this one
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,17 +53,19 @@ def draw(word: str, rng: np.random.Generator) -> str:
     return " ".join([word, *map(str, digits)])
 
 
+def held_out(problem: str) -> bool:
+    """Whether a problem is kept for testing; a checksum of its text says so, whatever was drawn before."""
+    return zlib.crc32(problem.encode()) % 10 == 0
+
+
 def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """n problems of `task` ("toy", "toy_ood"); those of `split` "test" are new to the base and to RL."""
     if n > 50_000:
         raise BadInput(f"{n} toy problems were asked for; there are not many more: ask for up to 50000")
     rng, rows, seen = np.random.default_rng([seed, split == "test", task == "toy_ood"]), [], set()
-    old = taught() if split == "test" else ()
     while len(rows) < n:
         problem = draw(TASKS[task], rng)
-        # A checksum of the text decides the split, whatever the seed and however many were drawn.
-        in_test = zlib.crc32(problem.encode()) % 10 == 0
-        if in_test != (split == "test") or problem in seen or problem in old:
+        if held_out(problem) != (split == "test") or problem in seen:
             continue
         seen.add(problem)
         answer = str(solve(TASKS[task], [int(d) for d in problem.split()[1:]])[-1])
@@ -95,16 +96,18 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
 
 
 def make_tokenizer():
-    """Word-level tokenizer of 56 tokens; numbers are spelled digit by digit, so any budget can be written."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    """Tokenizer of 67 tokens; numbers are spelled digit by digit, so any budget can be written."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<eos>", "<user>", "<think>", "</think>", "<unk>", "wait", "add", "max"]
-    words += ["Think", "for", "up", "to", "maximum", "tokens", "."]
-    words += [sign + str(d) for sign in ("", "+", "^", "=") for d in range(10)]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    pattern = Regex(r"</?[a-z]+>|[+^=]?\d|[A-Za-z]+|[^\sA-Za-z\d]")
-    inner.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
+    words += ["Think", "for", "up", "to", "maximum", "tokens", "##."]
+    # ##4 is a digit within a number: 24 is `2 ##4`. Were it the 4 of the problem, the base model would have
+    # learned to look past it, and RL would need far longer to find out that it matters.
+    words += [sign + str(d) for sign in ("", "+", "^", "=", "##") for d in range(10)]
+    inner = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.WordPiece(cleanup=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",
@@ -126,6 +129,8 @@ def make_model(tokenizer, seed: int):
 
     Not a Qwen2: transformers 5 opens every Qwen2 folder with Qwen's own tokenizer class, whatever it holds.
     """
+    # Input and output embeddings are not tied: no response ever holds a budget's digits, so as outputs they
+    # would all be pushed the same way until, as inputs, one looked like the other.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -133,29 +138,23 @@ def make_model(tokenizer, seed: int):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
 def warmup_examples(seed: int):
-    """Endless (problem, prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
+    """Endless (prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
     rng = np.random.default_rng(seed)
     form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
         task = "toy" if rng.random() < 0.7 else "toy_ood"
-        problem = draw(TASKS[task], rng)
+        while held_out(problem := draw(TASKS[task], rng)):
+            pass
         ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
         response = trace(problem, int(rng.integers(0, WARMUP["extra"] + 1)), rng)
-        yield problem, f"<user> {problem} {ask} <think>", response + " <eos>"
-
-
-@lru_cache
-def taught(seed: int = 0) -> frozenset[str]:
-    """The problems of the warm-up, found by drawing them once more (2 s): none may be a test problem."""
-    n = WARMUP["batches"] * WARMUP["batch_size"]
-    return frozenset(problem for problem, _, _ in itertools.islice(warmup_examples(seed), n))
+        yield f"<user> {problem} {ask} <think>", response + " <eos>"
 
 
 def warmup_batch(tokenizer, examples, batch_size: int):
@@ -163,7 +162,7 @@ def warmup_batch(tokenizer, examples, batch_size: int):
     import torch
 
     ids, labels = [], []
-    for _, prompt, response in itertools.islice(examples, batch_size):
+    for prompt, response in itertools.islice(examples, batch_size):
         prompt, response = tokenizer.encode(prompt), tokenizer.encode(response)
         ids.append(prompt + response)
         labels.append([-100] * len(prompt) + response)
@@ -176,7 +175,7 @@ def warmup_batch(tokenizer, examples, batch_size: int):
 
 
 def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
-    """Path of the toy's base model; made on the first call (a minute or two), then kept in `cache`."""
+    """Path of the toy's base model of `seed`; made on the first call (a minute or two), kept in `cache`."""
     path = os.path.join(cache, f"toy_base_v{VERSION}_seed{seed}")
     if os.path.exists(os.path.join(path, "model.safetensors")):
         log(f"toy: base model {path} (cached)")
@@ -206,6 +205,42 @@ def make_base(cache: str = "out", seed: int = 0, log=print) -> str:
     tokenizer.save_pretrained(temporary)
     with open(os.path.join(temporary, "warmup.json"), "w") as f:
         json.dump({"seed": seed, "version": VERSION, **WARMUP}, f)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
+    return path
+
+
+def make_conciseness(cache: str = "out", seed: int = 0, log=print) -> str:
+    """Path of a small classifier whose sigmoid is 1 for a plain trace, 0 for one prolonged to the limit.
+
+    It plays the conciseness reward model of CRF; like the base model it is made once (seconds) and kept.
+    """
+    path = os.path.join(cache, f"toy_conciseness_v{VERSION}_seed{seed}")
+    if os.path.exists(os.path.join(path, "model.safetensors")):
+        return path
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    config = make_model(tokenizer, seed).config
+    config.num_labels = 1
+    model, rng = LlamaForSequenceClassification(config).train(), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    log("toy: teaching a conciseness model")
+    for _ in range(50):
+        extra = rng.integers(0, WARMUP["extra"] + 1, 16)
+        batch = tokenizer([trace(draw("add", rng), int(x), rng) for x in extra], padding=True)
+        ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        target = torch.tensor(1 - extra / WARMUP["extra"]).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    os.makedirs(cache, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=".toy_conciseness_", dir=cache)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(temporary, path)
     return path

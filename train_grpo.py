@@ -17,32 +17,34 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 
 import evaluate
+import methods
 import toy
-from data import (
-    BadInput,
-    annotate,
-    budget_prompt,
-    encode_prompt,
-    load_problems,
-    load_tokenizer,
-    one_line_errors,
-    parse_budgets,
-)  # fmt: skip
-from rewards import ADVANTAGES, REWARDS, check_answers, response_length
+from checkpoints import load_state, newest_checkpoint, open_run, save_checkpoint
+from data import BadInput, budget_prompt, encode_prompt, load_tokenizer, one_line_errors, parse_budgets
+from rewards import ADVANTAGES, REWARDS
+from rollouts import (
+    check_prompts,
+    check_reward,
+    lap,
+    load_rows,
+    rewards_and_advantages,
+    sample_batch,
+    to_rollouts,
+)
 
 # What `python train_grpo.py` without a model does: these replace the defaults below, flags still win.
 TOY = {
     "data": "toy", "budgets": toy.BUDGETS, "wording": "tulu", "reward": "peaked_exact", "advantage": "gdpo",
-    "steps": 300, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
-    "minibatches": 2, "micro_tokens": 2048, "lr": 3e-4, "warmup_steps": 10, "save_every": 100,
-    "out": "out/toy",
+    "steps": 250, "prompts_per_step": 32, "group_size": 8, "max_tokens": 96, "require_think": True,
+    "minibatches": 2, "micro_tokens": 2048, "lr": 3e-4, "lr_schedule": "cosine", "warmup_steps": 10,
+    "save_every": 100, "out": "out/toy",
 }  # fmt: skip
 
 
@@ -70,26 +72,35 @@ def build_parser() -> argparse.ArgumentParser:
     def choice(name, words, help):  # the first word is the default
         add(name, choices=words.split(), default=words.split()[0], help=help)
 
+    def constants(name, help):
+        add(name, nargs="+", default=[], metavar="K=V", help=help)
+
     add = parser.add_argument_group("model, data, output").add_argument
     add("--model", help="folder or hub id of the model to train; none: the toy (see toy.py)")
     add("--data", help="rows of data.py, raw problems (with --budgets), preset, hub id, toy or toy_ood")
-    add("--budgets", help="draw budgets here: uniform:LO:HI, log:LO:HI, bucket:A,B,..., fixed:N (tokens)")
+    number("--limit", 0, "take the first N problems of --data only; 0: all")
+    add("--budgets", help="uniform:LO:HI, log:LO:HI, bucket:A,B,..., fixed:N tokens, drawn here; none")
     choice("--mode", "exact max both", "what drawn budgets mean")
     choice("--wording", "l1 tulu", "the budget sentence of drawn budgets")
     add("--resample-budgets", action="store_true", help="draw new budgets every epoch (with --budgets)")
     add("--out", default="out/run", help="folder for metrics, checkpoints and evaluations")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
     add("--overwrite", action="store_true", help="delete the run that is in --out")
-    number("--seed", 0, "seed of prompts, budgets and samples")
+    number("--seed", 0, "seed of prompts, budgets and samples; of the toy's base model, too")
 
     add = parser.add_argument_group("reward").add_argument
     add("--reward", default="lcpo_exact", help=f"one of {', '.join(REWARDS)}")
-    add("--reward-args", nargs="+", default=[], metavar="K=V", help="its hyper-parameters, as alpha=0.0003")
+    constants("--reward-args", "its hyper-parameters, as alpha=0.0003")
+    constants("--method-args", "constants of what hapo, palu, laser_d and longwriter_range keep beside it")
     add("--advantage", default="grpo", help=f"one of {', '.join(ADVANTAGES)}")
-    add("--advantage-args", nargs="+", default=[], metavar="K=V", help="its hyper-parameters, as eps=1e-4")
+    constants("--advantage-args", "its hyper-parameters, as eps=1e-4")
     choice("--count", "response thinking", "the tokens that a budget counts")
     add("--require-think", action="store_true", help="an answer without </think> is wrong")
     number("--verify-timeout", 5.0, "limit for checking one answer, seconds")
+    number("--reference-samples", 0, "samples of the starting model for each prompt that is new")
+    add("--conciseness-model", help="classifier that scores responses for crf: folder, hub id or toy")
+    number("--dot", 0.0, "DOT: cut responses this many deviations above their all-right group's mean; 0: off")
+    number("--dot-margin", 32, "DOT: excess over that length from which a response is cut, tokens")
 
     add = parser.add_argument_group("sampling").add_argument
     choice("--sampler", "auto vllm hf", "auto: vllm on CUDA where it is installed, else hf")
@@ -99,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
     number("--max-tokens", 4096, "cap of a response, tokens")
     number("--temperature", 1.0, "of sampling, and of the log-probs in the loss")
     number("--vllm-memory", 0.35, "vLLM's share of the GPU memory")
+    choice("--dynamic-sampling", "none correct reward", "replace groups without a difference in it")
+    number("--refills", 4, "rounds of sampling to replace them, at most")
+    choice("--subgroups", " ".join(methods.SUBGROUPS), "parts of a group asked, or begun, differently")
+    constants("--subgroup-args", "its constants")
+    choice("--budget-schedule", " ".join(methods.SCHEDULES), "one budget for all prompts, by the step")
+    constants("--schedule-args", "start=256 tokens, and gamma, period (step) or end, steps")
+    add("--cut-at-budget", action="store_true", help="end a response at its prompt's budget")
     number("--check-sync", 50, "compare sampler and trainer every N steps; 0: only at the start")
 
     add = parser.add_argument_group("update").add_argument
@@ -113,9 +131,13 @@ def build_parser() -> argparse.ArgumentParser:
     number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
     choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
+    choice("--objective", "policy drpo", "drpo: right answers against wrong ones, without advantages")
+    constants("--objective-args", "its constants: lam, tau, l_max, kl_coef, kl_delta")
     choice("--ratio", "token sequence cispo", "importance ratio: GRPO, GSPO or CISPO")
     number("--clip-low", 0.2, "lower clip of the ratio")
     number("--clip-high", 0.2, "upper clip of the ratio; DAPO: 0.28")
+    number("--dual-clip", 0.0, "bounds the loss of bad responses at this multiple of -advantage; 0: off")
+    add("--overlong-filter", action="store_true", help="truncated responses leave the loss")
     choice("--loss-reduction", "token_mean sequence_mean constant", "what a token weighs in the whole batch")
     number("--kl-coef", 0.0, "weight of the KL to the starting model; 0: that model is not loaded")
     choice("--kl-estimator", "k3 k1 k2", "estimator of that KL")
@@ -142,255 +164,130 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         saved = os.path.join(args.out, "args.json")
         if not os.path.exists(saved):
-            raise BadInput(
-                f"--resume: --out ({args.out}) holds no run (no args.json); start without --resume"
-            )
+            raise BadInput(f"--resume: --out ({args.out}) holds no args.json, no run: start without --resume")
         try:
             with open(saved) as f:
                 parser.set_defaults(**json.load(f))
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"--resume: {saved} is damaged ({error}): start again with --overwrite") from None
         args = parser.parse_args(argv)
-    args.reward_args = keyword_args("--reward", args.reward, REWARDS, args.reward_args)
-    args.advantage_args = keyword_args("--advantage", args.advantage, ADVANTAGES, args.advantage_args)
+    for flag, (named_by, table) in KEYWORDS.items():
+        words = getattr(args, flag + "_args")
+        setattr(args, flag + "_args", keyword_args("--" + flag, getattr(args, named_by), table, words))
     check_args(args)
     return args
 
 
+# --X-args: the flag that names a function, and the functions. Its parameters with defaults can be set.
+KEYWORDS = {
+    "reward": ("reward", REWARDS), "method": ("reward", methods.METHODS),
+    "advantage": ("advantage", ADVANTAGES), "subgroup": ("subgroups", methods.SUBGROUPS),
+    "schedule": ("budget_schedule", methods.SCHEDULES),
+    # Defaults of these: losses.drpo_objective; that file imports torch, and arguments come before torch.
+    "objective": ("objective", {"drpo": lambda lam=0, tau=0, l_max=0, kl_coef=0, kl_delta=0: None}),
+}  # fmt: skip
+
+
 def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> dict:
     """`["alpha=0.1"]` -> {"alpha": 0.1}, checked against the parameters of the function `name` in `table`."""
-    if name not in table or name == "dot_threshold":  # that one is a cut length, not a reward
-        raise BadInput(f"{flag} ({name}) must be one of: {', '.join(table)}")
+    if flag in ("--reward", "--advantage") and (name not in table or name == "dot_threshold"):
+        raise BadInput(f"{flag} ({name}) must be one of: {', '.join(table)}")  # that one is a cut length
     if isinstance(words, dict):  # from a resumed run's args.json
         return words
-    known, found = set(inspect.signature(table[name]).parameters) - {"rollouts", "rewards", "parts"}, {}
-    for word in " ".join(words).split():
-        key, _, value = word.partition("=")
-        if key not in known or not value:
-            raise BadInput(
-                f"{flag}-args ({word}) must be K=V with K of {name}: {', '.join(sorted(known)) or 'none'}"
-            )
+    known = inspect.signature(table.get(name, lambda: None)).parameters.items()
+    known = {k: v.default for k, v in known if v.default is not v.empty and k not in ("rollouts", "parts")}
+    found = {}
+    for word in words:
+        k, _, value = word.partition("=")
+        if k not in known or not value:
+            names = ", ".join(sorted(known)) or "it has none"
+            raise BadInput(f"{flag}-args ({word}) must be K=V with K a constant of {name}: {names}")
         try:
-            found[key] = json.loads(value)
+            found[k] = json.loads(value)
         except json.JSONDecodeError:
-            raise BadInput(
-                f"{flag}-args ({word}): {value} is not a number, list, true, false or null"
-            ) from None
+            found[k] = value  # a text needs no quotation marks
+        kind = type(known[k])
+        fits = {int: (int, float), float: (int, float), tuple: list, str: (str, type(None))}.get(kind, kind)
+        if known[k] is not None and not isinstance(found[k], fits):
+            raise BadInput(f"{flag}-args ({word}): {value} is no {kind.__name__}, as {known[k]!r} is")
     return found
+
+
+POSITIVE = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip".split()
+POSITIVE += "verify_timeout eval_n eval_limit dot_margin".split()
+ZERO_IS_FINE = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay".split()
+ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip".split()
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Every rule that needs neither the data nor the model."""
     # Set by torchrun and by accelerate: known here before either of the two is imported.
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.model and not args.data:
-        raise BadInput(
-            "--data is missing: name the rows to train on (data.py makes them), or leave out --model"
-        )
-    if args.model is None and args.data not in toy.TASKS:
-        raise BadInput(
-            f"--data ({args.data}) needs --model: without a model only toy and toy_ood can be trained"
-        )
-    if args.group_size < 2:
-        raise BadInput(f"--group-size ({args.group_size}) must be at least 2: advantages compare responses")
-    if args.prompts_per_step % processes:
-        near = args.prompts_per_step // processes * processes or processes
-        raise BadInput(
-            f"--prompts-per-step ({args.prompts_per_step}) must be a multiple of the number of processes "
-            f"({processes}): use {near} or {near + processes}"
-        )
-    positive = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip"
-    for name in (positive + " verify_timeout eval_n eval_limit").split():
-        if not 0 < getattr(args, name) < 1e9:
-            raise BadInput(
-                f"--{name.replace('_', '-')} ({getattr(args, name)}) must be more than 0, and finite"
-            )
-    zero_is_fine = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay clip_low"
-    for name in (zero_is_fine + " clip_high").split():
-        if not 0 <= getattr(args, name) < 2**31:
-            raise BadInput(
-                f"--{name.replace('_', '-')} ({getattr(args, name)}) must be 0 or more, and finite"
-            )
-    if not all(0 <= beta < 1 for beta in args.betas):
-        raise BadInput(f"--betas ({args.betas[0]:g} {args.betas[1]:g}) must lie in [0, 1): as in 0.9 0.999")
-    most = args.prompts_per_step // processes
-    if args.minibatches > most:
-        raise BadInput(
-            f"--minibatches ({args.minibatches}) must not exceed the prompts of a process: at most {most}"
-        )
-    if not 0 < args.vllm_memory < 1:
-        raise BadInput(
-            f"--vllm-memory ({args.vllm_memory}) must lie between 0 and 1: a share of the GPU memory"
-        )
-    if args.resample_budgets and not args.budgets:
-        raise BadInput("--resample-budgets needs --budgets: rows from a file keep the budgets they came with")
-    if args.eval_every and not args.eval_data:
-        raise BadInput(f"--eval-every ({args.eval_every}) needs --eval-data: name a held-out file")
-    if args.eval_budgets and not re.fullmatch("[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", args.eval_budgets):
-        raise BadInput(f"--eval-budgets ({args.eval_budgets}) must be positive whole numbers: 512,1024")
+    for name in (*POSITIVE, *ZERO_IS_FINE):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if name in POSITIVE and not 0 < value < 1e9:
+            raise BadInput(f"{flag} ({value}) must be more than 0, and finite")
+        if not 0 <= value < 2**31:
+            raise BadInput(f"{flag} ({value}) must be 0 or more, and finite")
+    per_process, out = args.prompts_per_step // processes, os.path.abspath(args.out or ".")
+    near = per_process * processes or processes
     highest = parse_budgets(args.budgets)["high"] if args.budgets else None
-    if args.budgets and highest is None:
-        raise BadInput("--budgets none: leave --budgets out, and the rows keep the prompts they have")
-    if highest and highest > args.max_tokens:
-        raise BadInput(
-            f"--budgets asks for up to {highest} tokens, more than the response cap --max-tokens "
-            f"({args.max_tokens}): raise that, or draw smaller budgets"
-        )
-    if (
-        args.model
-        and os.path.isdir(args.model)
-        and not os.path.exists(os.path.join(args.model, "config.json"))
-    ):
-        raise BadInput(f"--model ({args.model}) has no config.json: name a Hugging Face model folder")
-    # A mistyped path would be looked up on the hub otherwise, with retries and an unhelpful answer.
-    if args.model and not os.path.isdir(args.model) and (args.model[0] in "./~" or args.model.count("/") > 1):
-        raise BadInput(f"--model ({args.model}) is no folder, and no hub id (OWNER/NAME): check the path")
-    if not args.out or (os.path.exists(args.out) and not os.path.isdir(args.out)):
-        raise BadInput(f"--out ({args.out!r}) is no folder: name one")
-    if args.resume and args.overwrite:
-        raise BadInput("--resume goes on with a run and --overwrite deletes it: choose one of the two")
-    for name in (args.model, args.data, args.eval_data) if args.overwrite else ():
-        if name and os.path.abspath(name).startswith(os.path.abspath(args.out) + os.sep):
-            raise BadInput(
-                f"--overwrite would delete {name}, which lies in --out ({args.out}): name another --out"
-            )
-    if not (args.resume or args.overwrite) and os.path.exists(os.path.join(args.out, "args.json")):
-        raise BadInput(
-            f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"
-        )
+    local, files = args.model and os.path.isdir(args.model), (args.model, args.data, args.eval_data)
+    inside = [n for n in files if n and os.path.abspath(n).startswith(out + os.sep)]
+    for wrong, message in (
+        (args.model and not args.data,
+         "--data is missing: name the rows to train on (data.py makes them), or leave out --model"),
+        (args.model is None and args.data not in toy.TASKS,
+         f"--data ({args.data}) needs --model: without a model only toy and toy_ood can be trained"),
+        (args.group_size < 2,
+         f"--group-size ({args.group_size}) must be at least 2: advantages compare responses"),
+        (args.prompts_per_step % processes,
+         f"--prompts-per-step ({args.prompts_per_step}) must be a multiple of the number of processes "
+         f"({processes}): use {near} or {near + processes}"),
+        (not all(0 <= beta < 1 for beta in args.betas),
+         f"--betas ({args.betas[0]:g} {args.betas[1]:g}) must lie in [0, 1): as in 0.9 0.999"),
+        (args.minibatches > per_process,
+         f"--minibatches ({args.minibatches}) must not exceed a process's prompts: at most {per_process}"),
+        (args.objective == "drpo" and args.prompts_per_step % args.minibatches,
+         "--objective drpo compares the answers to a prompt: --prompts-per-step must be a multiple of "
+         f"--minibatches ({args.minibatches})"),
+        (args.objective == "drpo" and args.kl_coef,
+         "--objective drpo has a KL of its own (--objective-args kl_coef=...): --kl-coef must be 0"),
+        (0 < args.dual_clip <= 1,
+         f"--dual-clip ({args.dual_clip:g}) must be more than 1 (3 is usual), or 0: off"),
+        (not 0 < args.vllm_memory < 1,
+         f"--vllm-memory ({args.vllm_memory}) must lie between 0 and 1: a share of the GPU memory"),
+        (args.resample_budgets and args.budgets in (None, "none"),
+         "--resample-budgets needs --budgets: rows from a file keep the budgets they came with"),
+        (args.eval_every and not args.eval_data,
+         f"--eval-every ({args.eval_every}) needs --eval-data: name a held-out file"),
+        (not re.fullmatch("[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", args.eval_budgets or "1"),
+         f"--eval-budgets ({args.eval_budgets}) must be positive whole numbers: 512,1024"),
+        (highest and highest > args.max_tokens,
+         f"--budgets asks for up to {highest} tokens, more than the response cap --max-tokens "
+         f"({args.max_tokens}): raise that, or draw smaller budgets"),
+        (local and not os.path.exists(os.path.join(args.model, "config.json")),
+         f"--model ({args.model}) has no config.json: name a Hugging Face model folder"),
+        # A mistyped path would be looked up on the hub otherwise, with retries and an unhelpful answer.
+        (args.model and not local and (args.model[0] in "./~" or args.model.count("/") > 1),
+         f"--model ({args.model}) is no folder, and no hub id (OWNER/NAME): check the path"),
+        (not args.out or (os.path.exists(args.out) and not os.path.isdir(args.out)),
+         f"--out ({args.out!r}) is no folder: name one"),
+        (args.resume and args.overwrite,
+         "--resume goes on with a run and --overwrite deletes it: choose one of the two"),
+        (args.overwrite and inside,
+         f"--overwrite would delete {inside}, which lies in --out ({args.out}): name another --out"),
+        (not (args.resume or args.overwrite) and os.path.exists(os.path.join(out, "args.json")),
+         f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
+    ):  # fmt: skip
+        if wrong:
+            raise BadInput(message)
+    methods.check_flags(args)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data: rows with budgets; which of them a step uses depends on (seed, step) alone.
-
-
-def load_rows(args: argparse.Namespace) -> list[dict]:
-    """Training rows of the Row contract; a budget distribution given here replaces the rows' own budgets."""
-    rows = toy.problems(args.data, "train", 8000) if args.data in toy.TASKS else load_problems(args.data)
-    if args.budgets:
-        rows = annotate(rows, parse_budgets(args.budgets), args.mode, args.wording, 1, args.seed)
-    if not all(row.get("prompt") for row in rows):
-        raise BadInput(
-            f"--data ({args.data}) has rows without a prompt: annotate them with data.py, or give --budgets"
-        )
-    budgets = [row["budget"] for row in rows if row.get("budget")]
-    # Without a budget these rewards are plain correctness: the run would look fine and learn no length at
-    # all.
-    if not budgets and args.reward.startswith(("lcpo", "tulu", "peaked")):
-        raise BadInput(
-            f"--reward ({args.reward}) needs budgets, but --data ({args.data}) has none: give --budgets"
-        )
-    if budgets and max(budgets) > args.max_tokens:
-        raise BadInput(
-            f"a budget of {max(budgets)} tokens exceeds --max-tokens ({args.max_tokens}), the response cap: "
-            f"raise --max-tokens or draw smaller budgets"
-        )
-    return rows
-
-
-def rows_of_step(rows: list[dict], args: argparse.Namespace, step: int, epochs: dict) -> list[dict]:
-    """The P rows of a step: the data in a new random order every epoch, one epoch running into the next.
-
-    `epochs` remembers the order and the budgets of an epoch; it may be empty at any time.
-    """
-    # No iterator and no generator is kept between steps: the position is the step, so resuming needs nothing
-    # else.
-    chosen = []
-    for position in range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step):
-        epoch, i = divmod(position, len(rows))
-        if epoch not in epochs:
-            epochs.pop(epoch - 2, None)
-            order = np.random.default_rng([args.seed, epoch]).permutation(len(rows))
-            epochs[epoch] = order, resampled(rows, args, epoch) if args.resample_budgets else rows
-        order, drawn = epochs[epoch]
-        chosen.append(drawn[order[i]])
-    return chosen
-
-
-def resampled(rows: list[dict], args: argparse.Namespace, epoch: int) -> list[dict]:
-    """The rows with the budgets of this epoch; the first epoch keeps those that were checked at the start."""
-    if epoch == 0:
-        return rows
-    return annotate(
-        rows, parse_budgets(args.budgets), args.mode, args.wording, 1, args.seed + 1_000_003 * epoch
-    )
-
-
-def check_prompts(rows: list[dict], tokenizer, args: argparse.Namespace, context: int) -> int:
-    """Length of the longest prompt in tokens, after checking that it leaves room for a response."""
-    longest = max(len(encode_prompt(tokenizer, row["prompt"])) for row in rows)
-    if longest + args.max_tokens > context:
-        raise BadInput(
-            f"the longest prompt ({longest} tokens) and --max-tokens ({args.max_tokens}) exceed the model's "
-            f"context ({context}): lower --max-tokens, or drop long prompts with data.py --max-prompt-tokens"
-        )
-    return longest
-
-
-# ------------------------------------------------------------------------------------------------------------
-# From responses to advantages
-
-
-def score(groups: list[list[dict]], rows: list[dict], prompts: list[list[int]], tokenizer, args) -> dict:
-    """Adds prompt_ids, text, length, truncated, correct to each response; counters of the answer check."""
-    think_end = tokenizer.encode("</think>", add_special_tokens=False)
-    flat = [(r, row) for row, group in zip(rows, groups, strict=True) for r in group]
-    for (r, _), ids in zip(flat, [ids for ids in prompts for _ in groups[0]], strict=True):
-        r["prompt_ids"] = ids
-        stopped = r["finish_reason"] == "stop"
-        # Only the end token is cut off: </think> is a special token in many models, and must stay readable.
-        r["text"] = tokenizer.decode(r["ids"][:-1] if stopped else r["ids"], skip_special_tokens=False)
-        r["length"] = response_length(r["ids"], args.count, think_end)
-        r["truncated"] = int(not stopped)
-    # A response that was cut off earns nothing for its answer in any method: it is not worth checking.
-    whole = [(r, row) for r, row in flat if not r["truncated"]]
-    correct, counts = check_answers(
-        [r["text"] for r, _ in whole], [row["answer"] for _, row in whole], [row["kind"] for _, row in whole],
-        [row.get("choices") for _, row in whole], args.require_think, args.verify_timeout,
-    )  # fmt: skip
-    for r, _ in flat:
-        r["correct"] = 0
-    for (r, _), ok in zip(whole, correct, strict=True):
-        r["correct"] = int(ok)
-    return counts
-
-
-def to_rollouts(groups: list[list[dict]], rows: list[dict], args, step: int) -> dict:
-    """One batch as the reward functions read it: arrays [P, G] of responses and [P] of prompts."""
-    # A missing budget is nan, not -1: a sentinel would be taken for a number by some reward sooner or later.
-    table = {k: np.array([[r[k] for r in g] for g in groups]) for k in ("correct", "length", "truncated")}
-    table["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=np.float64)
-    table["mode"] = [row.get("mode") for row in rows]
-    return table | {"max_length": args.max_tokens, "step": step}
-
-
-def rewards_and_advantages(rollouts: dict, args) -> tuple[np.ndarray, dict, np.ndarray]:
-    """(total reward [P, G], its parts {name: [P, G]}, advantages [P, G])."""
-    function, parts = REWARDS[args.reward], {}
-    # Reward functions are copied into other projects, so they know nothing of args: names match by signature.
-    total = function(rollouts, **args.reward_args)
-    if "parts" in inspect.signature(function).parameters:
-        parts = function(rollouts, **args.reward_args, parts=True)
-    rewards = total
-    if args.advantage == "gdpo":  # decoupled: each part is normalised by itself before they are added
-        rewards = np.stack(list(parts.values())) if parts else total[None]
-    return total, parts, ADVANTAGES[args.advantage](rewards, rollouts, **args.advantage_args)
-
-
-def check_reward(rows: list[dict], args) -> None:
-    """Try reward and advantage on an invented batch: what does not fit shows now, not after sampling."""
-    lengths, rows = range(1, args.group_size + 1), rows[:2]
-    invented = [{"correct": n % 2, "length": min(n, args.max_tokens), "truncated": 0} for n in lengths]
-    try:
-        rewards_and_advantages(to_rollouts([invented] * len(rows), rows, args, 0), args)
-    except (KeyError, ValueError, TypeError) as error:
-        raise BadInput(
-            f"--reward {args.reward} with --advantage {args.advantage} does not work here: {error.args[0]}"
-        ) from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The update. A batch is a flat list of responses {"prompt_ids", "ids", "logps", "advantage", "weight"}.
+# The update. A batch is a flat list of responses {"prompt_ids", "ids", "logps", "advantage", "weight"}; where
+# tokens were forced, "untrained" lists those without a loss, "mix" corrects the first one's old log-prob.
 
 
 def micro_batches(batch: list[dict], limit: int) -> list[list[dict]]:
@@ -411,6 +308,13 @@ def total_length(r: dict) -> int:
     return len(r["prompt_ids"]) + len(r["ids"])
 
 
+def trained_positions(r: dict):
+    """Places in r["ids"] of the tokens that the loss sees: all but those that were forced on the policy."""
+    untrained = r.get("untrained")
+    n = len(r["ids"])
+    return [t for t in range(n) if t not in untrained] if untrained else range(n)
+
+
 def share_of(batch: list[dict], rank: int, processes: int) -> list[dict]:
     """This process's part of the batch: dealt out by length, back and forth, so that all get equally much."""
     turns = [*range(processes), *reversed(range(processes))]
@@ -424,18 +328,21 @@ def to_tensors(micro: list[dict], device) -> dict:
 
     # Which tokens count follows from lengths alone: the end token is trained even if it is also the padding.
     ids = np.zeros((len(micro), max(map(total_length, micro))), dtype=np.int64)
-    names = ("row", "column", "target", "sampler_logp", "old_logp", "advantage", "weight")
+    names = "row column target sampler_logp old_logp advantage weight mix_a mix_b".split()
     flat = {name: [] for name in names}
     for i, r in enumerate(micro):
-        p, n = len(r["prompt_ids"]), len(r["ids"])
-        ids[i, : p + n] = r["prompt_ids"] + r["ids"]
-        flat["row"] += [i] * n
-        flat["column"] += range(p - 1, p + n - 1)  # a token is predicted from the position before it
-        flat["target"] += r["ids"]
-        flat["sampler_logp"] += r["logps"]
+        p, kept = len(r["prompt_ids"]), trained_positions(r)
+        ids[i, : total_length(r)] = r["prompt_ids"] + r["ids"]
+        flat["row"] += [i] * len(kept)
+        flat["column"] += [p + t - 1 for t in kept]  # a token is predicted from the position before it
+        flat["target"] += [r["ids"][t] for t in kept]
+        flat["sampler_logp"] += [r["logps"][t] for t in kept]
         flat["old_logp"] += r.get("old_logps", [])
-        flat["advantage"] += [r["advantage"]] * n
-        flat["weight"] += [r["weight"]] * n
+        flat["advantage"] += [r["advantage"]] * len(kept)
+        flat["weight"] += [r["weight"]] * len(kept)
+        a, b = r.get("mix", (-math.inf, 0.0))
+        flat["mix_a"] += [a, *[-math.inf] * (len(kept) - 1)][: len(kept)]
+        flat["mix_b"] += [b, *[0.0] * (len(kept) - 1)][: len(kept)]
     tensors = {k: torch.tensor(v, device=device) for k, v in flat.items()}
     return tensors | {"ids": torch.from_numpy(ids).to(device)}
 
@@ -459,44 +366,30 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
     import torch
     import torch.distributed as dist
 
-    from losses import policy_loss, response_weights
+    from losses import response_weights
 
-    # Each response belongs to one minibatch (an optimizer step), there to one process, there to one micro-
-    # batch.
-    n, sums, gap_max, norms = args.minibatches, {}, torch.zeros(1, device=device), []
+    # A response belongs to one minibatch (an optimizer step), there to one process, there to one micro-batch.
+    n, gap_max, norms = args.minibatches, torch.zeros(1, device=device), []
+    sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64))
     parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
     for part in parts:
         # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
-        lengths = torch.tensor([len(r["ids"]) for r in part])
+        lengths = torch.tensor([len(trained_positions(r)) for r in part])
         weights = response_weights(lengths, args.loss_reduction, args.max_tokens)
         for r, weight in zip(part, weights.tolist(), strict=True):
             r["weight"] = weight
     shares = [share_of(part, rank, processes) for part in parts]
     if n > 1:  # with one optimizer step a batch, the policy that is updated is the one that sampled
-        add_old_logps(model, sum(shares, []), args, device)
-    for mine in shares:
+        add_logps(model, sum(shares, []), args, device)
+    for part, mine in zip(parts, shares, strict=True):
+        if not part:  # fewer informative responses than optimizer steps
+            continue
         optimizer.zero_grad(set_to_none=True)
+        if args.objective == "drpo":
+            for name, value in weigh_drpo(model, part, mine, args, processes, device).items():
+                sums[name] = sums[name] + value / processes
         for micro in micro_batches(mine, args.micro_tokens):
-            t = to_tensors(micro, device)
-            logp, entropy = model_logps(model, t, args)
-            old, ref = t["old_logp"] if n > 1 else logp.detach(), None
-            if reference is not None:
-                with torch.no_grad():
-                    ref, _ = model_logps(reference, t, args)
-            loss, stats = policy_loss(
-                logp, old, t["advantage"], t["weight"], t["row"], ratio=args.ratio, clip_low=args.clip_low,
-                clip_high=args.clip_high, sampler_logp=t["sampler_logp"], tis_cap=args.tis_cap or None,
-                ref_logp=ref, kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
-            )  # fmt: skip
-            # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the
-            # minibatch.
-            loss.backward()
-            gap = (old - t["sampler_logp"]).abs()
-            gap_max = torch.maximum(gap_max, gap.max())
-            stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "logp_gap": gap.sum()}
-            stats |= {"tokens": torch.tensor(len(logp)), "padded": torch.tensor(t["ids"].numel())}
-            stats["real"] = torch.tensor(sum(map(total_length, micro)))
-            sums = {k: sums.get(k, 0.0) + v.double().cpu() for k, v in stats.items()}
+            gap_max = torch.maximum(gap_max, backward(model, reference, micro, args, device, sums))
         if processes > 1:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -509,23 +402,92 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
         dist.all_reduce(gap_max, dist.ReduceOp.MAX)
         sums = dict(zip(sums, total.cpu(), strict=True))
     sums = {k: v.item() for k, v in sums.items()}
-    per_token = [k for k in ("entropy", "clip_fraction", "kl", "logp_gap") if k in sums]
-    means = {"loss": sums["loss"] / n, "logp_gap_max": gap_max.item(), "grad_norm": float(np.mean(norms))}
-    means |= {k: sums[k] / sums["tokens"] for k in per_token}
-    return means | {"padding": 1 - sums["real"] / sums["padded"]}
+    means = {
+        "loss": sums["loss"] / n,
+        "logp_gap_max": gap_max.item(),
+        "grad_norm": float(np.mean(norms or [0])),
+    }
+    per_token = ["entropy", "clip_fraction", *(["kl"] if reference is not None else []), "logp_gap"]
+    means |= {k: sums[k] / max(sums["tokens"], 1) for k in per_token}
+    if args.objective == "drpo":
+        means["drpo_kl"] = sums["drpo_kl"] / n
+    return means | {"padding": 1 - sums["real"] / max(sums["padded"], 1)}
 
 
-def add_old_logps(model, batch: list[dict], args, device) -> None:
-    """`old_logps` of every response under the policy that is about to be updated."""
+SUMMED = "clip_fraction kl loss entropy logp_gap tokens padded real drpo_kl".split()
+
+
+def backward(model, reference, micro: list[dict], args, device, sums: dict):
+    """Adds a micro-batch's gradient to p.grad and its diagnostics to `sums`; its largest log-prob gap."""
     import torch
 
-    # Not the sampler's log-probs: the ratio compares two policies, and must be 1 where the policy has not
-    # changed.
+    from losses import mixture_logp, policy_loss
+
+    t = to_tensors(micro, device)
+    logp, entropy = model_logps(model, t, args)
+    old, ref = t["old_logp"] if args.minibatches > 1 else logp.detach(), None
+    if any("mix" in r for r in micro):
+        old = mixture_logp(old, t["mix_a"], t["mix_b"])
+    sampled = torch.where(t["sampler_logp"].isnan(), old, t["sampler_logp"])
+    if reference is not None:
+        with torch.no_grad():
+            ref, _ = model_logps(reference, t, args)
+    if args.objective == "drpo":  # linear: its gradient is the objective's, its value says nothing
+        loss, stats = (t["weight"] * logp).sum(), {}
+    else:
+        loss, stats = policy_loss(
+            logp, old, t["advantage"], t["weight"], t["row"], ratio=args.ratio, clip_low=args.clip_low,
+            clip_high=args.clip_high, dual_clip=args.dual_clip or None, sampler_logp=sampled,
+            tis_cap=args.tis_cap or None, ref_logp=ref, kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
+        )  # fmt: skip
+        stats["loss"] = loss.detach()
+    # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the minibatch.
+    loss.backward()
+    gap = (old - sampled).abs()
+    stats |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "tokens": torch.tensor(len(logp))}
+    stats |= {"padded": torch.tensor(t["ids"].numel()), "real": torch.tensor(sum(map(total_length, micro)))}
+    sums |= {k: sums[k] + v.double().cpu() for k, v in stats.items()}
+    return gap.max()
+
+
+def weigh_drpo(model, part: list[dict], mine: list[dict], args, processes: int, device) -> dict:
+    """Sets the token weights of this process's responses to DRPO's gradient; its loss and its KL."""
+    import torch
+    import torch.distributed as dist
+
+    from losses import drpo_weights
+
+    # An answer's pull depends on all answers to its prompt, so a pass without gradient comes first.
+    add_logps(model, mine, args, device, "new_logps")
+    table = torch.zeros(len(part), 3, dtype=torch.float64)  # score, tokens, sum of old - new
+    places = {id(r): i for i, r in enumerate(part)}
+    for r in mine:
+        new = np.array(r["new_logps"])
+        moved = float(np.sum(np.array(r.get("old_logps", new)) - new))
+        table[places[id(r)]] = torch.tensor([new.mean() if len(new) else 0.0, len(new), moved])
+    if processes > 1:
+        table = table.to(device)
+        dist.all_reduce(table)
+    score, length, moved = table.cpu().T
+    kl = moved.sum() / length.sum().clamp(min=1)
+    group, right = (torch.tensor([r[k] for r in part]) for k in ("group", "correct"))
+    loss, weights = drpo_weights(score, length, group, right, kl, **args.objective_args)
+    for r in mine:
+        r["weight"] = weights[places[id(r)]].item()
+    return {"loss": loss, "drpo_kl": kl}
+
+
+def add_logps(model, batch: list[dict], args, device, name: str = "old_logps") -> None:
+    """r[name]: log-probs of the trained tokens of every response under the policy as it is now."""
+    import torch
+
+    # Not the sampler's log-probs: a ratio compares two policies, and is 1 where the policy has not changed.
     with torch.no_grad():
         for micro in micro_batches(batch, args.micro_tokens):
             flat = model_logps(model, to_tensors(micro, device), args)[0].tolist()
             for r in micro:
-                r["old_logps"], flat = flat[: len(r["ids"])], flat[len(r["ids"]) :]
+                n = len(trained_positions(r))
+                r[name], flat = flat[:n], flat[n:]
 
 
 def learning_rate(step: int, args) -> float:
@@ -553,7 +515,7 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     """Mean log-prob gap between sampler and trainer on a probe, in nats; a stale engine stops the run."""
     probe = sampler.generate([prompt_ids], 4, min(32, args.max_tokens), args.temperature, seed=args.seed)[0]
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
-    add_old_logps(model, batch, args, device)
+    add_logps(model, batch, args, device)
     pairs = [p for r in batch for p in zip(r["logps"], r["old_logps"], strict=True)]
     gap = float(np.mean([abs(a - b) for a, b in pairs]))
     # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off, and a small step hides
@@ -631,16 +593,15 @@ def make_log(args, state):
 
 
 def log_step(
-    step: int, rollouts: dict, total, parts: dict, trained: dict, clock: list, args, bar, log
+    step: int, rollouts: dict, total, parts: dict, trained: dict, seconds: dict, args, bar, log
 ) -> None:
     """One line of metrics.jsonl, and one line on the screen (or the bar of a terminal)."""
     m = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
     m |= {f"reward_{name}": part.mean() for name, part in parts.items()}
     m |= {"accuracy": rollouts["correct"].mean(), **length_metrics(rollouts)}
     m |= {"zero_variance": (np.ptp(total, -1) < 1e-9).mean(), **trained}
-    seconds = dict(zip(("sample", "verify", "train", "sync"), np.diff(clock), strict=True))
     m |= {f"seconds_{name}": value for name, value in seconds.items()}
-    m |= {"tokens_per_second": rollouts["length"].sum() / (clock[-1] - clock[0]), "peak_gib": peak_memory()}
+    m |= {"tokens_per_second": rollouts["length"].sum() / sum(seconds.values()), "peak_gib": peak_memory()}
     with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(evaluate.jsonable(m), allow_nan=False) + "\n")
     error = f"  error {m['abs_error']:6.1%}" if "abs_error" in m else ""
@@ -651,7 +612,7 @@ def log_step(
         return
     log(
         f"step {step + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
-        f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {clock[-1] - clock[0]:.1f} s"
+        f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {sum(seconds.values()):.1f} s"
     )
 
 
@@ -667,88 +628,6 @@ def peak_memory() -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: a Hugging Face folder plus trainer_state.pt; there completely or not at all.
-
-
-def save_checkpoint(folder: str, step: int, model, tokenizer, optimizer, memory: dict, keep: int) -> None:
-    """Write OUT/checkpoint-STEP under a temporary name, flush it to disk, rename it; delete older ones."""
-    import torch
-
-    out, temporary = os.path.dirname(folder), folder.replace("checkpoint-", ".writing-")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    # Samples and prompts are drawn from (seed, step) alone; the generator is kept for models with dropout.
-    state = {
-        "step": step,
-        "optimizer": optimizer.state_dict(),
-        "memory": memory,
-        "torch_rng": torch.get_rng_state(),
-    }
-    torch.save(state, os.path.join(temporary, "trainer_state.pt"))
-    # A rename that survives a power cut while the data does not would leave a whole-looking, empty
-    # checkpoint.
-    for name in [*os.listdir(temporary), ""]:  # every file, then the folder itself
-        handle = os.open(os.path.join(temporary, name), os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(os.path.join(out, f"checkpoint-{old}"))
-
-
-def checkpoints(out: str) -> list[int]:
-    """Steps of the complete checkpoints in `out`, ascending."""
-    names = [n.removeprefix("checkpoint-") for n in os.listdir(out) if n.startswith("checkpoint-")]
-    return sorted(int(n) for n in names if n.isdigit())
-
-
-def load_state(folder: str) -> dict:
-    """trainer_state.pt of a checkpoint; no code in it is ever run. BadInput when it is missing or damaged."""
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(os.path.join(folder, "trainer_state.pt"), weights_only=True)
-        return {key: state[key] for key in ("step", "optimizer", "memory", "torch_rng")}
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise BadInput(
-            f"--resume: {folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:80]}); "
-            f"delete it to go on from the one before, or start again with --overwrite"
-        ) from None
-
-
-def newest_checkpoint(args) -> str | None:
-    """The folder that --resume goes on from; None for a fresh run."""
-    if not args.resume:
-        return None
-    steps = checkpoints(args.out)
-    if not steps:
-        raise BadInput(
-            f"--resume: --out ({args.out}) holds no complete checkpoint: start again with --overwrite"
-        )
-    return os.path.join(args.out, f"checkpoint-{steps[-1]}")
-
-
-def open_run(args, start: int) -> None:
-    """Prepare --out: --overwrite deletes an old run, --resume drops its metrics from step `start` on."""
-    if args.overwrite and os.path.exists(os.path.join(args.out, "args.json")):
-        shutil.rmtree(args.out)
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "args.json"), "w") as f:
-        json.dump(vars(args) | {"resume": False, "overwrite": False}, f, indent=1)
-    # Steps after the checkpoint will be taken again: without this they would stand in the file twice.
-    path = os.path.join(args.out, "metrics.jsonl")
-    if os.path.exists(path):
-        with open(path) as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
-        with open(path, "w") as f:
-            f.writelines(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -760,23 +639,24 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     from sampler import load_model, make_sampler, pick_sampler
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
+    s.seconds, s.clock, s.conciseness = Counter(), time.monotonic(), None
     check_reward(s.rows, args)
     s.folder, s.path = newest_checkpoint(args), args.model
     if args.eval_data:
         s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
     if args.optim == "adamw8bit" and state.device.type != "cuda":
         raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
+    cache = os.path.dirname(os.path.abspath(args.out))
     if s.path is None:
-        cache = os.path.dirname(os.path.abspath(args.out))
-        if state.is_main_process:  # one process makes the toy's base model, the others find it in the cache
-            toy.make_base(cache, log=log)
-        state.wait_for_everyone()
-        s.path = toy.make_base(cache, log=lambda _: None)
+        with state.main_process_first():  # one process makes the toy's models, the others find them there
+            s.path = toy.make_base(cache, args.seed, log=log)
+    if scorer := args.conciseness_model:
+        with state.main_process_first():
+            scorer = toy.make_conciseness(cache, log=log) if scorer == "toy" else scorer
+        s.conciseness = methods.load_conciseness(scorer, state.device)
     s.tokenizer = load_tokenizer(s.path)
     if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
-        raise BadInput(
-            "--count thinking needs a tokenizer in which </think> is one token; this one splits it"
-        )
+        raise BadInput("--count thinking needs a tokenizer in which </think> is one token; this splits it")
     context = AutoConfig.from_pretrained(s.path).max_position_embeddings
     longest = check_prompts(s.rows, s.tokenizer, args, context)
     saved = load_state(s.folder) if s.folder else None
@@ -784,7 +664,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.model = load_model(s.folder or s.path, state.device).train()
     if args.gradient_checkpointing:
         s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.kl_coef:
+    if args.kl_coef or args.reference_samples:
         s.reference = load_model(s.path, state.device).eval().requires_grad_(False)
     # The learning rate is a function of the step: no scheduler state.
     s.optimizer = make_optimizer(s.model, args)
@@ -833,51 +713,46 @@ def train(args: argparse.Namespace) -> None:
     if args.model is None and s.start == 0:
         evaluate_toy(s, args, "eval_base", state, log)
 
+    reference = s.reference if args.kl_coef else None
     for step in range(s.start, args.steps):
-        # ---- Sample: this process's prompts, a group of responses to each ----------------------------------
-        clock = [time.monotonic()]
-        rows = rows_of_step(s.rows, args, step, s.epochs)
-        own = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
-        prompts = [encode_prompt(s.tokenizer, row["prompt"]) for row in own]
-        # One number per (seed, step, process): a resumed run needs no generator's history.
-        seed = int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0])
-        groups = s.sampler.generate(prompts, args.group_size, args.max_tokens, args.temperature, seed=seed)
-        clock.append(time.monotonic())
+        # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ------
+        s.seconds.clear()
+        rows, groups, counts, m = sample_batch(s, args, state, step)
 
-        # ---- Verify and reward: every process gets the whole batch, so advantages cannot differ ------------
-        counts = score(groups, own, prompts, s.tokenizer, args)
-        if processes > 1:
-            groups, counts = evaluate.gather(groups), evaluate.sum_counts(evaluate.gather([counts]))
-        rollouts = to_rollouts(groups, rows, args, step)
-        total, parts, advantages = rewards_and_advantages(rollouts, args)
-        for group, line in zip(groups, advantages, strict=True):
+        # ---- Reward ----------------------------------------------------------------------------------------
+        rollouts = to_rollouts(groups, rows, args, step, s.memory)
+        total, parts, advantages = rewards_and_advantages(rollouts, args, s.memory)
+        # Every token of a response shares its advantage: GRPO knows no credit within a response.
+        for i, (group, line) in enumerate(zip(groups, advantages, strict=True)):
             for r, advantage in zip(group, line, strict=True):
-                r["advantage"] = float(advantage)
+                r |= {"advantage": float(advantage), "group": i}
+        batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
         if step == 0:
             show_samples(groups, rows, total, log)
-        clock.append(time.monotonic())
+        methods.learn(*s.seen, args, s.memory)  # after the rewards, which belong to the old memory
+        lap(s, "verify")
 
         # ---- Update ----------------------------------------------------------------------------------------
-        # Every token of a response shares its advantage: GRPO knows no credit within a response.
         lr = learning_rate(step, args)
         for param_group in s.optimizer.param_groups:
             param_group["lr"] = lr
-        trained = update(s.model, s.reference, s.optimizer, sum(groups, []), args, rank, processes, device)
+        m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
         # Stop, do not skip: after the first nan in the weights every later step is lost anyway.
-        if not (math.isfinite(trained["loss"]) and math.isfinite(trained["grad_norm"])):
-            raise SystemExit(f"train_grpo.py: error: step {step}: loss or gradient is not finite: {trained}")
-        clock.append(time.monotonic())
+        if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
+            raise SystemExit(f"train_grpo.py: error: step {step}: loss or gradient is not finite: {m}")
+        lap(s, "train")
 
         # ---- Push the new weights into the sampler ---------------------------------------------------------
         # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
         s.sampler.sync(s.model)
         if args.check_sync and (step == 0 or (step + 1) % args.check_sync == 0):
             check_sync(s.sampler, s.model, probe, args, device)
-        clock.append(time.monotonic())
+        lap(s, "sync")
 
         # ---- Log, save, evaluate ---------------------------------------------------------------------------
+        m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
         if state.is_main_process:
-            log_step(step, rollouts, total, parts, trained | {"lr": lr} | counts, clock, args, bar, log)
+            log_step(step, rollouts, total, parts, m, s.seconds, args, bar, log)
         done = step + 1
         if done == args.steps or (args.save_every and done % args.save_every == 0):
             s.folder = os.path.join(args.out, f"checkpoint-{done}")
@@ -891,7 +766,7 @@ def train(args: argparse.Namespace) -> None:
     log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}")
     if args.model is None:
         evaluate_toy(s, args, "eval", state, log)
-        if state.is_main_process:
+        if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
             log(toy.summary(args.out))
     if bar:
         bar.close()
@@ -925,12 +800,14 @@ def evaluate_held_out(s, args, name: str, state, log) -> None:
 
 def evaluate_toy(s, args, name: str, state, log) -> None:
     """The toy's table: trained and untrained budgets, the trained task and the one that RL never sees."""
-    trained = sorted({row["budget"] for row in s.rows})
+    trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
     problems, n = toy.problems("toy", "test", toy.TESTED), 2
-    budgets = trained if len(trained) <= 8 else toy.ASKED_BEFORE
+    budgets = trained if 0 < len(trained) <= 8 else toy.ASKED_BEFORE
     if name == "eval":
         problems, n = problems + toy.problems("toy_ood", "test", toy.TESTED), 4
         budgets = sorted({*budgets, *toy.ASKED})
+    if not trained and args.budget_schedule == "none":
+        budgets = [None]  # a method that asks for no length is asked for none
     mode, cap = "exact" if args.mode == "both" else args.mode, 2 * max(toy.ASKED)
     # One cap for all, so that a budget which is not obeyed shows the length it gets and not the cap.
     run_evaluation(s, args, problems, budgets, mode, args.wording, n, name, state, log, max_tokens=cap)

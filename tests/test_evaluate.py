@@ -1,39 +1,37 @@
-"""evaluate.py: metrics on numbers worked out by hand, then saved samples and real sampling."""
+"""evaluate.py: saved samples, real sampling, resuming, and what it refuses."""
 
+import contextlib
 import gzip
+import http.server
+import importlib.util
 import json
-import math
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+import data
+import engines
 import evaluate
+import metrics
 import toy
 from data import BadInput
 from sampler import load_sampler
 
 ROOT = Path(__file__).parent.parent
+PICTURES = ("violins", "accuracy", "error", "over", "patterns")
 DATA = Path(__file__).parent / "data"
 SAMPLES = DATA / "samples_small.jsonl"
-GOLDEN = DATA / "golden.json"
-COMPARISONS = {
-    "ruler_pm_fm",
-    "yapscore",
-    "yapindex",
-    "length_controlled_winrate",
-}  # need fields no sample has
-
-
-def golden_metrics() -> list[dict]:
-    cases = json.loads(GOLDEN.read_text())["cases"]
-    return [c for c in cases if c["kind"] == "metric" and c["name"] not in COMPARISONS]
 
 
 def same(got, expected, tol=1e-6) -> None:
@@ -59,30 +57,15 @@ def write(path: Path, rows: list) -> str:
 
 
 def sample(**fields) -> dict:
-    row = {
-        "id": "a",
-        "sample": 0,
-        "source": "s",
-        "problem": "1+1",
-        "answer": "2",
-        "kind": "math",
-        "prompt": "1+1",
-    }
-    row |= {
-        "budget": 10,
-        "mode": "exact",
-        "response": "2",
-        "length": 9,
-        "finish_reason": "stop",
-        "correct": True,
-    }
-    return row | fields
+    row = {"id": "a", "sample": 0, "source": "s", "problem": "1+1", "answer": "2", "kind": "math"}
+    row |= {"prompt": "1+1", "budget": 10, "mode": "exact", "response": "2", "length": 9}
+    return row | {"finish_reason": "stop", "correct": True} | fields
 
 
-def table_of(rows: list[dict], count: str = "response") -> dict:
+def table_of(rows, count: str = "response") -> dict:
     table = {}
     for row in rows:
-        evaluate.add(table, row, count)
+        metrics.add(table, row, count)
     return table
 
 
@@ -98,159 +81,7 @@ def read(out) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def test_length_error_shows_what_the_signed_mean_hides():
-    error = evaluate.length_error([1100, 900, 1300], 1000)
-    same(error, {"signed": 0.1, "mean_abs": 0.5 / 3, "rmse": math.sqrt(0.11 / 3)})
-    same(evaluate.length_error([5, 15], 10), {"signed": 0.0, "mean_abs": 0.5, "rmse": 0.5})
-    # With one budget per sample every error is relative to its own.
-    same(evaluate.length_error([5, 30], [10, 20]), {"signed": 0.0, "mean_abs": 0.5, "rmse": 0.5})
-
-
-def test_shares_at_their_borders():
-    same(evaluate.over_budget([1000, 1001, 1500, 1501], 1000), {"hard": 0.75, "soft500": 0.25})
-    same(evaluate.within10([900, 1100, 899, 1101], 1000), {"share": 0.5})
-    same(evaluate.within10([9, 11, 8], 10), {"share": 2 / 3})
-
-
-def test_log_linear_fit():
-    # Accuracy 0.1 at e and 0.3 at e^2: slope 0.2 a factor e, intercept -0.1, a perfect line.
-    fit = evaluate.log_linear_fit([math.e, math.e**2], [0.1, 0.3])
-    same(fit, {"slope_ln": 0.2, "slope_log10": 0.2 * math.log(10), "intercept": -0.1, "r2": 1.0})
-    assert all(math.isnan(v) for v in evaluate.log_linear_fit([100, 100], [0.1, 0.2]).values())
-    assert all(math.isnan(v) for v in evaluate.log_linear_fit([], []).values())
-    flat = evaluate.log_linear_fit([10, 100], [0.5, 0.5])
-    assert flat["slope_ln"] == 0 and math.isnan(flat["r2"])
-
-
-def test_pass_at_k():
-    # 4 samples, 1 right, 2 drawn: 1 - C(3,2)/C(4,2) = 1/2; 3 right: certain.
-    same(evaluate.pass_at_k([4, 4, 4], [0, 1, 3], 2), {"per_problem": [0.0, 0.5, 1.0], "mean": 0.5})
-
-
-def test_quantiles_errors_and_correlation():
-    same(evaluate.trimmed_quantiles(list(range(101))), [5.0, 25.0, 50.0, 75.0, 95.0])
-    same(evaluate.standard_error([1.0, 0.5, 0.0]), 0.5 / math.sqrt(3))
-    same(evaluate.correlation([1, 2, 3], [2, 4, 6]), 1.0)
-    same(evaluate.correlation([1, 2, 3], [1, 2, 1]), 0.0)
-    assert math.isnan(evaluate.standard_error([1.0]))
-    assert math.isnan(evaluate.correlation([5, 5], [1, 2])) and math.isnan(evaluate.correlation([], []))
-
-
-@pytest.mark.parametrize("case", golden_metrics(), ids=lambda c: f"{c['name']} {c['note']}")
-def test_golden(case):
-    got = evaluate.METRICS[case["name"]](**case["batch"], **case["params"])
-    same(evaluate.jsonable(got), case["expected"], case["tol"])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(1, 4000))
-def test_errors_are_ordered(lengths, budget):
-    error, over = evaluate.length_error(lengths, budget), evaluate.over_budget(lengths, budget)
-    assert abs(error["signed"]) <= error["mean_abs"] + 1e-12 <= error["rmse"] + 1e-9
-    assert 0 <= over["soft500"] <= over["hard"] <= 1
-    share = evaluate.within10(lengths, budget)["share"]
-    assert share <= 1 and (share < 1 or error["mean_abs"] <= 0.1 + 1e-12)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Samples -> results
-
-
-def test_summary_of_the_small_file():
-    table = table_of(evaluate.read_samples(str(SAMPLES)))
-    summary = evaluate.summarise(table, [16])["toy"]
-    cells = summary["budgets"]
-    assert list(cells) == ["16", "32", "none"]
-    # Lengths 16 16 14 18 20 12; verdicts 11 10 00; the fifth response was cut off.
-    expected = {
-        "n": 6,
-        "problems": 3,
-        "accuracy": 0.5,
-        "accuracy_stderr": 0.5 / math.sqrt(3),
-        "truncated": 1 / 6,
-    }
-    expected |= {"pass_at_k": {"1": 0.5, "2": 2 / 3}, "mean_length": 16.0, "median_length": 16.0}
-    expected |= {"length_std": math.sqrt(40 / 6), "signed_error": 0.0, "abs_error": 0.125}
-    expected |= {
-        "rmse": math.sqrt(40 / 6) / 16,
-        "within_10": 1 / 3,
-        "over_budget": 1 / 3,
-        "over_budget_500": 0.0,
-    }
-    expected["length_quantiles"] = {"0.05": 12.5, "0.25": 14.5, "0.5": 16.0, "0.75": 17.5, "0.95": 19.5}
-    same(cells["16"], expected)
-    assert cells["32"]["accuracy"] == 1 and cells["32"]["abs_error"] == 0.25 == cells["32"]["signed_error"]
-    assert cells["none"]["mean_length"] == 26 and cells["none"]["abs_error"] is None
-    assert cells["none"]["over_budget"] is None and cells["none"]["within_10"] is None
-    # Budgets weigh the same in the means; the run without a budget is no part of them.
-    same(summary["mean"]["abs_error"], (0.125 + 0.25) / 2)
-    same(summary["mean"]["accuracy"], 0.75)
-    same(summary["mean_trained"]["abs_error"], 0.125)
-    # Requested +-8 around 24; produced +-12 around 28, and within the first budget a variance of 40/6 more.
-    same(summary["correlation"], 96 / math.sqrt(64 * (144 + 10 / 3)))
-    same(summary["accuracy_by_log_length"]["slope_ln"], 0.5 / math.log(40 / 16))
-
-
-def test_thinking_tokens_can_count_instead():
-    rows = list(evaluate.read_samples(str(SAMPLES)))
-    summary = evaluate.summarise(table_of(rows, "thinking"))["toy"]
-    # Two tokens less each, but for the response that was cut off while thinking.
-    same(summary["budgets"]["16"]["mean_length"], 16 - 2 * 5 / 6)
-    same(summary["budgets"]["32"]["mean_length"], 38.0)
-
-
-def test_what_is_not_known_is_null():
-    rows = [sample(budget=None, mode=None, length=None, finish_reason=None, correct=c) for c in (True, False)]
-    cell = evaluate.summarise(table_of(rows))["s"]["budgets"]["none"]
-    assert cell["accuracy"] == 0.5 and cell["n"] == 2 and cell["problems"] == 1
-    assert cell["accuracy_stderr"] is None  # one problem
-    assert cell["mean_length"] is cell["length_quantiles"] is cell["truncated"] is cell["abs_error"] is None
-    # A sample of unknown length leaves the figures of the others alone.
-    rows = [sample(length=12), sample(length=None, finish_reason=None)]
-    cell = evaluate.summarise(table_of(rows))["s"]["budgets"]["10"]
-    same([cell["mean_length"], cell["abs_error"], cell["truncated"]], [12.0, 0.2, 0.0])
-
-
-rows_strategy = st.lists(
-    st.builds(
-        sample,
-        id=st.integers(0, 3),
-        source=st.sampled_from(["a", "b"]),
-        budget=st.sampled_from([None, 5, 100]),
-        length=st.none() | st.integers(0, 300),
-        finish_reason=st.sampled_from([None, "stop", "length"]),
-        correct=st.booleans(),
-    ),
-    min_size=1,
-    max_size=30,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(rows_strategy)
-def test_any_samples_give_valid_json_and_the_plain_averages(rows):
-    results = evaluate.summarise(table_of(rows), [5])
-    json.dumps(results, allow_nan=False)
-    for name in {r["source"] for r in rows}:
-        for budget in {r["budget"] for r in rows if r["source"] == name}:
-            own = [r for r in rows if (r["source"], r["budget"]) == (name, budget)]
-            cell = results[name]["budgets"]["none" if budget is None else str(budget)]
-            same(cell["accuracy"], float(np.mean([r["correct"] for r in own])))
-            same(cell["pass_at_k"]["1"], float(np.mean([v for v in per_problem(own).values()])))
-            lengths = [r["length"] for r in own if r["length"] is not None]
-            assert (cell["mean_length"] is None) == (not lengths)
-            if lengths and budget:
-                same(cell["abs_error"], float(np.mean([abs(n - budget) / budget for n in lengths])))
-
-
-def per_problem(rows: list[dict]) -> dict:
-    groups: dict = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row["correct"])
-    return {key: np.mean(values) for key, values in groups.items()}
+# The command on saved samples
 
 
 def test_reading_keeps_no_text(tmp_path):
@@ -261,10 +92,6 @@ def test_reading_keeps_no_text(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(table["s"]["cells"][10]["length"]) == 2000 and peak < 3e6
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The command on saved samples
 
 
 def test_command_rebuilds_from_samples(tmp_path):
@@ -283,14 +110,14 @@ def test_command_rebuilds_from_samples(tmp_path):
     assert done.returncode == 0, done.stderr
     results = read(out)
     assert results["trained_budgets"] == [16, 32] and results["samples"] == str(SAMPLES)
-    assert results["pictures"] == ["violins.png", "accuracy.png", "error.png"]
+    assert results["pictures"] == [f"{name}.png" for name in PICTURES]
     for name in results["pictures"]:
         image = (out / name).read_bytes()
         assert image.startswith(b"\x89PNG") and len(image) > 10_000
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["16", "6", "50.0%", "28.9%", "16.0", "0.0%", "12.5%", "33.3%", "33.3%", "16.7%"] in lines
     assert str(out / "violins.png") in done.stdout
-    assert sorted(os.listdir(out)) == ["accuracy.png", "error.png", "results.json", "violins.png"]
+    assert set(os.listdir(out)) == {*results["pictures"], "results.json", "report.html", "problems.jsonl"}
 
 
 def test_gzip_and_unknown_lengths_and_several_sets(tmp_path):
@@ -300,7 +127,7 @@ def test_gzip_and_unknown_lengths_and_several_sets(tmp_path):
     assert run("--samples", path, "--out", tmp_path / "out") == 0
     results = read(tmp_path / "out")
     assert set(results["datasets"]) == {"one", "two/x", "old"}
-    assert {f"{kind}_two_x.png" for kind in ("violins", "accuracy", "error")} <= set(results["pictures"])
+    assert {f"{kind}_two_x.png" for kind in PICTURES} <= set(results["pictures"])
     assert not any("old" in name for name in results["pictures"])  # no lengths, nothing to draw
     # An evaluation that replaces it leaves none of its pictures behind.
     assert run("--samples", SAMPLES, "--out", tmp_path / "out", "--overwrite") == 0
@@ -313,7 +140,7 @@ def test_many_budgets_are_shown_in_groups(tmp_path, capsys):
     assert len(read(tmp_path / "out")["datasets"]["s"]["budgets"]) == 60
     shown = [line for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
     assert len(shown) == 10
-    pooled = evaluate.pool(table_of(rows)["s"]["cells"])
+    pooled = metrics.pool(table_of(rows)["s"]["cells"])
     assert sum(len(cell["length"]) for cell in pooled.values()) == 60
 
 
@@ -362,8 +189,15 @@ def test_bad_samples_are_refused_in_one_line(tmp_path, capsys):
 
 
 BAD_FLAGS = {
-    "not both or neither": [],
-    "not both": ["--samples", SAMPLES, "--model", "m"],
+    "not none": [],
+    "not --model and --samples": ["--samples", SAMPLES, "--model", "m"],
+    "leave out --n": ["--samples", SAMPLES, "--n", "3"],
+    "leave out --protocol": ["--compare", "a", "b", "--protocol", "l1"],
+    "go together": ["--base-url", "http://localhost:1/v1", "--data", "toy", "--budgets", "8"],
+    "--sampler is for --model": ["--base-url", "u", "--api-model", "m", "--sampler", "hf", "--data", "toy"],
+    "choose one": ["--model", "m", "--data", "toy", "--budgets", "8", "--resume", "--overwrite"],
+    "--concurrency (0)": ["--model", "m", "--data", "toy", "--budgets", "8", "--concurrency", "0"],
+    "no such folder": ["--compare", "nowhere", "nowhere2"],
     "leave out --data": ["--samples", SAMPLES, "--data", "toy"],
     "leave out --limit": ["--samples", SAMPLES, "--limit", "3"],
     "--regrade needs --samples": ["--model", "m", "--data", "toy", "--budgets", "8", "--regrade"],
@@ -450,16 +284,19 @@ def test_sampling_in_process(model_folder, tmp_path):
     lines, what = [], (sampler, problems, [None, 8, 12], "exact", 2)
     options = {"wording": "tulu", "temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
     options |= {"trained_budgets": [8], "model": model_folder}
+    drawn, generate = [], sampler.generate
+    sampler.generate = lambda *args: drawn.append(generate(*args)) or drawn[-1]
     results = evaluate.evaluate(*what, str(tmp_path / "a"), **options)
+    sampler.generate = generate
     assert results == read(tmp_path / "a") and set(results["datasets"]) == {"toy", "toy_ood"}
     assert results["versions"]["torch"] and results["sampler"] == "hf" and results["verify"]["checked"] == 30
     assert any("30/30 samples" in line for line in lines)
     rows = [json.loads(line) for line in open(tmp_path / "a" / "samples.jsonl")]
     assert len(rows) == (3 + 2) * 3 * 2
-    for row in rows:
-        ids = sampler.tokenizer.encode(row["response"], add_special_tokens=False)
+    completions = [c for call in drawn for group in call for c in group]
+    for row, completion in zip(rows, completions, strict=True):
         # The end token counts, is part of no text, and is absent where the response was cut off.
-        assert row["length"] == len(ids) + (row["finish_reason"] == "stop") <= 24
+        assert row["length"] == len(completion["ids"]) <= 24
         assert "<eos>" not in row["response"] and (row["mode"] == "exact") == (row["budget"] is not None)
         assert ("thinking_length" in row) == ("</think>" in row["response"])
         assert not (row["correct"] and row["finish_reason"] == "length")
@@ -492,6 +329,107 @@ def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypat
     # What the folder held of an earlier evaluation does not pass for the figures of this one.
     assert seen == [4, 8] and not (tmp_path / "results.json").exists()
     assert run("--samples", path, "--out", tmp_path / "rest") == 0
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path, monkeypatch):
+    """Killed in its third batch, with half a line on disk: resumed it equals the one that was not stopped."""
+    monkeypatch.setattr(evaluate, "BATCH", 4)
+    sampler, problems = load_sampler(model_folder, "hf"), toy.problems("toy", "test", 5)
+    what, options = (sampler, problems, [8, 12], "exact", 2), {"wording": "tulu", "max_tokens": 16}
+    whole = evaluate.evaluate(*what, str(tmp_path / "whole"), log=lambda line: None, **options)
+
+    def stop(line):
+        if " 12/20 " in line:
+            raise Stopped
+
+    out, calls, generate = tmp_path / "cut", [], sampler.generate
+    with pytest.raises(Stopped):
+        evaluate.evaluate(*what, str(out), log=stop, **options)
+    with open(out / "samples.jsonl", "a") as f:
+        f.write('{"id": "toy-test-4", "samp')
+    assert not (out / "results.json").exists()
+    # Other settings would mix two kinds of samples in one figure.
+    for key, other in (("temperature", 0.9), ("seed", 1), ("require_think", True)):
+        with pytest.raises(BadInput, match=f"{key} was"):
+            evaluate.evaluate(*what, str(out), resume=True, **options | {key: other})
+    with pytest.raises(BadInput, match="data was"):
+        evaluate.evaluate(sampler, problems[:4], *what[2:], str(out), resume=True, **options)
+    sampler.generate = lambda *args: calls.append(1) or generate(*args)
+    resumed = evaluate.evaluate(*what, str(out), resume=True, log=lambda line: None, **options)
+    assert len(calls) == 2  # of the five batches the last two were missing
+    for name in ("samples.jsonl", "results.json", "problems.jsonl", "report.html"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert resumed == whole and whole["verify"]["checked"] == 20 and not (out / "unfinished.json").exists()
+    # A finished one is left as it is.
+    assert evaluate.evaluate(*what, str(out), resume=True, **options) == whole and len(calls) == 2
+
+
+def test_what_makes_a_run_again(model_folder, tmp_path):
+    sampler, problems = load_sampler(model_folder, "hf"), toy.problems("toy", "test", 2)
+    weights = engines.hash_weights(model_folder)
+    about = {
+        "model": model_folder,
+        "weights": weights,
+        "wording": "tulu",
+        "max_tokens": 9,
+        "log": lambda line: None,
+    }
+    results = evaluate.evaluate(sampler, problems, [8], "exact", 1, str(tmp_path), **about)
+    assert results["weights"] == weights and len(weights) == 64
+    assert results["template"] == sampler.tokenizer.chat_template and results["versions"]["math-verify"]
+    expected = {"temperature": 0.6, "top_p": 0.95, "seed": 0, "n": 1, "max_tokens": 9, "asked": [8]}
+    assert {key: results[key] for key in expected} == expected
+    assert {"checked", "timeouts", "parse_failures"} <= set(results["verify"])
+    assert results["data"] == evaluate.hash_data(problems) and results["data"]["toy"]["problems"] == 2
+    # One other letter, one other hash: of the problems, and of the weights.
+    assert evaluate.hash_data([problems[0], problems[1] | {"answer": "x"}]) != results["data"]
+    copy = shutil.copytree(model_folder, tmp_path / "copy")
+    assert engines.hash_weights(str(copy)) == weights
+    with open(copy / "model.safetensors", "r+b") as f:
+        f.seek(-1, 2)
+        last = f.read(1)
+        f.seek(-1, 2)
+        f.write(bytes([last[0] ^ 1]))
+    assert engines.hash_weights(str(copy)) != weights
+
+
+def test_protocols_fill_in_what_was_not_given(tmp_path):
+    def args(*words):
+        parsed = evaluate.parse_args(["--model", "m", "--out", str(tmp_path / "new"), *words])
+        evaluate.check_args(parsed)
+        return parsed
+
+    l1 = args("--protocol", "l1")
+    assert (l1.n, l1.temperature, l1.top_p, l1.require_think, l1.wording) == (16, 0.6, 0.95, True, "l1")
+    assert l1.budgets == [512, 1024, 2048, 3600] and l1.data == "aime2025,math500,amc,olympiadbench"
+    own = args("--protocol", "l1", "--n", "2", "--data", "toy", "--mode", "max", "--no-require-think")
+    assert (own.n, own.data, own.mode, own.require_think) == (2, "toy", "max", False)
+    ai2 = args("--protocol", "ai2")
+    assert ai2.budgets[0] == 100 and ai2.budgets[-1] == 10240 and ai2.wording == "tulu" and ai2.n == 1
+    plain = args("--data", "toy", "--budgets", "8")
+    assert (plain.n, plain.mode, plain.temperature, plain.require_think) == (1, "exact", 0.6, False)
+    # Every set that a protocol names is one that data.py knows.
+    assert {s for p in evaluate.PROTOCOLS.values() for s in p["data"].split(",")} <= set(data.PRESETS)
+
+
+def test_l1s_draw_of_mmlu():
+    # The first five of its thousand rows, as L1's file of them has them; the full set is not it.
+    drawn = data.draw_1000(iter(range(14042)))
+    assert drawn[:5] == [12744, 13382, 11239, 6561, 12247] and len(set(drawn)) == 1000
+    assert data.PRESETS["mmlu_1000"] == data.PRESETS["mmlu"]
+    by_id = {value[0]: key for key, value in data.PRESETS.items()}
+    assert by_id["cais/mmlu"] == "mmlu"  # the hub id means the whole set
+
+
+def test_instruction_of_aime2025_stands_apart():
+    problem = {"id": "1", "problem": "1+1?", "answer": "2", "kind": "math", "source": "aime2025"}
+    requests = evaluate.plan([problem, problem | {"source": "amc"}], [512], "exact", "l1", None, None)
+    one, two = (request["prompt"] for request in requests)
+    assert one.startswith("1+1?\n\nLet's") and two.startswith("1+1? Let's") and one[6:] == two[5:]
 
 
 def test_command_samples_a_model(model_folder, tmp_path, capsys):
@@ -543,3 +481,177 @@ def test_command_samples_a_model(model_folder, tmp_path, capsys):
     os.remove(os.path.join(model_folder, "tokenizer.json"))
     assert run(*rest, "--budgets", "8") == 2 and "tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Servers
+
+
+@contextlib.contextmanager
+def serve(answer, owner="somebody"):
+    """A real HTTP server on loopback; `answer(request as dict, its number)` -> (status, reply)."""
+    seen, lock = [], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            text = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self):
+            self.reply(200, {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": owner}]})
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                seen.append(request)
+                number = len(seen)
+            self.reply(*answer(request, number))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(request, tokens=9, **message):
+    """What such a server sends for one request: the sum of the digits, thought about for `tokens`."""
+    digits = [int(word) for word in request["messages"][0]["content"].splitlines()[0].split()[1:]]
+    message = {"role": "assistant", "content": str(sum(digits) % 10)} | message
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def api(url, out, *more):
+    flags = ["--base-url", url, "--api-model", "m", "--data", "toy", "--limit", "4", "--budgets", "8,16"]
+    return run(*flags, "--n", "2", "--concurrency", "2", "--out", out, *more)
+
+
+def test_a_busy_server_is_asked_again(tmp_path):
+    pytest.importorskip("openai")
+    running, most = [0], [0]
+
+    def answer(request, number):
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        running[0] -= 1
+        if number in (2, 5):
+            return (503, 429)[number == 5], {"error": {"message": "busy"}}
+        return 200, completion(request, reasoning_content="hm, one moment")
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+    assert len(seen) == 4 * 2 * 2 + 2 and most[0] == 2  # two were refused; two at a time
+    assert {r["max_tokens"] for r in seen} == {16, 32} and all(r["temperature"] == 0.6 for r in seen)
+    assert len({r["seed"] for r in seen}) == 16  # a request that was refused comes with its own seed again
+    results = read(tmp_path / "out")
+    assert results["model"] == "m" and results["base_url"] == url and results["versions"]["openai"]
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+    assert all(r["length"] == 9 and r["correct"] and r["finish_reason"] == "stop" for r in rows)
+    assert rows[0]["response"].startswith("hm, one moment</think>")
+
+
+@pytest.mark.parametrize("owner, told", [("vllm", True), ("somebody", False)])
+def test_only_a_vllm_server_is_told_to_leave_the_folders_defaults(tmp_path, owner, told):
+    pytest.importorskip("openai")
+    with serve(lambda request, number: (200, completion(request)), owner) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+    assert {r.get("repetition_penalty") for r in seen} == ({1.0} if told else {None})
+    assert {r.get("skip_special_tokens") for r in seen} == ({False} if told else {None})
+
+
+def test_a_server_that_breaks_off_loses_one_batch(tmp_path, capsys):
+    pytest.importorskip("openai")
+
+    def answer(request, number):
+        return (200, completion(request)) if number <= 10 else (400, {"error": {"message": "no credit left"}})
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert "no credit left" in error and "--resume" in error and error.count("\n") == 1
+        # Eight responses are a batch here, of which the first is whole.
+        assert len(open(tmp_path / "out" / "samples.jsonl").readlines()) == 8
+        asked = len(seen)
+        seen.clear()
+        assert api(url, tmp_path / "out") == 2 and "--resume" in capsys.readouterr().err
+        assert api(url, tmp_path / "out", "--resume") == 0
+        assert 10 < asked <= 16 and len(seen) == 8
+    budgets = read(tmp_path / "out")["datasets"]["toy"]["budgets"]
+    assert [cell["n"] for cell in budgets.values()] == [8, 8] and budgets["8"]["accuracy"] == 1
+
+
+def test_servers_that_know_one_name_of_the_cap_and_count_their_thoughts(tmp_path, capsys):
+    pytest.importorskip("openai")
+
+    def answer(request, number):
+        if "max_tokens" in request:
+            return 400, {"error": {"message": "'max_tokens' is not supported: use 'max_completion_tokens'"}}
+        reply = completion(request)
+        reply["usage"]["completion_tokens_details"] = {"reasoning_tokens": 7}
+        return 200, reply
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+        assert api(url, tmp_path / "b", "--api-model", "other") == 2
+        assert "has m" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    cell = read(tmp_path / "out")["datasets"]["toy"]["budgets"]["8"]
+    same([cell["thinking_length"], cell["solution_length"]], [7.0, 2.0])
+    assert api("http://127.0.0.1:9/v1", tmp_path / "c") == 2
+    assert "is the server up" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+SERVER_NEEDS = ("vllm", "uvicorn", "watchfiles", "model_hosting_container_standards")
+
+
+@pytest.mark.slow  # a minute, most of it vLLM's start
+@pytest.mark.vllm
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, SERVER_NEEDS)), reason="no vLLM server installed")
+def test_a_real_vllm_server(model_folder, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder]
+    command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-num-seqs", "16", "--max-model-len", "512"]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            time.sleep(1)
+        assert api(f"http://127.0.0.1:{port}/v1", tmp_path / "out", "--max-tokens", "24") == 0
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)  # the engine is a child process of the server's
+        server.wait(30)
+    tokenizer, ends = data.load_tokenizer(model_folder), Counter()
+    for row in map(json.loads, open(tmp_path / "out" / "samples.jsonl")):
+        ends[row["finish_reason"]] += 1
+        # The server leaves the end token out of the text and counts it, as the in-process samplers do.
+        most = len(tokenizer.encode(row["response"], add_special_tokens=False)) + (
+            row["finish_reason"] == "stop"
+        )
+        assert most <= row["length"] <= 24 and (row["finish_reason"] == "stop" or row["length"] == 24)
+    assert sum(ends.values()) == 16 and ends["length"] > 0

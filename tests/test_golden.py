@@ -6,13 +6,18 @@ number has |got - expected| <= tol max(1, |expected|) in float64 and null is nan
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import losses
+import metrics
 import rewards
 
 FILES = [Path(__file__).parent / "data" / "golden.json"]
@@ -28,8 +33,8 @@ def run_advantage(name, batch, params):
     return rewards.ADVANTAGES[name](batch["rewards"], batch, **params)
 
 
-def flat(ragged):
-    return None if ragged is None else torch.tensor([v for r in ragged for v in r], dtype=torch.float64)
+def flat(ragged, dtype=torch.float64):
+    return None if ragged is None else torch.tensor([v for r in ragged for v in r], dtype=dtype)
 
 
 def rows_of(ragged):
@@ -41,12 +46,12 @@ def ragged_like(values, ragged):
     return [[next(values) for _ in r] for r in ragged]
 
 
-def run_loss(name, batch, params):
-    logp, row = flat(batch["logp"]).requires_grad_(), rows_of(batch["logp"])
+def run_loss(name, batch, params, dtype=torch.float64):
+    logp, row = flat(batch["logp"], dtype).requires_grad_(), rows_of(batch["logp"])
     if name == "drpo":
         options = {"kl_coef" if k == "kl_beta" else k: v for k, v in params.items()}
         group, correct = torch.tensor(batch["group"]), torch.tensor(batch["correct"])
-        loss = losses.drpo_loss(logp, flat(batch["old_logp"]), row, group, correct, **options)
+        loss = losses.drpo_loss(logp, flat(batch["old_logp"], dtype), row, group, correct, **options)
     else:
         assert name in ("clipped", "gspo", "cispo"), f"loss {name} is not implemented"
         options = {"kl_coef" if k == "kl_beta" else k: v for k, v in params.items()}
@@ -54,12 +59,12 @@ def run_loss(name, batch, params):
         lengths = torch.tensor([len(r) for r in batch["logp"]])
         loss, _ = losses.policy_loss(
             logp,
-            flat(batch["old_logp"]),
-            torch.tensor(batch["advantage"], dtype=torch.float64)[row],
+            flat(batch["old_logp"], dtype),
+            torch.tensor(batch["advantage"], dtype=dtype)[row],
             losses.response_weights(lengths, reduction, constant)[row],
             row,
-            sampler_logp=flat(batch["sampler_logp"]),
-            ref_logp=flat(batch["ref_logp"]),
+            sampler_logp=flat(batch["sampler_logp"], dtype),
+            ref_logp=flat(batch["ref_logp"], dtype),
             **options,
         )
     loss.backward()
@@ -89,7 +94,11 @@ def run_schedule(name, batch, params):
     return {"curriculum_budget": rewards.curriculum_budget}[name](batch["step"], **params)
 
 
-# One runner per kind: (name, batch, params) -> the shape of "expected". Metrics: test_evaluate.py.
+def run_metric(name, batch, params):
+    return metrics.jsonable(metrics.METRICS[name](**batch, **params))
+
+
+# One runner per kind: (name, batch, params) -> the shape of "expected".
 RUNNERS = {
     "reward": run_reward,
     "advantage": run_advantage,
@@ -97,6 +106,7 @@ RUNNERS = {
     "kl": run_kl,
     "weight": run_weight,
     "schedule": run_schedule,
+    "metric": run_metric,
 }
 
 
@@ -104,8 +114,7 @@ def load_cases():
     cases = []
     for path in FILES:
         for number, case in enumerate(json.loads(path.read_text())["cases"]):
-            if case["kind"] != "metric":
-                cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
+            cases.append(pytest.param(case, id=f"{path.stem}-{number}-{case['kind']}-{case['name']}"))
     return cases
 
 
@@ -131,3 +140,59 @@ def test_case(case):
     if isinstance(got, np.ndarray):
         assert got.dtype == np.float64
     compare(got, case["expected"], case["tol"])
+
+
+# The same losses in float32, as training computes them ------------------------------------------------------
+
+LOSSES = [case for case in load_cases() if case.values[0]["kind"] == "loss"]
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss_in_float32(case):
+    got = run_loss(case["name"], case["batch"], case["params"], torch.float32)
+    compare(got, case["expected"], max(1e-5, case["tol"]))
+
+
+ROW = st.lists(st.floats(-4, -0.01), min_size=1, max_size=12)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(ROW, min_size=1, max_size=4), seed=st.integers(0, 1000),
+    name=st.sampled_from(["clipped", "drpo"]), ratio=st.sampled_from(["token", "sequence", "cispo"]),
+    kl=st.sampled_from(["k1", "k2", "k3"]), dual_clip=st.sampled_from([None, 3.0]),
+    reduction=st.sampled_from(["token_mean", "sequence_mean", "constant"]),
+)  # fmt: skip
+def test_float32_agrees_with_float64(rows, seed, name, ratio, kl, reduction, dual_clip):
+    """Any lengths and options: to 1e-5 of the loss, or of 1 where its terms cancel."""
+    rng = np.random.default_rng(seed)
+    near = lambda: [[v + rng.normal(0, 0.3) for v in r] for r in rows]  # noqa: E731
+    batch = {"logp": rows, "old_logp": near(), "sampler_logp": near(), "ref_logp": near()}
+    batch |= {"advantage": rng.normal(size=len(rows)).tolist(), "group": [i // 2 for i in range(len(rows))]}
+    batch |= {"correct": [i % 2 for i in range(len(rows))]}
+    params = {"ratio": ratio, "clip_low": 0.2, "clip_high": 0.28, "dual_clip": dual_clip, "kl_beta": 0.1}
+    params |= {"kl_estimator": kl, "reduction": reduction, "constant": 12, "tis_cap": 2.0}
+    params = {"lam": 0.1, "l_max": 16} if name == "drpo" else params
+    exact, single = (run_loss(name, batch, params, t)["loss"] for t in (torch.float64, torch.float32))
+    assert np.isfinite(exact) and abs(single - exact) <= 1e-5 * max(1, abs(exact))
+
+
+# Another file -----------------------------------------------------------------------------------------------
+
+
+def test_file_of_the_environment(tmp_path):
+    """GOLDEN adds a file: right cases pass; wrong numbers and unknown names of any kind fail."""
+    batch = {"correct": [[1, 0]], "truncated": [[0, 0]], "length": [[1200, 1200]], "budget": [1000]}
+    common = {"note": "", "params": {}, "tol": 1e-6, "batch": batch}
+    right = [{"kind": "reward", "name": "lcpo_exact", "expected": [[0.94, -0.06]]}]
+    wrong = [{"kind": "reward", "name": "lcpo_exact", "expected": [[0.94, -0.05]]}]
+    wrong += [{"kind": "reward", "name": "lcpo_exact", "expected": [[0.94, None]]}]
+    wrong += [{"kind": kind, "name": "no_such_method", "expected": [[0.94, -0.06]]} for kind in RUNNERS]
+    wrong += [{"kind": "no_such_kind", "name": "lcpo_exact", "expected": [[0.94, -0.06]]}]
+    path = tmp_path / "extra.json"
+    path.write_text(json.dumps({"cases": [common | case for case in right + wrong]}))
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "extra", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=os.environ | {"GOLDEN": str(path)}, capture_output=True, text=True)
+    # the unknown loss fails in float32 as well
+    counts = f"{len(wrong) + 1} failed, {len(right)} passed"
+    assert done.stdout.splitlines()[-1].startswith(counts), done.stdout

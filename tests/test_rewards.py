@@ -67,6 +67,7 @@ BY_HAND = [
     ("lcpo_exact", {}, one_prompt([1, 0, 1], [1200, 1200, 1000], budget=1000), [0.94, -0.06, 1]),
     ("lcpo_max", {}, one_prompt([1] * 3 + [0], [500, 1000, 3000, 500], budget=1000), [0.65, 0.5, 0, 0]),
     ("lcpo_max", {"alpha": 1e-3}, one_prompt([1] * 3, [500, 750, 1500], budget=1000), [1, 0.75, 0]),
+    ("lcpo_max", {"additive": True}, one_prompt([1, 0, 0], [500, 500, 3000], budget=1000), [1.65, 0.65, 0]),
     ("tulu_exact", {}, one_prompt([0], [3000], budget=1000), [0.755859]),
     ("tulu_upto", {}, one_prompt([0, 0], [3000, 900], budget=1000), [0.755859, 1]),
     ("peaked_exact", {}, one_prompt([1, 0, 1], [32, 38, 26], budget=32), [2, np.exp(-1), 1 + np.exp(-1)]),
@@ -161,6 +162,34 @@ def test_finite_float64_and_inputs_untouched(name, batch):
             np.testing.assert_allclose(sum(parts.values()), total, atol=1e-12)
 
 
+CORNERS = {
+    "all wrong": {"correct": 0},
+    "all right": {"correct": 1, "truncated": 0, "well_formed": 1},
+    "all truncated": {"truncated": 1},
+    "zero lengths": {"length": 0},
+    "all alike": {"correct": 1, "truncated": 0, "length": 7, "subgroup_budget": 512, "long_mode": 1},
+    "one response": {},
+}
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+@property_of(batch=batches())
+def test_corners_are_finite(corner, batch):
+    """The batches on which a mean, a spread or a minimum has nothing to be taken of."""
+    shape = batch["length"].shape
+    batch = batch | {key: np.full(shape, value) for key, value in CORNERS[corner].items()}
+    if corner == "one response":
+        batch = batch | {key: batch[key][:, :1] for key in PER_ROLLOUT}
+    for name in TOTALS:
+        total = REWARDS[name](batch)
+        assert np.isfinite(total).all(), name
+        for method, result in advantages_of(total, batch):
+            assert np.isfinite(result).all(), (name, method)
+    assert np.isfinite(rewards.drpo_weights(batch)).all()
+    cut = np.isfinite(REWARDS["dot_threshold"](batch))  # null unless the whole group is right
+    assert (cut == (batch["correct"] * (1 - batch["truncated"])).all(1)).all()
+
+
 @pytest.mark.parametrize("name", TOTALS)
 @property_of(batch=batches(), data=st.data())
 def test_order_of_rollouts_does_not_matter(name, batch, data):
@@ -186,16 +215,22 @@ BOUNDS = {
     "palu": (0, 1), "dapo_overlong": (-2, 1), "kimi": (-0.5, 1.5), "shorter_better": (-np.inf, 2),
     "laser": (-1, 1.5), "laser_d": (-1, 1.5), "laser_de": (-1, 1.5), "alp": (-np.inf, 1), "cosine": (-10, 2),
     "adaptthink": (-1, 1.05), "prime_linear": (-0.25, 1), "adaptive_deep": (-1.2, 1.2), "affectgpt": (-1, 1),
-    "tldr": (-np.inf, 1), "gr3": (0, 1),
+    "tldr": (-np.inf, 1), "gr3": (0, 1), "grpo_lead": (0, 1.12), "o1_pruner": (-6, np.inf),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("name", TOTALS)
 @property_of(batch=batches())
 def test_bounds(name, batch):
+    """grpo_lead: exp(0.05 sqrt(G - 1)), since no score of G values lies further from their mean."""
     low, high = BOUNDS[name]
     total = REWARDS[name](batch)
     assert total.min() >= low - 1e-9 and total.max() <= high + 1e-9
+
+
+def test_clipped_pruner_is_bounded_as_in_the_code():
+    batch = one_prompt([1, 0], [1, 9000], ref_length=5000, ref_accuracy=0.5)
+    assert REWARDS["o1_pruner"](batch, clip=[-2, 4]).tolist() == [[4, -2]]
 
 
 @pytest.mark.parametrize("name", ["lcpo_exact", "tulu_exact", "peaked_exact"])
@@ -206,22 +241,65 @@ def test_best_at_the_budget_and_worse_away_from_it(name, lengths, right):
     assert total[0] == total.max() and (np.diff(total) <= 0).all()
 
 
-# Not hbpo: just below l_max its value is a little under the 0 above it.
+def by_length(batch, right):
+    """The batch as responses that differ in nothing but their length, shortest first."""
+    shape = batch["length"].shape
+    same = {"correct": np.full(shape, right), "truncated": np.zeros(shape), "well_formed": np.ones(shape)}
+    same |= {"length": np.sort(batch["length"]), "subgroup_budget": np.full(shape, 512)}
+    same |= {"conciseness": np.ones(shape), "labels": np.zeros(shape), "long_mode": np.zeros(shape)}
+    return batch | same | {"no_think": np.zeros(shape), "repetitive": np.zeros(shape)}
+
+
 FALLING = """
-    lcpo_max tulu_upto gdpo_conditioned curriculum_band truncation truncation_adaptive efficient_reasoning
-    grpo_lambda hapo_cosine hapo_linear palu dapo_overlong kimi shorter_better laser laser_d laser_de alp
-    cosine grpo_lead prime_linear o1_pruner tldr gr3
+    lcpo_max tulu_upto gdpo_conditioned curriculum_band hbpo truncation truncation_adaptive
+    efficient_reasoning grpo_lambda hapo_cosine hapo_linear palu dapo_overlong kimi shorter_better laser
+    laser_d laser_de alp cosine grpo_lead prime_linear o1_pruner tldr gr3 adaptive_deep
 """.split()
 
 
 @pytest.mark.parametrize("name", FALLING)
 @property_of(batch=batches(max_prompts=1, max_group=8))
 def test_longer_right_answers_never_earn_more(name, batch):
-    shape = batch["length"].shape
-    same = {"correct": np.ones(shape), "truncated": np.zeros(shape), "well_formed": np.ones(shape)}
-    same |= {"length": np.sort(batch["length"]), "subgroup_budget": np.full(shape, 512)}
-    same |= {"conciseness": np.ones(shape), "labels": np.zeros(shape)}
-    assert (np.diff(REWARDS[name](batch | same)) <= 1e-9).all()
+    if name == "hbpo":  # just below l_max its value is a little under the 0 above it
+        batch = batch | {"length": np.minimum(batch["length"], 4096)}
+    assert (np.diff(REWARDS[name](by_length(batch, 1))) <= 1e-9).all()
+
+
+# What a wrong answer's length is worth: "Who gets what when wrong" differs between papers more than anything.
+WRONG = {
+    "constant": """correct lcpo_max gdpo_conditioned hbpo truncation truncation_adaptive efficient_reasoning
+        grpo_lambda crf palu laser laser_d adaptthink grpo_lead tldr gr3 affectgpt""".split(),
+    "falling": """tulu_upto curriculum_band hapo_cosine hapo_linear dapo_overlong kimi alp prime_linear
+        o1_pruner adaptive_deep""".split(),
+    "rising": ["laser_de", "cosine"],  # a long wrong answer explored; a short one did not even try
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in WRONG.items() for n in names])
+@property_of(batch=batches(max_prompts=1, max_group=8))
+def test_length_of_a_wrong_answer(kind, name, batch):
+    if name == "cosine":  # at l_max it jumps down to the penalty
+        batch = batch | {"length": np.minimum(batch["length"], 14335)}
+    steps = np.diff(REWARDS[name](by_length(batch, 0)))
+    assert kind == "rising" or (steps <= 1e-9).all()
+    assert kind == "falling" or (steps >= -1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("longwriter_range", 2000), ("curriculum_triangular", 256), ("surrogate_format_length", 1536)],
+)
+@property_of(batch=batches(max_prompts=1, max_group=8), right=st.integers(0, 1))
+def test_rises_to_its_peak_and_falls_beyond_it(name, peak, batch, right):
+    batch = by_length(batch, right) | {"range": [[2000, 2000]], "step": 0}
+    length, steps = batch["length"][0], np.diff(REWARDS[name](batch)[0])
+    assert (steps[length[1:] <= peak] >= -1e-9).all() and (steps[length[:-1] >= peak] <= 1e-9).all()
+
+
+@property_of(batch=batches(max_prompts=1))
+def test_longer_lists_never_earn_more(batch):
+    batch = by_length(batch, 1) | {"labels": np.sort(batch["labels"])}
+    assert (np.diff(REWARDS["affectgpt"](batch)) <= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -293,11 +371,23 @@ def test_advantages_follow_the_order_of_rollouts(batch, data):
     batch["length"] = np.cumsum(batch["length"] + 1, axis=1)  # gfpo breaks ties by index
     shuffled = batch | {k: batch[k][:, order] for k in PER_ROLLOUT}
     values = REWARDS["tulu_exact"](batch).round(3)
-    for name in ("grpo", "dr_grpo", "rloo", "raw", "batch_norm", "hbpo", "gfpo"):
-        result, permuted = (
-            ADVANTAGES[name](v, b) for v, b in ((values, batch), (values[:, order], shuffled))
-        )
+    for name in ADVANTAGES:
+        v = np.stack([values, batch["correct"]]) if name == "gdpo" else values
+        result, permuted = ADVANTAGES[name](v, batch), ADVANTAGES[name](v[..., order], shuffled)
         np.testing.assert_allclose(permuted, result[:, order], atol=1e-6, err_msg=name)
+
+
+@property_of(batch=batches())
+def test_advantages_of_a_group_ignore_other_prompts(batch):
+    """All but the two that standardise over the batch; gdpo too, once its last step is left out."""
+    first = {k: v if k in ("step", "max_length") else v[:1] for k, v in batch.items()}
+    values = REWARDS["tulu_exact"](batch)
+    for name in sorted(set(ADVANTAGES) - {"batch_norm", "gdpo"}):
+        alone, among = ADVANTAGES[name](values[:1], first), ADVANTAGES[name](values, batch)[:1]
+        np.testing.assert_array_equal(alone, among, err_msg=name)
+    both = np.stack([values, batch["correct"]])
+    alone, among = (ADVANTAGES["gdpo"](v, whiten=False) for v in (both[:, :1], both))
+    np.testing.assert_array_equal(alone, among[:1])
 
 
 def test_advantages_by_hand():

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import rollouts
 import sampler as samplers
 import toy
 import train_grpo
@@ -134,10 +135,10 @@ def test_learning_rate_by_hand():
 # Data and samples -------------------------------------------------------------------------------------------
 
 
-def test_rows_of_step_cover_every_epoch_once():
+def test_rows_cover_every_epoch_once():
     rows = [{"id": i} for i in range(10)]
     args = arguments("--prompts-per-step", "4", "--seed", "3")
-    ids = [row["id"] for step in range(5) for row in train_grpo.rows_of_step(rows, args, step, {})]
+    ids = [row["id"] for step in range(5) for row in rollouts.draw_rows(rows, args, 4 * step, 4, {})]
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10)) and ids[:10] != ids[10:]
 
 
@@ -147,12 +148,12 @@ def test_resampled_budgets_differ_between_epochs_only():
     rows = train_grpo.load_rows(args)[:8]
     args.prompts_per_step = 8
     draw = [
-        sorted((r["id"], r["budget"]) for r in train_grpo.rows_of_step(rows, args, step, {}))
+        sorted((r["id"], r["budget"]) for r in rollouts.draw_rows(rows, args, 8 * step, 8, {}))
         for step in (0, 1, 1)
     ]
     assert draw[0] != draw[1] == draw[2]
     assert all(
-        f"Think for {r['budget']} tokens." in r["prompt"] for r in train_grpo.rows_of_step(rows, args, 1, {})
+        f"Think for {r['budget']} tokens." in r["prompt"] for r in rollouts.draw_rows(rows, args, 8, 8, {})
     )
 
 
@@ -340,23 +341,6 @@ def test_every_switch_of_the_update_at_once(tiny, tmp_path):
     assert first["kl"] == pytest.approx(0, abs=1e-3) and second["lr"] < first["lr"]
     # bf16 against the float32 sampler: the gap is there, and it is logged
     assert 1e-5 < second["logp_gap_max"] < 0.5
-
-
-RECIPES = sorted(n for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args"))
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_takes_a_step(tiny, name, tmp_path):
-    """With its own reward, advantage and objective; only the sizes are ours."""
-    flags = ["@" + os.path.join(ROOT, "recipes", name), "--model", tiny, "--sampler", "hf"]
-    flags += ["--data", os.path.join(DATA, "math_train_small.jsonl.gz"), "--budgets", "uniform:8:24"]
-    flags += ["--max-tokens", "32", "--steps", "1", "--prompts-per-step", "4", "--group-size", "2"]
-    flags += ["--dtype", "float32", "--eval-data", os.path.join(DATA, "math500_small.jsonl")]
-    flags += ["--eval-every", "1", "--eval-limit", "2", "--eval-budgets", "8,16"]
-    assert train_grpo.main([*flags, "--out", str(tmp_path / "out")]) == 0
-    line = lines(tmp_path / "out")[0]
-    assert line["reward"] != 0 and np.isfinite(line["loss"]) and line["lr"] > 0
-    assert os.path.exists(tmp_path / "out" / "eval-1" / "results.json")
 
 
 @pytest.mark.slow

@@ -1,0 +1,616 @@
+"""The figures of an evaluation. First pure functions of numbers, one per metric; then samples -> figures.
+
+Lengths and budgets are in tokens unless a name says otherwise, shares run from 0 to 1, nan means "no such
+figure". Confidence intervals are 95% percentile bootstraps over PROBLEMS: the responses to one problem are
+no independent evidence. All that is resampled is a ratio of two sums over problems (right answers / answers,
+tokens / responses ...), so one matrix product gives every figure of every resample.
+"""
+
+import math
+import re
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+import rewards
+
+QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
+DRAWS = 1000  # bootstrap resamples; fewer for more than 20,000 problems
+CROWD = 16  # pictures and tables of more budgets than this show groups of them
+EXCEED = 4000  # tokens: the limit of GDPO's "Exceed"
+# Words that mark reasoning, by group. The L1 paper has these groups and "Alternatively"; its lists stand in a
+# figure's image only, so the rest is a stand-in: compare models with each other, not with its numbers.
+PATTERNS = {
+    "self_correction": "wait,hold on,let me check,verify,actually,mistake,recheck,hmm,not sure,but,however",
+    "exploration": "alternatively,another,maybe,perhaps,what if,try",
+    "context": "given,we have,let,suppose,recall,first",
+    "conclusion": "therefore,thus,so,hence,final answer,conclude,in summary",
+}
+PATTERN = "|".join(f"(?P<{k}>{'|'.join(v.split(','))})" for k, v in PATTERNS.items())
+PATTERN = re.compile(rf"\b(?:{PATTERN})\b")
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Metrics: pure functions of numbers
+
+
+def length_error(length, budget) -> dict:
+    """Mean, mean absolute and root mean square of (length - budget) / budget; one budget or one each."""
+    budget = np.asarray(budget, float)
+    error = (np.asarray(length, float) - budget) / budget
+    # In the signed mean over- and undershoot cancel: published "3% errors" are of this kind.
+    return {"signed": error.mean(), "mean_abs": np.abs(error).mean(), "rmse": np.sqrt((error**2).mean())}
+
+
+def over_budget(length, budget) -> dict:
+    """Shares longer than the budget ("hard") and longer by more than 500 tokens ("soft500"), as in L1."""
+    excess = np.asarray(length) - np.asarray(budget)
+    return {"hard": (excess > 0).mean(), "soft500": (excess > 500).mean()}
+
+
+def exceed(length, limit: int = EXCEED) -> dict:
+    """Share of responses above a fixed number of tokens: "Exceed" of GDPO (arXiv 2601.05242)."""
+    return {"share": (np.asarray(length) > limit).mean()}
+
+
+def within10(length, budget) -> dict:
+    """Share of lengths at most 10% away from the budget; in integers, so that exactly 10% is inside."""
+    return {"share": (10 * np.abs(np.asarray(length) - budget) <= np.asarray(budget)).mean()}
+
+
+def log_linear_fit(tokens, accuracy) -> dict:
+    """Least squares accuracy = intercept + slope * log(tokens), both bases; nan without two token counts."""
+    x, y = np.log(np.asarray(tokens, float)), np.asarray(accuracy, float)
+    if len(x) < 2 or np.ptp(x) == 0:
+        return dict.fromkeys(("slope_ln", "slope_log10", "intercept", "r2"), math.nan)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    intercept = y.mean() - slope * x.mean()
+    total = ((y - y.mean()) ** 2).sum()
+    r2 = 1 - ((y - intercept - slope * x) ** 2).sum() / total if total else math.nan
+    return {"slope_ln": slope, "slope_log10": slope * math.log(10), "intercept": intercept, "r2": r2}
+
+
+def area_under_curve(tokens, accuracy, low: float | None = None, high: float | None = None) -> dict:
+    """Mean height of the accuracy-length curve over the LOGARITHM of the tokens from `low` to `high`.
+
+    Points are joined by straight lines; the ends default to the shortest and the longest point. An area in
+    [0, 1] that does not grow with the range; models are compared over a range that all of them reach.
+    """
+    order = np.argsort(tokens, kind="stable")
+    x, y = np.log(np.asarray(tokens, float)[order]), np.asarray(accuracy, float)[order]
+    ends = math.log(low) if low else x[0], math.log(high) if high else x[-1]
+    if not x[0] - 1e-9 <= ends[0] < ends[1] <= x[-1] + 1e-9:
+        return {"area": math.nan, "low": math.nan, "high": math.nan}
+    inside = x[(x > ends[0]) & (x < ends[1])]
+    at = np.concatenate([ends[:1], inside, ends[1:]])
+    area = np.trapezoid(np.interp(at, x, y), at) / (ends[1] - ends[0])
+    return {"area": area, "low": math.exp(ends[0]), "high": math.exp(ends[1])}
+
+
+@lru_cache(1 << 16)
+def pass_one(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples hold at least one of the c right ones (arXiv 2107.03374)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def pass_at_k(n, c, k) -> dict:
+    """Unbiased pass@k, 1 - C(n-c, k) / C(n, k), of problems with c right among n samples; k <= every n."""
+    each = [pass_one(ni, ci, k) for ni, ci in zip(n, c, strict=True)]
+    return {"per_problem": each, "mean": sum(each) / len(each)}
+
+
+def majority_at_k(answers: list, correct: list, k: int) -> float:
+    """maj@k of one problem: the mean over its blocks of k samples in a row (what is left over is unused).
+
+    The most frequent answer of a block wins, on a tie the one that came first; None abstains; a block
+    without an answer is wrong. `correct` is 0 or 1, the verdict of the winner's first appearance.
+    """
+    won = []
+    for at in range(0, len(answers) - k + 1, k):
+        block = answers[at : at + k]
+        votes = Counter(answer for answer in block if answer is not None)
+        # Counter keeps the order of first appearance and max takes the first of several.
+        won.append(correct[at + block.index(max(votes, key=votes.get))] if votes else 0)
+    return sum(won) / len(won)
+
+
+def trimmed_quantiles(values, probs=QUANTILES) -> list[float]:
+    """Quantiles with linear interpolation; the outer two of the default are where the violins are cut."""
+    return np.quantile(np.asarray(values, float), probs).tolist()
+
+
+def standard_error(means) -> float:
+    """Standard error of the mean over problems (ddof 1); nan for a single problem."""
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+
+
+def correlation(requested, produced) -> float:
+    """Pearson correlation of requested and produced length; nan where one of them does not vary."""
+    x, y = np.asarray(requested, float), np.asarray(produced, float)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def castillo(lengths) -> dict:
+    """Statistics of the lengths of one prompt's responses, as CASTILLO stores them (arXiv 2505.16881).
+
+    Its kind of standard deviation is not stated; here the population's (divided by n).
+    """
+    x = np.asarray(lengths, float)
+    quantiles = dict(
+        zip(("p25", "median", "p75", "p99"), np.quantile(x, [0.25, 0.5, 0.75, 0.99]), strict=True)
+    )
+    return {"mean": x.mean(), "std": x.std(), **quantiles, "shortest": x.min(), "longest": x.max()}
+
+
+def pattern_counts(text: str) -> list[int]:
+    """How often each group of PATTERNS occurs in a text, whole words, in any case."""
+    # Found in lower case: a search that ignores case takes four times as long.
+    found = Counter(match.lastgroup for match in PATTERN.finditer(text.lower()))
+    return [found[group] for group in PATTERNS]
+
+
+def pattern_rates(texts: list[str], tokens) -> dict:
+    """Occurrences per 1,000 tokens of each group of PATTERNS, over all texts together."""
+    total = np.sum([pattern_counts(text) for text in texts], 0)
+    return dict(zip(PATTERNS, 1000 * total / np.sum(tokens), strict=True))
+
+
+# Target words: (precise range, flexible range), each open on the left and closed on the right.
+RULER = {
+    10: ((0, 20), (0, 20)), 30: ((20, 40), (20, 40)), 50: ((40, 60), (40, 60)), 80: ((70, 90), (60, 100)),
+    150: ((130, 170), (100, 200)), 300: ((280, 320), (200, 400)), 500: ((450, 550), (400, 600)),
+    700: ((630, 770), (600, 800)), ">800": ((800, math.inf), (800, math.inf)),
+}  # fmt: skip
+
+
+def ruler_pm_fm(target: list, count: list[int]) -> dict:
+    """Ruler's precise and flexible match (arXiv 2409.18943): `count` words, regex \\w+, for `target`."""
+    hits = [[int(low < n <= high) for low, high in RULER[t]] for t, n in zip(target, count, strict=True)]
+    pm, fm = [h[0] for h in hits], [h[1] for h in hits]
+    return {"pm": pm, "fm": fm, "pm_share": np.mean(pm), "fm_share": np.mean(fm)}
+
+
+def yapscore(chars, baseline) -> list[int]:
+    """Characters beyond the shortest sufficient answer, never below 0 (YapBench, arXiv 2601.00624)."""
+    return np.maximum(0, np.asarray(chars) - np.asarray(baseline)).tolist()
+
+
+def yapindex(scores: dict[str, list]) -> float:
+    """Mean over the categories of the median YapScore of each."""
+    return float(np.mean([np.median(values) for values in scores.values()]))
+
+
+def length_controlled_winrate(len_baseline, len_model, gamma, theta, phi, psi, std) -> dict:
+    """Win rates in percent under AlpacaEval's model, as it is and with its length term left out.
+
+    P(model preferred) = sigmoid(theta + phi tanh((len_baseline - len_model) / std) + psi gamma), lengths in
+    characters, gamma the difficulty of the instruction; the means are over instructions.
+    """
+    gap = np.tanh((np.asarray(len_baseline, float) - np.asarray(len_model, float)) / std)
+    logit = theta + psi * np.asarray(gamma, float)
+    raw, controlled = (1 / (1 + np.exp(-x)) for x in (logit + phi * gap, logit))
+    return {"raw": 100 * raw.mean(), "lc": 100 * controlled.mean()}
+
+
+def fit_length_control(len_baseline, len_model, gamma, preference, ridge: float = 1e-3) -> dict:
+    """theta, phi, psi and std of the model above by Newton's method; `preference` from 0 to 1.
+
+    A light ridge keeps it finite where one side always wins. AlpacaEval chooses an L1 penalty by cross-
+    validation and adds rows that pull towards the baseline: figures are close to its own, not the same.
+    """
+    difference = np.asarray(len_baseline, float) - np.asarray(len_model, float)
+    std, y = float(difference.std()) or 1.0, np.asarray(preference, float)
+    x = np.stack([np.ones_like(y), np.tanh(difference / std), np.asarray(gamma, float)], 1)
+    w = np.zeros(3)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-(x @ w)))
+        hessian = (x * (p * (1 - p))[:, None]).T @ x / len(y) + ridge * np.eye(3)
+        w -= np.linalg.solve(hessian, x.T @ (p - y) / len(y) + ridge * w)
+    return dict(zip(("theta", "phi", "psi"), w.tolist(), strict=True)) | {"std": std}
+
+
+METRICS = (length_error, over_budget, exceed, within10, log_linear_fit, area_under_curve, pass_at_k)
+METRICS += (majority_at_k, trimmed_quantiles, standard_error, correlation, castillo, pattern_rates)
+METRICS += (ruler_pm_fm, yapscore, yapindex, length_controlled_winrate)
+METRICS = {function.__name__: function for function in METRICS}
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Bootstrap over problems
+
+
+def resamples(problems: int, draws: int | None = None, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each problem occurs in each bootstrap draw: float32 blocks [some draws, problems]."""
+    rng = np.random.default_rng(seed)
+    draws = draws or int(np.clip(2e7 / problems, 100, DRAWS))
+    block = max(1, 2**24 // problems)  # 64 MB: a set of a million problems must fit, too
+    for at in range(0, draws, block):
+        rows = min(block, draws - at)
+        drawn = rng.integers(0, problems, (rows, problems), dtype=np.int32)
+        drawn = drawn + np.arange(rows)[:, None] * problems
+        yield np.bincount(drawn.ravel(), minlength=rows * problems).reshape(rows, -1).astype(np.float32)
+
+
+def interval(replicas) -> list[float]:
+    """95% percentile interval; draws in which the figure has no meaning are left out."""
+    known = np.asarray(replicas, float)
+    known = known[np.isfinite(known)]
+    return np.quantile(known, [0.025, 0.975]).tolist() if len(known) else [math.nan, math.nan]
+
+
+def ratio(top, bottom) -> np.ndarray:
+    """top / bottom; nan, without a warning, where nothing was counted."""
+    top, bottom = np.asarray(top, float), np.asarray(bottom, float)
+    return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, math.nan), where=bottom > 0)
+
+
+def bootstrap(columns: dict[str, tuple], seed: int = 0) -> dict[str, np.ndarray]:
+    """{name: (top [P], bottom [P])} over problems -> {name: sum(top) / sum(bottom) in every draw}."""
+    names = list(columns)
+    top, bottom = (np.stack([columns[name][i] for name in names], 1).astype(np.float32) for i in (0, 1))
+    drawn = [ratio(weights @ top, weights @ bottom) for weights in resamples(len(top), seed=seed)]
+    return dict(zip(names, np.concatenate(drawn).T, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Samples -> table. It keeps a few numbers per sample and no text, since a file of generations may be
+# larger than the memory:
+#     {data set: {"ids": {problem id: row}, "modes": set, "cells": {budget or None: columns}, "extras": {}}}
+
+NUMBERS = ("problem", "budget", "correct", "length", "truncated", "tokens", "thinking", "answer", *PATTERNS)
+
+
+def new_cell() -> dict:
+    """Empty columns of the samples at one budget; -1 stands for "not known"."""
+    return {key: array("q" if key == "answer" else "i") for key in NUMBERS}
+
+
+def answer_key(sample: dict) -> int:
+    """A number that equal answers share, for the vote: the last box, else the last line; -1 for none.
+
+    Votes compare text, not mathematics: 1/2 and 0.5 are two answers. A response that was cut off has none.
+    """
+    text = rewards.answer_part(sample["response"])[-4000:]
+    boxes = rewards.boxed_answers(text)
+    text = boxes[0] if boxes else (text.strip().splitlines() or [""])[-1]
+    if sample.get("kind") == "choice":
+        text = (re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", text) or [""])[-1]
+    text = re.sub(r"\\(?:left|right|!|,|;|text|mathrm)(?![a-z])|[\s$]|\.$", "", text).replace("dfrac", "frac")
+    return zlib.crc32(text.encode()) if text and sample["finish_reason"] != "length" else -1
+
+
+def add(table: dict, sample: dict, count: str = "response") -> None:
+    """Append one sample; `count` "thinking" takes the tokens up to `</think>` where they are known."""
+    part = table.setdefault(
+        sample["source"], {"ids": {}, "texts": {}, "modes": set(), "cells": {}, "extras": {}}
+    )
+    budget, length, finish = sample["budget"], sample["length"], sample["finish_reason"]
+    text, thinking = sample.get("response"), sample.get("thinking_length")
+    tokens = thinking if count == "thinking" and thinking is not None else length
+    cell = part["cells"].setdefault(budget, new_cell())
+    part["texts"].setdefault(sample["id"], zlib.crc32(str(sample.get("problem")).encode()))
+    cell["problem"].append(part["ids"].setdefault(sample["id"], len(part["ids"])))
+    cell["correct"].append(bool(sample["correct"]))
+    # The budget stands in every row, too: groups of many budgets are drawn as one (see pool).
+    cell["budget"].append(-1 if budget is None else budget)
+    cell["length"].append(-1 if tokens is None else tokens)
+    cell["truncated"].append(-1 if finish is None else finish == "length")
+    cell["tokens"].append(-1 if length is None else length)
+    cell["thinking"].append(-1 if thinking is None or length is None else thinking)
+    known = isinstance(text, str)
+    cell["answer"].append(answer_key(sample) if known else -1)
+    # A rate is per token: without a length a count of words says nothing.
+    for key, n in zip(PATTERNS, pattern_counts(text) if known and length else [-1] * 4, strict=True):
+        cell[key].append(n)
+    if sample.get("mode"):
+        part["modes"].add(sample["mode"])
+    if known:
+        add_extras(part["extras"], sample)
+
+
+def add_extras(extras: dict, sample: dict) -> None:
+    """Numbers for the metrics that need fields of their own, from the samples that carry them.
+
+    `target_words` (Ruler); `baseline`, a text (YapScore; with `category`: YapIndex); `baseline` and
+    `preference`, from 0 to 1, with or without `difficulty` (length-controlled win rate).
+    """
+    text, target, baseline = sample["response"], sample.get("target_words"), sample.get("baseline")
+    if target in RULER:
+        extras.setdefault("ruler", []).append((target, len(re.findall(r"\w+", text))))
+    if isinstance(baseline, str):
+        category = str(sample.get("category", "all"))
+        extras.setdefault("yap", {}).setdefault(category, []).append((len(text), len(baseline)))
+        if sample.get("preference") is not None:
+            row = len(baseline), len(text), float(sample.get("difficulty") or 0), float(sample["preference"])
+            extras.setdefault("winrate", []).append(row)
+
+
+def summarise_extras(extras: dict) -> dict:
+    """{"ruler", "yap", "winrate"}: those that the samples have the fields for."""
+    out = {}
+    if rows := extras.get("ruler"):
+        found = ruler_pm_fm(*zip(*rows, strict=True))
+        out["ruler"] = {"n": len(rows), "pm": found["pm_share"], "fm": found["fm_share"]}
+    if groups := extras.get("yap"):
+        scores = {key: yapscore(*zip(*rows, strict=True)) for key, rows in groups.items()}
+        out["yap"] = {"median_score": {key: np.median(v) for key, v in scores.items()}}
+        out["yap"]["index"] = yapindex(scores)
+    if rows := extras.get("winrate"):
+        base, model, gamma, preference = zip(*rows, strict=True)
+        fit = fit_length_control(base, model, gamma, preference)
+        rates = length_controlled_winrate(base, model, gamma, **fit)
+        out["winrate"] = {"n": len(rows), "raw": 100 * np.mean(preference), "lc": rates["lc"]} | fit
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Table -> figures
+
+
+def known_lengths(cell: dict) -> np.ndarray:
+    """Lengths (tokens) of the samples whose length is known."""
+    length = np.array(cell["length"])
+    return length[length >= 0]
+
+
+def columns_of(cell: dict, problems: int, limit: int = EXCEED) -> dict[str, tuple]:
+    """{figure: (top [problems], bottom [problems])}: the figure is sum(top) / sum(bottom)."""
+    c = {key: np.array(cell[key]) for key in NUMBERS}
+    length, budget, known = c["length"], c["budget"], c["length"] >= 0
+    asked, error = known & (budget > 0), (length - budget) / np.maximum(budget, 1)
+
+    def sums(values, where):
+        count = np.bincount(c["problem"][where], minlength=problems)
+        return np.bincount(c["problem"], np.where(where, values, 0), problems), count
+
+    out = {"accuracy": sums(c["correct"], known | True), "mean_length": sums(length, known)}
+    out |= {"signed_error": sums(error, asked), "abs_error": sums(np.abs(error), asked)}
+    out |= {"rmse": sums(error**2, asked), "within_10": sums(10 * np.abs(length - budget) <= budget, asked)}
+    out |= {"over_budget": sums(length > budget, asked)}
+    out |= {"over_budget_500": sums(length > budget + 500, asked), "exceed": sums(length > limit, known)}
+    out |= {"truncated": sums(c["truncated"] == 1, c["truncated"] >= 0)}
+    thought = c["thinking"] >= 0
+    out |= {"thinking_length": sums(c["thinking"], thought)}
+    out |= {"solution_length": sums(c["tokens"] - c["thinking"], thought)}
+    for key in PATTERNS:
+        where = c[key] >= 0
+        out[key] = 1000 * sums(c[key], where)[0], sums(c["tokens"], where)[0]
+    return out | vote_columns(c, problems)
+
+
+def vote_columns(c: dict, problems: int) -> dict[str, tuple]:
+    """pass@k and maj@k for k = 1, 2, 4 ... and the fewest samples that any problem has; per problem."""
+    present, row, n = np.unique(c["problem"], return_inverse=True, return_counts=True)
+    right, most = np.bincount(row, c["correct"]).astype(int), int(n.min())
+    order = np.argsort(row, kind="stable")
+    answers = [a if a >= 0 else None for a in c["answer"][order].tolist()]
+    correct, ends = c["correct"][order].tolist(), np.cumsum(n).tolist()
+    out, one = {}, np.bincount(present, minlength=problems)
+
+    def spread(values):
+        return np.bincount(present, values, problems), one
+
+    for k in sorted({2**i for i in range(most.bit_length())} | {most}):
+        out[f"pass@{k}"] = spread(
+            [pass_one(a, b, k) for a, b in zip(n.tolist(), right.tolist(), strict=True)]
+        )
+        if (c["answer"] >= 0).any() and k > 1:
+            pairs = zip([0, *ends], ends, strict=False)
+            out[f"maj@{k}"] = spread([majority_at_k(answers[a:b], correct[a:b], k) for a, b in pairs])
+    return out
+
+
+def by_problem(cell: dict) -> dict[int, np.ndarray]:
+    """The known lengths of one cell, problem by problem."""
+    length, problem = np.array(cell["length"]), np.array(cell["problem"])
+    keep = np.argsort(problem, kind="stable")
+    keep = keep[length[keep] >= 0]
+    if not len(keep):
+        return {}
+    rows, starts = np.unique(problem[keep], return_index=True)
+    return dict(zip(rows.tolist(), np.split(length[keep], starts[1:]), strict=True))
+
+
+def quantile_replicas(cell: dict, problems: int, seed: int) -> dict[str, np.ndarray]:
+    """Median, 5% and 95% quantile of the lengths in 200 draws, to the nearest of 256 quantiles of all."""
+    length = known_lengths(cell)
+    grid = np.unique(np.quantile(length, np.linspace(0, 1, 256)))
+    problem = np.array(cell["problem"])[np.array(cell["length"]) >= 0]
+    flat = problem * len(grid) + np.minimum(np.searchsorted(grid, length), len(grid) - 1)
+    counts = np.bincount(flat, minlength=problems * len(grid)).reshape(problems, -1).astype(np.float32)
+    # Another seed than the other figures': 200 draws of their own, so that these stay cheap.
+    drawn = np.concatenate([w @ counts for w in resamples(problems, 200, seed)]).cumsum(1)
+    shares = ratio(drawn, drawn[:, -1:])
+    names = {"median_length": 0.5, "length_q05": 0.05, "length_q95": 0.95}
+    return {name: grid[np.argmax(shares >= q - 1e-6, 1)] for name, q in names.items()}
+
+
+FIGURES = ("accuracy", "mean_length", "signed_error", "abs_error", "rmse", "within_10", "over_budget")
+FIGURES += ("over_budget_500", "exceed", "truncated", "thinking_length", "solution_length")
+
+
+def summarise_cell(cell: dict, problems: int, limit: int = EXCEED, seed: int | None = None) -> tuple:
+    """(all figures of one cell, their bootstrap draws); nan where a figure has no meaning or is not known."""
+    columns = columns_of(cell, problems, limit)
+    value = {name: float(ratio(top.sum(), bottom.sum())) for name, (top, bottom) in columns.items()}
+    value["rmse"] = math.sqrt(value["rmse"])
+    right, n = columns["accuracy"]
+    length, groups = known_lengths(cell), by_problem(cell)
+    out = {"n": len(cell["correct"]), "problems": int((n > 0).sum())}
+    out |= {name: value[name] for name in FIGURES}
+    out["accuracy_stderr"] = standard_error((right / np.maximum(n, 1))[n > 0])
+    for kind in ("pass", "maj"):
+        found = {name[len(kind) + 1 :]: v for name, v in value.items() if name.startswith(f"{kind}@")}
+        out |= {f"{kind}_at_k": found} if found else {}
+    out |= dict.fromkeys(("median_length", "length_std", "length_quantiles"), math.nan)
+    if len(length):
+        out |= {"median_length": np.median(length), "length_std": length.std()}
+        out["length_quantiles"] = dict(zip(map(str, QUANTILES), trimmed_quantiles(length), strict=True))
+    if any(np.isfinite(value[key]) for key in PATTERNS):
+        out["patterns"] = {key: value[key] for key in PATTERNS}  # per 1,000 tokens
+    each = [castillo(x) for x in groups.values() if len(x) > 1] if len(groups) < len(length) else []
+    if each:  # what one prompt's lengths look like, on average over the prompts
+        out["per_prompt"] = {key: np.mean([e[key] for e in each]) for key in ("std", "shortest", "longest")}
+        out["per_prompt"]["cv"] = np.mean([e["std"] / e["mean"] for e in each if e["mean"]] or [math.nan])
+    drawn = {}
+    if seed is not None and out["problems"] > 1:
+        drawn = bootstrap(columns, seed)
+        drawn["rmse"] = np.sqrt(drawn["rmse"])
+        quantiles = quantile_replicas(cell, problems, seed) if len(length) else {}
+        intervals = {name: interval(x) for name, x in (drawn | quantiles).items()}
+        out["ci"] = {name: ends for name, ends in intervals.items() if np.isfinite(ends).all()}
+    return out, drawn
+
+
+def mean_of(cells: list[dict], drawn: list[dict] = ()) -> dict:
+    """Means over cells, each weighing the same; nan where one of them has no such figure."""
+    # A budget of which more samples were saved must not outvote the rest.
+    out = {key: np.mean([cell[key] for cell in cells]) if cells else math.nan for key in FIGURES}
+    if drawn and all(drawn):
+        with np.errstate(invalid="ignore"):
+            replicas = {key: np.mean([d[key] for d in drawn], 0) for key in FIGURES if np.isfinite(out[key])}
+        out["ci"] = {key: interval(x) for key, x in replicas.items()}
+    return out
+
+
+def in_order(cells: dict) -> dict:
+    """The cells by budget, smallest first, the run without a budget (None) last."""
+    return dict(sorted(cells.items(), key=lambda item: item[0] or math.inf))
+
+
+def pool(cells: dict) -> dict:
+    """The cells that are shown: many budgets (a uniform draw) become ten groups, each at its median."""
+    asked = sorted(b for b in cells if b is not None)
+    if len(asked) <= CROWD:
+        return in_order(cells)
+    pooled = {None: cells[None]} if None in cells else {}
+    for group in np.array_split(asked, 10):
+        cell = pooled[int(np.median(group))] = new_cell()
+        for budget in group.tolist():
+            for key in cell:
+                cell[key].extend(cells[budget][key])
+    return in_order(pooled)
+
+
+def control(cells: dict, problems: int, seed: int) -> tuple[float, list[float]]:
+    """(correlation of requested and produced length over all samples, its interval)."""
+    asked = [b for b in cells if b is not None]
+    produced = [np.array(cells[b]["length"]) for b in asked]
+    problem = [np.array(cells[b]["problem"]) for b in asked]
+    requested = [np.full(len(y), b) for y, b in zip(produced, asked, strict=True)]
+    x, y, row = (np.concatenate(v) if v else np.zeros(0, int) for v in (requested, produced, problem))
+    x, y, row = (v[y >= 0] for v in (x, y, row))
+    value = correlation(x, y)
+    if math.isnan(value) or problems < 2:
+        return value, [math.nan, math.nan]
+    # Centred and scaled first: these sums are taken in single precision.
+    x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
+    moments = {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
+    count = np.bincount(row, minlength=problems)
+    m = bootstrap({key: (np.bincount(row, v, problems), count) for key, v in moments.items()}, seed)
+    spread = np.sqrt(np.maximum((m["xx"] - m["x"] ** 2) * (m["yy"] - m["y"] ** 2), 0))
+    return value, interval(ratio(m["xy"] - m["x"] * m["y"], spread))
+
+
+def curve(points: list[tuple], drawn: list[dict] = ()) -> dict:
+    """Slope, R^2 and area of accuracy against log length; `points`: (mean length, accuracy) per budget."""
+    tokens, accuracy = zip(*points, strict=True) if points else ((), ())
+    out = log_linear_fit(tokens, accuracy)
+    out |= area_under_curve(tokens, accuracy) if len(points) > 1 else {"area": math.nan}
+    if len(points) > 1 and all(drawn):
+        draws = zip(*([zip(d["mean_length"], d["accuracy"], strict=True) for d in drawn]), strict=True)
+        fits = [zip(*draw, strict=True) for draw in draws]
+        fits = [(x, y) for x, y in fits if min(x) > 0]
+        slopes = [log_linear_fit(x, y) for x, y in fits]
+        out["ci"] = {key: interval([s[key] for s in slopes]) for key in ("slope_ln", "slope_log10", "r2")}
+        out["ci"]["area"] = interval([area_under_curve(x, y)["area"] for x, y in fits])
+    return out
+
+
+def summarise(table: dict, trained=None, limit: int = EXCEED, seed: int = 0) -> tuple[dict, dict]:
+    """({data set: {"budgets": {"512": figures, "none": figures}, "mean", ...}}, {data set: {budget: draws}}).
+
+    Budgets beyond 64 (a uniform draw) get no intervals of their own.
+    """
+    datasets, draws = {}, {}
+    for at, (name, part) in enumerate(table.items()):
+        cells, problems = in_order(part["cells"]), len(part["ids"])
+        # One seed for all budgets of a set: their draws hold the same problems, so differences are paired.
+        own = seed + at if len(cells) <= 64 else None
+        both = {b: summarise_cell(cell, problems, limit, own) for b, cell in cells.items()}
+        figures, drawn = ({b: pair[i] for b, pair in both.items()} for i in (0, 1))
+        asked = [b for b in cells if b is not None]
+        known = [b for b in asked if b in (trained or [])]
+        # Lengths above 0 have a logarithm; the comparison is false for nan as well.
+        on_curve = [b for b in asked if figures[b]["mean_length"] > 0]
+        points = [(figures[b]["mean_length"], figures[b]["accuracy"]) for b in on_curve]
+        value, ends = control(cells, problems, seed + at)
+        datasets[name] = {
+            "mode": " and ".join(sorted(part["modes"])) or None,
+            "budgets": {"none" if b is None else str(b): c for b, c in figures.items()},
+            "mean": mean_of([figures[b] for b in asked], [drawn[b] for b in asked]),
+            "mean_trained": mean_of([figures[b] for b in known], [drawn[b] for b in known]),
+            "correlation": value,
+            "correlation_ci": ends,
+            "accuracy_by_log_length": curve(points, [drawn[b] for b in on_curve]),
+        } | summarise_extras(part["extras"])
+        draws[name] = drawn
+    return datasets, draws
+
+
+def mean_over_sets(datasets: dict, draws: dict) -> dict:
+    """{"512": means over the data sets}, for the budgets that all of them have; {} for a single set."""
+    if len(datasets) < 2:
+        return {}
+    shared = [b for b in next(iter(draws.values())) if all(b in d for d in draws.values())]
+    keys = {b: "none" if b is None else str(b) for b in shared}
+    sets = {b: [part["budgets"][keys[b]] for part in datasets.values()] for b in shared}
+    rows = {
+        b: [{k: v[: shortest(draws, b)] for k, v in d[b].items()} for d in draws.values()] for b in shared
+    }
+    return {keys[b]: mean_of(sets[b], rows[b]) | {"n": sum(c["n"] for c in sets[b])} for b in shared}
+
+
+def shortest(draws: dict, budget) -> int:
+    """Fewest bootstrap draws that any data set has at this budget (large sets have fewer)."""
+    return min(len(d[budget].get("accuracy", ())) for d in draws.values())
+
+
+def problem_records(table: dict, limit: int = EXCEED) -> Iterator[dict]:
+    """Per data set, budget and problem: the sums behind every figure and CASTILLO's length statistics.
+
+    What --compare pairs: {"source", "id", "text" (a checksum of the problem), "budget", "figures":
+    {name: [top, bottom]}, "length": statistics}.
+    """
+    for name, part in table.items():
+        ids = list(part["ids"])
+        for budget, cell in in_order(part["cells"]).items():
+            columns, groups = columns_of(cell, len(ids), limit), by_problem(cell)
+            present = np.unique(np.array(cell["problem"]))
+            for rows in np.split(present, range(4096, len(present), 4096)):
+                # Plain lists, block by block: numpy is slow element by element, and lists are large.
+                lists = {k: (t[rows].tolist(), b[rows].tolist()) for k, (t, b) in columns.items()}
+                for i, row in enumerate(rows.tolist()):
+                    record = {
+                        "source": name,
+                        "id": ids[row],
+                        "text": part["texts"][ids[row]],
+                        "budget": budget,
+                    }
+                    record["figures"] = {k: [t[i], b[i]] for k, (t, b) in lists.items() if b[i]}
+                    many = len(groups.get(row, ())) > 1  # one length has no spread
+                    yield record | ({"length": castillo(groups[row])} if many else {})
+
+
+def jsonable(value):
+    """The same value for json: numpy scalars become Python numbers, nan and infinity become null."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,265 @@
+"""The toy study behind recipes/zoo.sh: its runs, its table (docs/zoo.md, zoo.json) and its picture (zoo.png).
+
+    python recipes/zoo.py names [NAME ...]    the runs, one a line
+    python recipes/zoo.py run NAME            one run, into $OUT/NAME; a finished one is not repeated
+    python recipes/zoo.py report              table and picture of the finished runs
+
+$OUT (default out/zoo) holds the runs. $STEPS, if set, replaces the steps of every run; the report
+then goes to $OUT as well.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
+BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
+# Runs without a recipe: the toy's own default, L1-Max alone, and its ablation that the paper warns of.
+LCPO_MAX = "--mode max --advantage grpo --reward lcpo_max --reward-args alpha=0.02"
+EXTRA = {"peaked_exact": "", "lcpo_max": LCPO_MAX, "lcpo_max_additive": LCPO_MAX + " additive=true"}
+# What methods log beyond the common metrics: shown in the table, and asked for by tests/test_recipes.py.
+OWN = """
+    scheduled_budget kept_groups sampled_groups sampled_accuracy history_length history_known palu_budget
+    laser_easy laser_medium laser_hard ref_accuracy ref_length conciseness dot_cut dot_threshold dot_lost
+    length_by_subgroup reward_by_subgroup no_think_accuracy think_accuracy no_think_length think_length
+    forced_share length_by_level short_accuracy long_accuracy short_length long_length drpo_kl kl
+""".split()
+
+
+INTRO = """# The toy study
+
+Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
+nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`. 100 new problems, 4
+samples each (with a budget: 4 to each of the four).
+
+![accuracy against mean length](zoo.png)
+"""
+
+
+def recipe(name: str) -> str:
+    """The text of a recipe."""
+    with open(os.path.join(ROOT, "recipes", name + ".args"), encoding="utf-8") as f:
+        return f.read()
+
+
+def toy_flags(text: str) -> list[str]:
+    """The flags after `# toy:` in a recipe: arguments of train_grpo.main that run its method on the toy."""
+    found = [line.removeprefix("# toy:") for line in text.splitlines() if line.startswith("# toy:")]
+    if len(found) != 1:
+        raise ValueError(f"a recipe has one line that begins with '# toy:', this one has {len(found)}")
+    return shlex.split(found[0])
+
+
+def runs() -> dict[str, list[str]]:
+    """{name: flags} of all runs of the study."""
+    names = sorted(n[:-5] for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args"))
+    return {n: toy_flags(recipe(n)) for n in names} | {n: shlex.split(flags) for n, flags in EXTRA.items()}
+
+
+def run(name: str) -> int:
+    """Train one method from the cached base model; one line on the screen; the exit code of the training."""
+    folder = os.path.join(OUT, name)
+    if os.path.exists(os.path.join(folder, "eval", "results.json")):
+        print(f"{name}: done before", flush=True)
+        return 0
+    flags = [*runs()[name], *(["--steps", STEPS] if STEPS else []), "--seed", "0", "--sampler", "hf"]
+    began = time.monotonic()
+    with open(folder + ".log", "w") as log:
+        command = [sys.executable, "train_grpo.py", *flags, "--out", folder, "--overwrite"]
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        print(f"{name}: FAILED with code {code}, see {folder}.log", flush=True)
+        return code
+    m = read_run(name)
+    text = f"accuracy {m['accuracy']:.1%}, {m['length']:.1f} tokens (base {m['base']['accuracy']:.1%}, "
+    print(f"{name}: {text}{m['base']['length']:.1f}), {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def figures(path: str) -> dict:
+    """Accuracy, length and the rest of one evaluation: without a budget, or the mean over BUDGETS."""
+    with open(path) as f:
+        cells = json.load(f)["datasets"]["toy"]["budgets"]
+    asked = ["none"] if "none" in cells else BUDGETS
+    names = {"accuracy": "accuracy", "length": "mean_length", "truncated": "truncated", "error": "abs_error"}
+    out = {"asked": "none" not in cells, "budgets": sum(b in cells for b in asked)}
+    for ours, theirs in names.items():
+        values = [cells[b][theirs] for b in asked if b in cells]
+        out[ours] = None if None in values else round(float(np.mean(values)), 4)
+    return out
+
+
+def read_run(name: str) -> dict:
+    """One finished run: its flags, its figures, those of the base model asked alike, its own quantities."""
+    folder = os.path.join(OUT, name)
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        lines = f.read().splitlines()
+    with open(os.path.join(folder, "args.json")) as f:
+        args = json.load(f)
+    last, text = json.loads(lines[-1]), "" if name in EXTRA else recipe(name)
+    found = {"name": name, "reward": args["reward"], "advantage": args["advantage"], "steps": len(lines)}
+    if args.get("objective", "policy") != "policy":
+        found["advantage"] = args["objective"]
+    found |= figures(os.path.join(folder, "eval", "results.json"))
+    found["reconstruction"] = text.startswith("# RECONSTRUCTION")
+    found["own"] = {key: last[key] for key in OWN if last.get(key) is not None}
+    return found | {"base": figures(os.path.join(folder, "eval_base", "results.json"))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def short(value) -> str:
+    """A number with three digits, or the numbers of a dict."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {short(v)}" for k, v in value.items())
+    return f"{value:.3g}"
+
+
+def base_of(methods: list[dict]) -> dict:
+    """The base model, from a run that asked it for all budgets (ThinkPrune asks for its own only)."""
+    return max((m["base"] for m in methods), key=lambda base: base["budgets"])
+
+
+def table(methods: list[dict]) -> str:
+    """Markdown rows, the base model first, the others by mean length."""
+    asked = methods[0]["asked"]
+    third = "length error" if asked else "cut off"
+    head = f"run|reward|advantage|steps|accuracy|tokens|{third}|its own quantities, last step".split("|")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    base = {"name": "**base model**", "reward": "", "advantage": "", "steps": 0, "own": {}}
+    for m in [base | base_of(methods), *sorted(methods, key=lambda m: m["length"])]:
+        third = m["error"] if asked else m["truncated"]
+        own = "; ".join(f"{key} {short(value)}" for key, value in m["own"].items())
+        cells = [m["name"] + (" (reconstruction)" if m.get("reconstruction") else ""), m["reward"]]
+        cells += [m["advantage"], m["steps"], f"{m['accuracy']:.1%}", f"{m['length']:.1f}"]
+        cells += [f"{third:.1%}", own]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def report() -> None:
+    """docs/zoo.md, zoo.json and zoo.png of all finished runs."""
+    docs = OUT if STEPS else os.path.join(ROOT, "docs")
+    done = [n for n in runs() if os.path.exists(os.path.join(OUT, n, "eval", "results.json"))]
+    methods = [read_run(name) for name in done]
+    if not methods:
+        sys.exit(f"zoo.py: error: {OUT} holds no finished run: bash recipes/zoo.sh makes them")
+    kinds = {
+        "Asked for 16, 32, 48 and 64 tokens (means over the four)": [m for m in methods if m["asked"]],
+        "Asked for no length": [m for m in methods if not m["asked"]],
+    }
+    kinds = {title: group for title, group in kinds.items() if group}
+    text = INTRO
+    for title, group in kinds.items():
+        text += f"\n## {title}\n\n{table(group)}\n"
+    with open(os.path.join(docs, "zoo.md"), "w", encoding="utf-8") as f:
+        f.write(text)
+    with open(os.path.join(docs, "zoo.json"), "w") as f:
+        f.write("[\n" + ",\n".join(json.dumps(m) for m in methods) + "\n]\n")
+    draw(kinds, os.path.join(docs, "zoo.png"))
+    print(f"{len(methods)} of {len(runs())} runs are in {os.path.join(docs, 'zoo.md')}, zoo.json and zoo.png")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def overlap(a: tuple, b: tuple) -> bool:
+    """Whether two boxes (left, bottom, right, top) share any area."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def place(points: list, sizes: list, frame: tuple, radius: float = 5) -> list[tuple]:
+    """A box for each point's label, as near as it goes: inside the frame, off all points and other labels.
+
+    Points (x, y), label sizes (width, height), frame and boxes (left, bottom, right, top): all in pixels.
+    """
+    taken, boxes = [(x - radius, y - radius, x + radius, y + radius) for x, y in points], []
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    reach = np.arange(radius, frame[2] - frame[0] + frame[3] - frame[1], radius)
+    for (x, y), (w, h) in zip(points, sizes, strict=True):
+        for far, angle in ((f, a) for f in reach for a in angles):
+            left = x + np.cos(angle) * (far + w / 2) - w / 2
+            low = y + np.sin(angle) * (far + h / 2) - h / 2
+            box = (left, low, left + w, low + h)
+            inside = frame[0] <= left and left + w <= frame[2] and frame[1] <= low and low + h <= frame[3]
+            if inside and not any(overlap(box, other) for other in taken):
+                break
+        else:
+            raise ValueError(f"no room for {len(points)} labels in a frame of {frame}")
+        taken.append(box)
+        boxes.append(box)
+    return boxes
+
+
+def draw_panel(fig, ax, methods: list[dict], title: str) -> None:
+    """Accuracy against mean length of one kind of runs, each named beside its point."""
+    shown = [(m["length"], 100 * m["accuracy"], m["name"], m["reconstruction"]) for m in methods]
+    base = base_of(methods)
+    shown.append((base["length"], 100 * base["accuracy"], "base model", None))
+    for x, y, _, hollow in shown[:-1]:
+        ax.plot(x, y, "o", ms=6, mfc="white" if hollow else "0.55", mec="black", zorder=3)
+    ax.plot(*shown[-1][:2], "*", ms=13, color="black", zorder=4)
+    ax.set(title=title, xlabel="mean length (tokens)", ylabel="accuracy (%)")
+    ax.margins(0.12)
+    ax.grid(color="0.92")
+    fig.canvas.draw()  # only now the axes know where their points are in pixels
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
+    texts = [ax.text(0, 0, name, fontsize=8, zorder=5) for _, _, name, _ in shown]
+    boxes = [t.get_window_extent() for t in texts]
+    points, frame = [tuple(ax.transData.transform(s[:2])) for s in shown], ax.get_window_extent()
+    sizes = [(b.width + 6, b.height + 4) for b in boxes]
+    places = place(points, sizes, (frame.x0, frame.y0, frame.x1, frame.y1), radius=fig.dpi / 11)
+    for text, (px, py), (left, low, right, top) in zip(texts, points, places, strict=True):
+        x, y = ax.transData.inverted().transform(((left + right) / 2, (low + top) / 2))
+        text.set(position=(x, y), ha="center", va="center")
+        # From the point to the nearest spot of its label: says whose label it is where they crowd.
+        near = np.clip((px, py), (left + 2, low + 2), (right - 2, top - 2))
+        ends = ax.transData.inverted().transform([(px, py), near])
+        ax.plot(*ends.T, color="0.6", lw=0.7, zorder=1)
+
+
+def draw(kinds: dict[str, list[dict]], path: str) -> None:
+    """One panel per kind of run: accuracy against mean length, the base model as a star."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from plots import STYLE
+
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(kinds), figsize=(7.5 * len(kinds), 7), squeeze=False, dpi=120)
+        fig.subplots_adjust(left=0.06, right=0.99, bottom=0.1, top=0.94, wspace=0.14)
+        for ax, (title, methods) in zip(axes[0], kinds.items(), strict=True):
+            draw_panel(fig, ax, methods, title)
+        text = "star: the base model, asked alike; hollow: reconstructions of formulas that were not found"
+        fig.text(0.5, 0.015, text, ha="center", fontsize=9)
+        fig.savefig(path)
+        plt.close(fig)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    command, names = (sys.argv[1:2] or ["help"])[0], sys.argv[2:]
+    if command == "names" and set(names) <= set(runs()):
+        print("\n".join(names or runs()))
+    elif command == "run" and len(names) == 1 and names[0] in runs():
+        sys.exit(run(names[0]))
+    elif command == "report":
+        report()
+    else:
+        sys.exit(f"{__doc__}\nruns: {' '.join(runs())}")

@@ -1,0 +1,489 @@
+"""Length control without RL: real sampling on the toy's model, numbers by hand, checkpoints that load."""
+
+import importlib.util
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import baselines
+import data
+import evaluate
+import sampler as samplers
+import toy
+
+DATA = os.path.join(ROOT, "tests", "data")
+GOLDEN = [0.05, 0.6, 0.35]  # of the end token and two others, at every position
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of the toy's model before any warm-up: it stops about every 28 tokens, with both stop tokens."""
+    folder, tokenizer = str(tmp_path_factory.mktemp("models") / "toy"), toy.make_tokenizer()
+    toy.make_model(tokenizer, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return samplers.load_sampler(model, "hf")
+
+
+@pytest.fixture(scope="module")
+def prompts(sampler):
+    rows = toy.problems("toy", "train", 6)
+    return [data.encode_prompt(sampler.tokenizer, row["problem"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def s(sampler):
+    return baselines.settings(sampler.tokenizer, 400, temperature=1.0, top_p=1.0)
+
+
+def flat(groups):
+    return [completion for group in groups for completion in group]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stop-token scaling in the samplers
+
+
+def golden_model(folder: str, tokenizer) -> list[int]:
+    """A model that draws every token with GOLDEN's probabilities; returns the three ids, end token first."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config), [tokenizer.eos_token_id, 20, 21]
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    # The residual is all ones, so that the logits are the sums of the head's rows.
+    torch.nn.init.ones_(model.model.embed_tokens.weight)
+    torch.nn.init.ones_(model.model.norm.weight)
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = -40.0
+        model.lm_head.weight[ids, 0] = torch.tensor(GOLDEN).log()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ids
+
+
+def by_hand(k: float, temperature: float) -> list[float]:
+    odds = np.array([GOLDEN[0] * k, *GOLDEN[1:]]) ** (1 / temperature)
+    return (odds / odds.sum()).tolist()
+
+
+def check_golden(sampler, ids):
+    cases = [(1.0, 1.0, GOLDEN), (2.0, 1.0, [0.0952, 0.5714, 0.3333]), (4.0, 1.0, [0.1739, 0.5217, 0.3043])]
+    cases += [(3.0, 0.5, by_hand(3, 0.5)), (0.25, 1.0, by_hand(0.25, 1))]
+    for k, temperature, wanted in cases:
+        assert by_hand(k, temperature) == pytest.approx(wanted, abs=1e-4)
+        made = flat(sampler.generate([[5, 6]], 2000, 1, temperature, seed=1, stop_scale=k))
+        drawn = [c["ids"][0] for c in made]
+        for token, p in zip(ids, wanted, strict=True):
+            # five standard errors of a share of 2000 draws
+            assert drawn.count(token) / 2000 == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 2000))
+        # the log-probs are those of the distribution that was sampled from
+        for completion in made:
+            want = wanted[ids.index(completion["ids"][0])]
+            assert math.exp(completion["logps"][0]) == pytest.approx(want, abs=2e-4)
+    # greedy: the end token's odds only have to pass the best other
+    assert flat(sampler.generate([[5]], 1, 1, 0.0, stop_scale=11.0))[0]["ids"] == [ids[1]]
+    assert flat(sampler.generate([[5]], 1, 1, 0.0, stop_scale=13.0))[0]["ids"] == [ids[0]]
+
+
+def test_stop_scale_golden(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    ids = golden_model(str(tmp_path), tokenizer)
+    sampler = samplers.load_sampler(str(tmp_path), "hf")
+    check_golden(sampler, ids)
+    made = flat(sampler.generate([[5]], 50, 40, seed=2, stop_ids=[ids[2]]))
+    for completion in made:  # another stop token in place of the sampler's own
+        assert (completion["ids"][-1] == ids[2]) == (completion["finish_reason"] == "stop")
+        assert ids[2] not in completion["ids"][:-1]
+    assert any(ids[0] in completion["ids"] for completion in made)
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(data.BadInput, match="stop_scale"):
+            sampler.generate([[5]], 1, 1, stop_scale=scale)
+
+
+def test_stop_scale_moves_think_and_end_tokens_only(sampler, prompts):
+    """Against the plain logits of the model: the same, but for log k on the stop tokens and `</think>`."""
+    stops = {*sampler.stop_ids, sampler.tokenizer.convert_tokens_to_ids("</think>")}
+    made = flat(sampler.generate(prompts[:2], 3, 30, seed=3, stop_scale=5.0))
+    for i, completion in enumerate(made):
+        prompt, ids = prompts[i // 3], completion["ids"]
+        with torch.no_grad():
+            logits = sampler.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logits[:, sorted(stops)] += math.log(5)
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert completion["logps"] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+VLLM = """
+import sys
+import sampler, test_baselines, toy
+ids = test_baselines.golden_model(sys.argv[1], toy.make_tokenizer())
+engine = sampler.load_sampler(sys.argv[1], "vllm")
+test_baselines.check_golden(engine, ids)
+made = [c for g in engine.generate([[5]], 20, 40, seed=2, stop_ids=[ids[2], ids[0]]) for c in g]
+assert {c["ids"][-1] for c in made} == {ids[0], ids[2]}
+print("golden")
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_stop_scale_golden_in_vllm(script, tmp_path):
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    done = script("-c", VLLM, tmp_path / "golden", env=os.environ | {"PYTHONPATH": path})
+    assert done.stdout.strip().endswith("golden")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def test_budget_forcing(sampler, prompts, s):
+    end, wait = samplers.think_token(sampler.tokenizer), s["wait"]
+    stops, made = {end, *sampler.stop_ids}, flat(baselines.respond("s1", sampler, prompts, 4, 60, s))
+    assert len(made) == 24 and sum(c["waits"] for c in made) > 10
+    for c in made:
+        at = c["ids"].index(end)
+        thinking, answer = c["ids"][:at], c["ids"][at + 1 :]
+        # nothing but "Wait" stands where it wanted to stop, and the end came at the budget
+        assert not stops & set(thinking) and thinking.count(wait[0]) >= c["waits"]
+        assert at == 60 if c["forced"] else 60 - len(wait) - 1 <= at < 60
+        assert c["injected"] == c["waits"] * len(wait) + c["forced"]
+        assert 1 <= len(answer) <= s["answer_tokens"]
+        assert (answer[-1] in sampler.stop_ids) == (c["finish_reason"] == "stop")
+    few = flat(baselines.respond("s1", sampler, prompts, 4, 60, s | {"waits": 1}))
+    assert {c["waits"] for c in few} == {0, 1} and any(c["ids"].index(end) < 50 for c in few)
+    again = baselines.respond("s1", sampler, prompts, 4, 60, s)
+    assert flat(again) == made  # one seed, one result
+
+
+def test_final_text_and_reserve(sampler, prompts, s):
+    end, final = samplers.think_token(sampler.tokenizer), sampler.tokenizer.encode("Think for")
+    inside = s | {"final": final, "reserve": 10}
+    made = flat(baselines.respond("truncate", sampler, prompts, 4, 40, inside))
+    assert any(c["forced"] for c in made) and not all(c["forced"] for c in made)
+    for c in made:
+        assert len(c["ids"]) <= 40  # with a reserve the whole response stays inside
+        if c["forced"]:
+            at = c["ids"].index(end)
+            assert at <= 30 and c["ids"][at + 1 : at + 3] == final and c["injected"] == 3
+
+
+def test_cut_and_none(sampler, prompts, s):
+    cut = flat(baselines.respond("cut", sampler, prompts, 4, 20, s))
+    assert all(len(c["ids"]) == 20 for c in cut if c["finish_reason"] == "length")
+    assert max(len(c["ids"]) for c in cut) == 20
+    free = flat(baselines.respond("none", sampler, prompts, 4, None, s))
+    # the same seed, so the cut responses are the beginnings of the free ones
+    assert [c["ids"][:20] for c in free] == [c["ids"] for c in cut]
+
+
+def test_stop_scale_sets_the_mean_length(sampler, prompts, s):
+    def length(k):
+        made = baselines.respond("stop_scale", sampler, prompts, 8, 40, s | {"scales": {40: {"k": k}}})
+        return np.mean([len(c["ids"]) for c in flat(made)])
+
+    assert length(20.0) < length(1.0) < length(0.05)
+    fit = baselines.fit_scale(sampler, prompts, 12, s)
+    assert fit["k"] > 1 and abs(fit["mean_length"] - 12) < 4 and fit["tries"] <= 10
+
+
+def test_calibrate():
+    calls = []
+
+    def mean_length(k):
+        calls.append(k)
+        return 100 / k
+
+    fit = baselines.calibrate(mean_length, 400)
+    assert fit["mean_length"] == pytest.approx(400, rel=0.02) and fit["k"] == pytest.approx(0.25, rel=0.02)
+    assert calls[:3] == pytest.approx([1, math.exp(-4), math.exp(-2)]) and fit["tries"] == len(calls)
+    stuck = baselines.calibrate(lambda k: 50 if k < 1 else 10, 30, tries=4)  # no k gives 30
+    assert stuck["tries"] == 4 and stuck["mean_length"] in (10, 50)
+
+
+def test_majority(sampler, prompts, s):
+    made = flat(baselines.respond("majority", sampler, prompts, 2, 240, s | {"reserve": 40}))
+    assert len(made) == 12
+    for c in made:
+        assert c["length"] <= 240 and len(c["ids"]) <= 60 < c["length"] and len(c["votes"]) == 4
+        given = [answer for answer in c["votes"] if answer is not None]
+        if given:
+            answer = baselines.spoken_answer(sampler.tokenizer, c)
+            assert given.count(answer) == max(map(given.count, given))
+    assert sum(len(set(c["votes"]) - {None}) > 1 for c in made) > 2  # some had to be counted
+    assert baselines.winner(["2", "3", "3", None]) == 1
+    assert baselines.winner([None, "7", "2", "2", "7"]) == 1  # a tie: the first to come
+    assert baselines.winner([None, None]) == 0
+
+
+def test_spoken_answer(tiny):
+    tokenizer = data.load_tokenizer(tiny)
+    cases = {
+        r"so 1 </think> it is \boxed{ 1/2 }.": "1/2",
+        "so \\boxed{3} </think> **12**": "**12**",
+        r"no thinking, \boxed{4}, then \boxed{ 5. }": "5",
+        "so 3 </think>": None,
+    }
+    for text, answer in cases.items():
+        whole = {"ids": tokenizer.encode(text) + [tokenizer.eos_token_id], "finish_reason": "stop"}
+        assert baselines.spoken_answer(tokenizer, whole) == answer
+        assert baselines.spoken_answer(tokenizer, whole | {"finish_reason": "length"}) is None
+
+
+def test_plan_by_hand(s):
+    s = s | {"final": [1, 2], "room": 1000, "answer_tokens": 50}
+    assert baselines.plan("none", None, s) == (1000, 1000)
+    assert baselines.plan("none", None, s | {"max_tokens": 30}) == (30, 30)
+    assert baselines.plan("s1", 100, s) == (100, 153)  # 100 + </think> + 2 of the question + 50
+    assert baselines.plan("truncate", 100, s | {"reserve": 20}) == (80, 100)
+    assert baselines.plan("s1", 980, s) == (980, 1000)
+    assert baselines.plan("cut", 100, s) == (100, 100)
+    assert baselines.plan("stop_scale", 100, s) == (200, 200)
+    assert baselines.plan("majority", 100, s) == (19, 25)  # a quarter of 25 for the answer
+    for method, budget in [("s1", 997), ("majority", 20), ("cut", 1001)]:
+        with pytest.raises(data.BadInput, match=f"--budgets {budget}"):
+            baselines.plan(method, budget, s)
+
+
+def test_texts_that_the_tokenizer_can_write(sampler, tiny):
+    words = sampler.tokenizer
+    assert words.decode(baselines.first_writable(words, baselines.WAIT_TEXTS, "--wait-text")) == "wait"
+    assert baselines.first_writable(words, baselines.FINAL_TEXTS, "--final-text") == []
+    pieces = data.load_tokenizer(tiny)
+    assert pieces.decode(baselines.first_writable(pieces, baselines.WAIT_TEXTS, "--wait-text")) == "Wait"
+    with pytest.raises(data.BadInput, match="--wait-text 'Hmm'"):
+        baselines.first_writable(words, ("Hmm",), "--wait-text")
+
+
+def test_sweep(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--budgets", "16,32", "--n", "2", "--limit", "5", "--sampler", "hf", "--out", str(out)]
+    flags += ["--temperature", "1", "--max-tokens", "60", "--held-out", "4", "--seed", "1"]
+    assert baselines.main(["sweep", "--model", model, "--data", "toy", *flags]) == 0
+    for method in baselines.METHODS:
+        rows = list(evaluate.read_samples(str(out / method / "samples.jsonl")))
+        results = json.loads((out / method / "results.json").read_text())
+        keys = ["none"] if method == "none" else ["16", "32"]
+        assert results["baseline"] == method and list(results["did"]) == keys
+        cells = results["datasets"]["toy"]["budgets"]
+        for key in keys:
+            cell = [row for row in rows if str(row["budget"] or "none") == key]
+            assert len(cell) == cells[key]["n"] == 10 and {row["baseline"] for row in cell} == {method}
+            assert cells[key]["mean_length"] == pytest.approx(np.mean([row["length"] for row in cell]))
+            did = results["did"][key]
+            assert did["accuracy"] == cells[key]["accuracy"] == np.mean([row["correct"] for row in cell])
+            assert did["stops_overridden"] == np.mean([row.get("waits", 0) for row in cell])
+        if method != "cut":
+            assert not any(row["correct"] for row in rows if row["finish_reason"] == "length")
+    assert json.loads((out / "s1" / "results.json").read_text())["did"]["32"]["stops_overridden"] > 0
+    assert "s1 at 32: accuracy" in capsys.readouterr().out
+    assert baselines.main(["sweep", "--model", model, "--data", "toy", *flags]) == 2  # nothing is overwritten
+    assert "holds a run of none" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_threshold_is_the_nth_largest(given):
+    values = given.draw(
+        st.lists(st.floats(0, 2.0**99, width=32, allow_subnormal=False), min_size=1, max_size=40)
+    )
+    n = given.draw(st.integers(1, len(values)))
+    chunks = [torch.tensor(values[i : i + 7], dtype=torch.float32) for i in range(0, len(values), 7)]
+    found = baselines.largest_threshold(lambda: (c.view(torch.int32) for c in chunks), n)
+    assert np.int32(found).view(np.float32) == np.sort(np.float32(values))[-n]
+
+
+@pytest.fixture(scope="module")
+def tuned(model, tmp_path_factory):
+    """The same model after an update of every weight."""
+    folder, torch_model = str(tmp_path_factory.mktemp("models") / "tuned"), samplers.load_model(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in torch_model.parameters():
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+    torch_model.save_pretrained(folder)
+    data.load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
+def weights(folder):
+    return samplers.load_model(str(folder)).state_dict()
+
+
+@pytest.mark.parametrize("shard", [4 << 30, 300_000])
+def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
+    monkeypatch.setattr(baselines, "SHARD", shard)
+    monkeypatch.setattr(baselines, "CHUNK", 1000)
+    a, b = weights(model), weights(tuned)
+    for name, keep, scale in [("all", 1, 1), ("nothing", 0, 1), ("dler", 0.25, 0.7)]:
+        flags = ["--keep", str(keep), "--scale", str(scale), "--out", str(tmp_path / name)]
+        assert baselines.main(["merge", "--base", model, "--tuned", tuned, *flags]) == 0
+    for name, wanted in (("all", b), ("nothing", a)):
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(tmp_path / name).items())
+    merged = weights(tmp_path / "dler")
+    names = [name for name, _ in samplers.load_model(model).named_parameters()]  # tied weights once
+    delta = torch.cat([(b[key] - a[key]).flatten() for key in names])
+    done = torch.cat([(merged[key] - a[key]).flatten() for key in names])
+    largest = delta.abs() >= delta.abs().sort(descending=True).values[round(0.25 * len(delta)) - 1]
+    assert int(largest.sum()) == pytest.approx(len(delta) / 4, rel=1e-3)
+    assert torch.allclose(done, torch.where(largest, 0.7 * delta, 0), atol=1e-7)
+    assert f"merge: {int(largest.sum())} of {len(delta)} updates kept (25.0%)" in capsys.readouterr().out
+    assert os.path.exists(tmp_path / "dler" / "model.safetensors") == (shard > 300_000)
+    assert baselines.merge(model, model, str(tmp_path / "same"))[1] == 0  # what did not move is not counted
+    assert data.load_tokenizer(str(tmp_path / "dler")).encode("wait") == toy.make_tokenizer().encode("wait")
+
+
+def test_thinkedit_golden():
+    weight, v = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([2.0, 0.0])  # its length does not matter
+    assert baselines.remove_direction(weight, v).tolist() == [[0, 2], [0, 4]]
+    assert baselines.remove_direction(weight, v, 0.5).tolist() == [[0.5, 2], [1.5, 4]]
+
+
+@pytest.fixture(scope="module")
+def spoken(sampler, tmp_path_factory):
+    """Saved samples of the toy's model."""
+    path, rows = tmp_path_factory.mktemp("samples") / "samples.jsonl", toy.problems("toy", "train", 20)
+    prompts = [data.encode_prompt(sampler.tokenizer, row["problem"]) for row in rows]
+    with open(path, "w") as f:
+        for row, group in zip(rows, sampler.generate(prompts, 2, 60, seed=5), strict=True):
+            made = baselines.to_rows("none", row, row["problem"], None, group, sampler.tokenizer, 4)
+            f.writelines(json.dumps(sample | {"correct": True}) + "\n" for sample in made)
+    return str(path)
+
+
+def test_thinkedit(model, sampler, spoken, tmp_path, capsys):
+    out, heads = tmp_path / "edited", 3
+    flags = ["--samples", spoken, "--heads", str(heads), "--long", "20", "--short", "10", "--out", str(out)]
+    assert baselines.main(["thinkedit", "--model", model, *flags]) == 0
+    assert f"{heads} of 8 heads: " in capsys.readouterr().out
+    about = json.loads((out / "thinkedit.json").read_text())
+    chosen = {(layer, head): value for layer, head, value in about["layer_head_contribution"]}
+    groups = baselines.thinking_samples(baselines.read_samples(spoken), sampler.tokenizer, 20, 10, None)
+    assert [len(group) for group in groups] == [about["long"], about["short"]] and all(groups)
+    # By another way: the residuals behind the attention, and W_o times each head's output, token by token.
+    before, after = samplers.load_model(model), AutoModelForCausalLM.from_pretrained(str(out))
+    residual, outputs = by_token(before, groups)
+    for layer in range(2):
+        v = residual[0][layer] - residual[1][layer]
+        v = v / v.norm()
+        old, new = (m.model.layers[layer].self_attn.o_proj.weight.detach() for m in (before, after))
+        for head in range(4):
+            part = slice(32 * head, 32 * head + 32)
+            contribution = -(outputs[layer][part] @ old[:, part].T @ v).item()
+            if (layer, head) in chosen:
+                assert chosen[layer, head] == pytest.approx(contribution, abs=1e-5)
+                assert (v @ new[:, part]).abs().max() < 1e-6 < (v @ old[:, part]).abs().max()
+            else:
+                assert contribution <= min(chosen.values()) and torch.equal(old[:, part], new[:, part])
+    kept = [key for key in before.state_dict() if "o_proj" not in key]
+    assert all(torch.equal(before.state_dict()[key], after.state_dict()[key]) for key in kept)
+
+
+def by_token(model, groups):
+    """Residuals of long and short responses [2][layers][d]; heads' mean outputs of short ones [layers][d]."""
+    seen, residual, outputs = {}, [], []
+    for i, layer in enumerate(model.model.layers):
+        keep = lambda module, x, y, i=i: seen.update({i: (x[0][0], y[0])})  # noqa: E731
+        layer.self_attn.o_proj.register_forward_hook(keep)
+    for group in groups:
+        sums, outputs = [0, 0], [0, 0]
+        for ids, start in group:
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            at = slice(start - 1, len(ids) - 1)
+            for i in range(2):
+                sums[i] = sums[i] + (hidden[i][0] + seen[i][1])[at].mean(0) / len(group)
+                outputs[i] = outputs[i] + seen[i][0][at].mean(0) / len(group)
+        residual.append(sums)
+    return residual, outputs
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Selection and the command line
+
+
+def effort(length, correct, budget, problem="p"):
+    row = {"id": f"{problem}-{budget}", "problem": problem, "answer": "1", "kind": "math", "source": "x"}
+    row |= {"response": f"{length} </think> 1", "length": length, "correct": correct, "budget": budget}
+    return row | {"finish_reason": "stop", "mode": "exact", "prompt": "p Think for 5 tokens."}
+
+
+def test_tops(tmp_path, capsys):
+    samples = [effort(400, False, 1), effort(900, True, 2), effort(1500, True, 3)]
+    samples += [effort(10, False, 1, "q"), effort(7, True, 1, "r"), effort(7, True, 2, "r")]
+    samples += [effort(None, True, 1, "s")]
+    path, out = tmp_path / "samples.jsonl", tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    assert baselines.main(["tops", "--samples", str(path), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["problem"], row["length"], row["effort"]) for row in rows] == [("p", 900, 2), ("r", 7, 1)]
+    assert rows[0]["messages"][1]["content"] == "900 </think> 1" and rows[0]["budget"] is None
+    assert "Think for" not in rows[0]["prompt"] and rows[0]["messages"][0]["content"] == rows[0]["prompt"]
+    assert "2 of 4 problems" in capsys.readouterr().out
+    assert [row["problem"] for row in data.load_problems(str(out))] == ["p", "r"]
+
+
+BAD = [
+    ("sweep --model {model} --data toy --budgets 16,x --out {out}", ["--budgets", "'x'"]),
+    ("sweep --model {model} --data toy --budgets none --out {out}", ["--budgets", "none"]),
+    ("sweep --model {model} --data toy --budgets 16 --methods s1,s2 --out {out}", ["'s2'", "truncate"]),
+    ("sweep --model {model} --data toy --budgets 16 --n 0 --out {out}", ["--n (0)", "1 or more"]),
+    ("sweep --model {model} --data toy --budgets 16 --temperature nan --out {out}", ["--temperature (nan)"]),
+    ("sweep --model {model} --data toy --budgets 600 --methods cut --out {out}", ["--budgets 600", "cut"]),
+    (
+        "sweep --model {model} --data toy --budgets 12 --methods majority --out {out}",
+        ["--votes 4", "majority"],
+    ),
+    ("sweep --model {model} --data toy --budgets 16 --wait-text Hmm --out {out}", ["--wait-text", "'Hmm'"]),
+    ("sweep --model {model} --data {math} --budgets 16 --out {out}", ["--calibration", "stop_scale"]),
+    ("sweep --model {out} --data toy --budgets 16 --out {out}", ["{out}"]),
+    ("sweep --model {model} --data toy --budget 16 --out {out}", ["--budget"]),
+    ("merge --base {model} --tuned {model} --keep 1.5 --out {out}", ["--keep (1.5)", "0 to 1"]),
+    ("merge --base {data} --tuned {model} --out {out}", ["--base {data}", "model.safetensors"]),
+    ("merge --base {model} --tuned {tiny} --out {out}", ["different models"]),
+    ("merge --base {model} --tuned {model} --out {data}", ["--out {data} exists"]),
+    ("thinkedit --model {model} --samples {spoken} --out {out}", ["0 thoughts longer than 1000", "--long"]),
+    ("thinkedit --model {model} --samples {spoken} --long 9 --short 9 --heads 9 --out {out}", ["(9)", "8 "]),
+    ("thinkedit --model {model} --samples {spoken} --long 1 --short 9 --out {out}", ["--short (9)"]),
+    ("tops --samples {spoken} --out {out}", ["--out", ".jsonl"]),
+    ("tops --samples {math} --out {out}.jsonl", ["record 1", "response"]),
+    ("tops --samples {out} --out {out}.jsonl", ["{out}"]),
+    ("juggle", ["juggle", "sweep"]),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD, ids=[line for line, _ in BAD])
+def test_bad_input(line, words, model, tiny, spoken, tmp_path, capsys):
+    names = {"model": model, "tiny": tiny, "spoken": spoken, "data": DATA, "out": str(tmp_path / "out")}
+    names["math"] = os.path.join(DATA, "math_train_small.jsonl.gz")
+    assert baselines.main(line.format(**names).split()) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("baselines.py: error: ")
+    assert all(word.format(**names) in message for word in words), message
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_needs_no_torch(script):
+    look = "import sys, baselines; code = baselines.main(['sweep', '--help'])"
+    done = script("-c", f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {look}")
+    assert "--reserve" in done.stdout and done.stdout.strip().endswith("False")

@@ -1,0 +1,218 @@
+"""Every recipe: it parses, it names its source, its method takes two steps on the toy and logs its own."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import rewards
+import toy
+import train_grpo
+
+
+def load(*path):
+    """A script that lies in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path[-1][:-3], os.path.join(ROOT, *path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+zoo, links = load("recipes", "zoo.py"), load("docs", "link_methods.py")
+RUNS = zoo.runs()
+RECIPES = [name for name in RUNS if name not in zoo.EXTRA]
+with open(os.path.join(ROOT, "docs", "methods.md"), encoding="utf-8") as f:
+    METHODS = f.read()
+
+# What a method adds to metrics.jsonl: the proof that more of it runs than its reward.
+MEMORY, GROUPS = ["history_known", "history_length"], ["kept_groups", "sampled_groups", "sampled_accuracy"]
+SHOWS = {
+    "hapo": MEMORY, "hapo_linear": MEMORY, "palu": ["palu_budget"], "curriculum": ["scheduled_budget"],
+    "curriculum_band": ["scheduled_budget"], "laser_d": ["laser_easy", "laser_medium", "laser_hard"],
+    "laser_de": ["laser_easy", "laser_medium", "laser_hard"], "o1_pruner": ["ref_accuracy", "ref_length"],
+    "adaptthink": ["no_think_accuracy", "think_accuracy", "no_think_length", "think_length", "ref_accuracy"],
+    "crf": ["conciseness"], "dot": ["dot_cut", "dot_threshold", "dot_lost", *GROUPS], "dler": [*GROUPS, "kl"],
+    "da_dler": GROUPS, "dapo": GROUPS, "gdpo": GROUPS, "drpo": ["drpo_kl"], "elastic": ["forced_share"],
+    "hbpo": ["length_by_subgroup", "reward_by_subgroup"], "tldr": ["length_by_level"],
+    "adaptive_deep": ["short_accuracy", "long_accuracy", "short_length", "long_length"],
+}  # fmt: skip
+# The parts of a method that its toy line must share with its recipe; sizes and constants differ.
+SAME = """reward advantage objective ratio clip_low clip_high dual_clip loss_reduction overlong_filter kl_coef
+    kl_estimator dynamic_sampling budget_schedule subgroups cut_at_budget""".split()
+
+
+# Words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_and_its_toy_line_are_one_method(name, tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)  # recipes name other recipes from the root
+    flags = ["--model", tiny, "--data", "rows.jsonl", "--out", str(tmp_path / "out")]
+    full = train_grpo.parse_args([f"@recipes/{name}.args", *flags])
+    small = train_grpo.parse_args([*RUNS[name], "--out", str(tmp_path / "toy")])
+    assert {k: getattr(full, k) for k in SAME} == {k: getattr(small, k) for k in SAME}
+    assert bool(full.dot) == bool(small.dot) and bool(full.reference_samples) == bool(small.reference_samples)
+    # the constants of the reward that the toy scales are written out in the recipe as well
+    assert set(small.reward_args) <= set(full.reward_args)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_says_where_it_comes_from(name):
+    text = zoo.recipe(name)
+    assert re.search(r"[0-9]{4}\.[0-9]{5}|AI2 blog|repository|Reward Model", text), "a paper or a repository"
+    assert re.search(r"[Rr]ead in|second-hand|RECONSTRUCTION|authors' training script|AI2 blog", text)
+    assert f"@recipes/{name}.args" in text
+    [command] = re.findall(r"^#   python data\.py (.+)", text, re.M)
+    made = data.parse_args(shlex.split(command))  # a flag that data.py lacks is an error
+    rows = re.findall(r"^--data (\S+)", text, re.M)  # none where another recipe is continued
+    assert data.parse_budgets(made.budgets) and (rows == [made.out] or (not rows and "\n@recipes/" in text))
+    # its own output, and never that of another recipe
+    assert re.findall(r"^--out (\S+)", text, re.M) == [f"out/{name}"]
+
+
+def test_every_reward_and_advantage_has_a_run():
+    parsed = [train_grpo.parse_args([*flags, "--out", "out/none"]) for flags in RUNS.values()]
+    assert {a.reward for a in parsed} == set(rewards.REWARDS) - {"dot_threshold"}
+    assert any(a.dot for a in parsed)
+    assert {a.advantage for a in parsed} == set(rewards.ADVANTAGES)
+    assert {a.ratio for a in parsed} == {"token", "sequence", "cispo"}
+
+
+def test_table_of_methods_is_complete_and_its_links_are_right():
+    assert links.linked(METHODS) == METHODS, "run python docs/link_methods.py"
+    named = {(file, function) for function, file, _ in links.LINK.findall(METHODS)}
+    functions = [*rewards.REWARDS.values(), *rewards.ADVANTAGES.values()]
+    missing = {f.__name__ for f in functions} - {function for file, function in named if file == "rewards.py"}
+    assert not missing
+    source = open(os.path.join(ROOT, "rewards.py"), encoding="utf-8").read().splitlines()
+    for function, file, line in links.LINK.findall(METHODS):
+        if file == "rewards.py":
+            assert source[int(line) - 1].startswith(f"def {function}(")
+    for path in re.findall(r"\]\(\.\./(recipes/\w+\.args)\)", METHODS):
+        assert os.path.exists(os.path.join(ROOT, path)), path
+    assert {f"recipes/{name}.args" in METHODS for name in RECIPES} == {True}
+
+
+# Steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder of a half-taught base model, file of toy problems): enough to answer, quick to make."""
+    folder = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(toy.WARMUP, "batches", 40)
+        base = toy.make_base(str(folder), log=lambda _: None)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in toy.problems("toy", "train", 12)))
+    return base, str(rows)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_steps_on_the_toy(name, world, tmp_path, monkeypatch):
+    """The recipe's own flags, then the toy's defaults, then its toy line, then sizes for a quick test."""
+    monkeypatch.chdir(ROOT)
+    base, rows = world
+    flags = [] if name in zoo.EXTRA else [f"@recipes/{name}.args"]
+    for key, value in train_grpo.TOY.items():  # a named model has no toy defaults: here they are as flags
+        flags += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
+    flags += [*RUNS[name], "--model", base, "--data", rows, "--out", str(tmp_path / "out"), "--sampler", "hf"]
+    flags += ["--eval-data", rows, "--eval-every", "0", "--eval-budgets", "16", "--dtype", "float32"]
+    flags += ["--steps", "2", "--prompts-per-step", "6", "--group-size", "8" if "hbpo" in name else "4"]
+    flags += ["--save-every", "0", "--warmup-steps", "0", "--refills", "1", "--limit", "6"]
+    if name.startswith("laser_d"):
+        flags += ["--method-args", "every=1", "size=4", "samples=2", "low=8", "step=8"]
+    if name == "gfpo":
+        flags += ["--advantage-args", "k=2"]
+    assert train_grpo.main(flags) == 0
+    with open(tmp_path / "out" / "metrics.jsonl") as f:
+        first, last = map(json.loads, f)
+    for line in (first, last):
+        assert all(np.isfinite(line[k]) for k in ("reward", "loss", "grad_norm", "entropy", "length"))
+    assert set(SHOWS.get(name, ())) <= set(last) & set(zoo.OWN)
+    check_own(name, first, last)
+
+
+def check_own(name, first, last):
+    """Where the method's own quantity has a known value or bounds after two small steps."""
+    if name.startswith("curriculum"):
+        assert last["scheduled_budget"] == 64
+    if name == "palu":
+        assert 1 <= last["palu_budget"] <= 96 == first["palu_budget"]
+    if name.startswith("hapo"):  # six prompts, six a step: the second step meets each of them again
+        assert first["history_known"] == 0 and first["history_length"] is None
+        assert last["history_known"] == 0 or 1 <= last["history_length"] <= 96
+    if name.startswith("laser_d"):
+        assert all(8 <= last[f"laser_{level}"] <= 96 for level in ("easy", "medium", "hard"))
+    if "kept_groups" in SHOWS.get(name, ()):
+        assert last["kept_groups"] <= last["sampled_groups"] and last["sampled_groups"] >= 6
+    parts = {
+        "hbpo": last.get("length_by_subgroup", {}).values(), "tldr": last.get("length_by_level", {}).values(),
+        "adaptthink": [last.get("no_think_length"), last.get("think_length")],
+        "adaptive_deep": [last.get("short_length"), last.get("long_length")],
+    }  # fmt: skip
+    if name in parts:  # parts of equal size: their mean is the batch's
+        assert len(parts[name]) in (2, 3, 4) and np.mean([*parts[name]]) == pytest.approx(last["length"])
+    if name == "elastic":
+        assert 0 <= last["forced_share"] <= 1 and last["length"] <= 33
+    if name in ("dler", "da_dler", "thinkprune"):
+        assert last["length_p95"] <= (32 if name == "thinkprune" else 40)
+
+
+# The study --------------------------------------------------------------------------------------------------
+
+
+def test_toy_line_is_read_like_a_shell_does():
+    assert zoo.toy_flags("# A\n# toy: --a 1 'x=b c'\n--toy 2") == ["--a", "1", "x=b c"]
+    with pytest.raises(ValueError, match="has 0"):
+        zoo.toy_flags("# no such line")
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.floats(50, 550), st.floats(50, 350)), min_size=1, max_size=25))
+def test_labels_never_overlap(points):
+    boxes = zoo.place(points, [(60, 12)] * len(points), (0, 0, 600, 400))
+    dots = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for i, box in enumerate(boxes):
+        assert box[0] >= 0 and box[1] >= 0 and box[2] <= 600 and box[3] <= 400
+        assert not any(zoo.overlap(box, other) for other in boxes[:i] + dots)
+
+
+def test_report_of_the_study(tmp_path, monkeypatch, capsys):
+    """Two runs with figures that a reader can add up; a third, unfinished one is left out."""
+
+    def cell(accuracy, length):
+        figures = {"accuracy": accuracy, "mean_length": length, "truncated": 0.25, "abs_error": None}
+        return figures | ({} if length is None else {"abs_error": 0.5})
+
+    four = (("16", 0.5, 10), ("32", 0.7, 30), ("48", 0.9, 50), ("64", 0.9, 70))
+    asked = {budget: cell(*figures) for budget, *figures in four}
+    for name, before, after in (
+        ("kimi", {"none": cell(0.6, 50)}, {"none": cell(0.8, 20)}),
+        ("l1_exact", asked, {b: cell(0.8, int(b)) for b in (*asked, "128")}),
+    ):
+        for folder, cells in (("eval_base", before), ("eval", after)):
+            os.makedirs(tmp_path / name / folder)
+            path = tmp_path / name / folder / "results.json"
+            path.write_text(json.dumps({"datasets": {"toy": {"budgets": cells}}}))
+        (tmp_path / name / "args.json").write_text(json.dumps({"reward": name, "advantage": "grpo"}))
+        (tmp_path / name / "metrics.jsonl").write_text('{"kl": 1}\n{"kl": 0.125, "reward": 3}\n')
+    os.makedirs(tmp_path / "dler")
+    monkeypatch.setattr(zoo, "OUT", str(tmp_path))
+    monkeypatch.setattr(zoo, "STEPS", "2")
+    zoo.report()
+    text = (tmp_path / "zoo.md").read_text()
+    assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 50.0% |" in text
+    assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 50.0% | kl 0.125 |" in text
+    assert "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 25.0% | kl 0.125 |" in text and "dler" not in text
+    assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == ["kimi", "l1_exact"]
+    assert (tmp_path / "zoo.png").stat().st_size > 10_000
+    assert "2 of" in capsys.readouterr().out
