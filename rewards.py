@@ -273,10 +273,9 @@ def _parse(text: str, bare: bool, trusted: bool = False) -> list:
     if "\\pm" in text and bare:
         both = (chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
         attempts.append(f"${', '.join(both)}$")
-    # Numbers are searched for in plain text only: in LaTeX that it cannot read it would find some exponent.
-    searches = [LatexExtractionConfig()] + (
-        [] if bare and re.search(r"[\\{^]", text) else [ExprExtractionConfig()]
-    )
+    # Numbers are searched for in plain text only: in LaTeX that it cannot read they may be exponents.
+    plain = not (bare and re.search(r"[\\{^]", text))
+    searches = [LatexExtractionConfig(), *[ExprExtractionConfig()] * plain]
     read = partial(parse, extraction_config=searches, fallback_mode="no_fallback", parsing_timeout=None)
     found = next(filter(None, map(read, attempts)), [])
     if len(chain) > 1 and not re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text)):

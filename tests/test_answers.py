@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -314,6 +315,25 @@ def test_hostile_answers():
     start = time.perf_counter()
     assert not any(check_answers(list(HOSTILE.values()), ["A"] * len(HOSTILE), ["choice"] * len(HOSTILE))[0])
     assert time.perf_counter() - start < 5
+
+
+FUZZ = r"\frac \sqrt \boxed \pm \text \begin{pmatrix} \end{pmatrix} \infty \cup \approx \sin \int".split()
+FUZZ += list("{}{}()[]1234567890xyn+-*/^_=<,;.!|&$%\\ \n\0\u0661\u202e\u00b2\U0001f600")
+
+
+@pytest.mark.parametrize("n", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_fuzzed_answers(n):
+    """Any text gets a verdict within its limit, and the worker is still there and sane afterwards."""
+    draw = random.Random(n)
+    answers = ["".join(draw.choices(FUZZ, k=draw.randint(1, 25))) for _ in range(n)]
+    responses = [a if i % 2 else f"\\boxed{{{a}}}" for i, a in enumerate(answers)]
+    verdicts, counts = check_answers(responses, ["123456789"] * n, ["math"] * n, timeout=1.0)
+    assert not any(verdicts) and sum(counts.values()) == n
+    assert counts["crashes"] == 0 and counts["timeouts"] < n / 100
+    assert is_correct("\\frac{1}{2}", "0.5")
+    for worker in rewards._IDLE:
+        used = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1]
+        assert int(used) < 400_000  # kB
 
 
 def test_workers_are_limited():
