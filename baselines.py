@@ -671,6 +671,7 @@ def tops(args: argparse.Namespace) -> None:
 
 
 def sweep_flags(add: Callable) -> None:
+    """The flags of `sweep`; `add` is a parser's add_argument."""
     add("--model", required=True, help="model folder or hub id")
     add("--data", required=True, help="data sets, comma-separated: presets, files of problems, toy, toy_ood")
     add("--budgets", required=True, help="tokens, comma-separated: 512,1024")
@@ -694,6 +695,7 @@ def sweep_flags(add: Callable) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of all commands, not yet checked."""
     about = "Length control without RL, edits of checkpoints, selection of samples."
     parser = argparse.ArgumentParser(prog="baselines.py", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -758,6 +760,7 @@ def check_sweep(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     try:
         args = parse_args(argv)
         check_args(args)

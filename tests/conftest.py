@@ -49,3 +49,19 @@ def script():
         return done
 
     return run
+
+
+def same(got, expected, tol=1e-6) -> None:
+    """Equal in structure and, number by number, within tol * max(1, |expected|)."""
+    if isinstance(expected, dict):
+        assert set(got) == set(expected)
+        for key in expected:
+            same(got[key], expected[key], tol)
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for g, e in zip(got, expected, strict=True):
+            same(g, e, tol)
+    elif isinstance(expected, float):
+        assert got is not None and abs(got - expected) <= tol * max(1, abs(expected)), (got, expected)
+    else:
+        assert got == expected

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import same
 
 import data
 import engines
@@ -32,22 +33,6 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ("violins", "accuracy", "error", "over", "patterns")
 DATA = Path(__file__).parent / "data"
 SAMPLES = DATA / "samples_small.jsonl"
-
-
-def same(got, expected, tol=1e-6) -> None:
-    """Equal in structure and, number by number, within tol * max(1, |expected|)."""
-    if isinstance(expected, dict):
-        assert set(got) == set(expected)
-        for key in expected:
-            same(got[key], expected[key], tol)
-    elif isinstance(expected, list):
-        assert len(got) == len(expected)
-        for g, e in zip(got, expected, strict=True):
-            same(g, e, tol)
-    elif isinstance(expected, float):
-        assert got is not None and abs(got - expected) <= tol * max(1, abs(expected)), (got, expected)
-    else:
-        assert got == expected
 
 
 def write(path: Path, rows: list) -> str:

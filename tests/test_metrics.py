@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,22 +14,6 @@ import evaluate
 import metrics
 
 SAMPLES = Path(__file__).parent / "data" / "samples_small.jsonl"
-
-
-def same(got, expected, tol=1e-6) -> None:
-    """Equal in structure and, number by number, within tol * max(1, |expected|)."""
-    if isinstance(expected, dict):
-        assert set(got) == set(expected)
-        for key in expected:
-            same(got[key], expected[key], tol)
-    elif isinstance(expected, list):
-        assert len(got) == len(expected)
-        for g, e in zip(got, expected, strict=True):
-            same(g, e, tol)
-    elif isinstance(expected, float):
-        assert got is not None and abs(got - expected) <= tol * max(1, abs(expected)), (got, expected)
-    else:
-        assert got == expected
 
 
 def sample(**fields) -> dict:
