@@ -36,8 +36,9 @@ OWN = """
 INTRO = """# The toy study
 
 Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
-nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`. 100 new problems, 4
-samples each (with a budget: 4 to each of the four).
+nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`, with 16 prompts per step
+where no budget is asked for (32 otherwise). 100 new problems, 4 samples each (with a budget: 4 to each of the
+four).
 
 ![accuracy against mean length](zoo.png)
 """
@@ -70,6 +71,9 @@ def run(name: str) -> int:
         print(f"{name}: done before", flush=True)
         return 0
     flags = [*runs()[name], *(["--steps", STEPS] if STEPS else []), "--seed", "0", "--sampler", "hf"]
+    # One length for all is learned from fewer prompts than one length for each budget.
+    if "--budgets" in flags and "none" in flags and "--prompts-per-step" not in flags:
+        flags += ["--prompts-per-step", "16"]
     began = time.monotonic()
     with open(folder + ".log", "w") as log:
         command = [sys.executable, "train_grpo.py", *flags, "--out", folder, "--overwrite"]
