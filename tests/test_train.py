@@ -348,3 +348,31 @@ def test_toy_learns_to_follow_budgets(script, tmp_path):
     with open(tmp_path / "toy" / "eval" / "results.json") as f:
         part = json.load(f)["datasets"]["toy"]
     assert part["mean_trained"]["abs_error"] <= 0.10 and part["budgets"]["64"]["accuracy"] >= 0.9
+
+
+# Memory -----------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_check_learns_nothing(tiny, tmp_path):
+    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    for name, flags in {"checked": ["--check-memory"], "plain": ["--no-check-memory"]}.items():
+        assert train_grpo.main([*common, *flags, "--steps", "2", "--out", str(tmp_path / name)]) == 0
+    a, b = ([timeless(m) for m in lines(tmp_path / name)] for name in ("checked", "plain"))
+    assert a == b
+
+
+LITTLE = """
+import resource, sys, train_grpo
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+def test_too_large_an_update_is_told_before_training(tiny, script, tmp_path):
+    flags = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    flags += ["--check-memory", "--micro-tokens", "20000000", "--steps", "1", "--out", tmp_path / "out"]
+    done = script("-c", LITTLE, *flags, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "--micro-tokens (20000000) does not fit" in last and "--gradient-checkpointing" in last
+    assert "Traceback" not in done.stderr
