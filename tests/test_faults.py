@@ -19,6 +19,7 @@ from conftest import ROOT
 
 import checkpoints
 import faults
+import kill_often
 import logbook
 import sampler
 import toy
@@ -108,3 +109,23 @@ def test_resume_is_exact(eager, tmp_path, mode):
     remembered = {"hapo": "history", "palu": "palu", "laser_d": "laser", "reference": "reference"}
     wanted = [name for word, name in remembered.items() if mode.startswith(word)]
     assert all(state["memory"].get(name) for name in wanted), "the mode had nothing to remember"
+
+
+# Kills and signals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_random_signals(eager, tmp_path, name):
+    """In CI 8 of kill -9 and 3 of the others, to forked processes that run main(); then fifty of the real ones."""
+    times = 8 if name == "SIGKILL" else 3
+    number = getattr(signal, name)
+    kill_often.torment(eager, str(tmp_path), number, times, kill_often.Forked, steps=40, seed=1)
+    kill_often.compare(eager, str(tmp_path), kill_often.Forked, steps=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_fifty_random_signals(eager, tmp_path, name):
+    records = kill_often.torment(eager, str(tmp_path), getattr(signal, name), 50)
+    kill_often.compare(eager, str(tmp_path))
+    print(kill_often.summary(records))
