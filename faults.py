@@ -101,6 +101,11 @@ def explain(error: BaseException, args) -> str | None:
         )
     if re.search("Connection (closed|reset)|nccl(Remote|System)Error|Broken pipe|timeout.*rank", str(error)):
         return f"another process of this run has ended or hangs ({text}); its own message says why; {resume}"
+    if "probability tensor contains" in str(error):
+        return (
+            f"the model's probabilities are not finite any more: an update went too far; {resume}, with a "
+            f"lower --lr ({args.lr:g}) or --grad-clip ({args.grad_clip:g})"
+        )
     if isinstance(error, OSError):
         return f"a file could not be read or written ({text}): {resume}"
     if sampling and any(f"{os.sep}vllm{os.sep}" in file for file in files):

@@ -4,6 +4,7 @@ OUT/metrics.jsonl gets one line per step. Neither a closed screen nor a full dis
 could not be written are kept and written with the next one that can.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -106,7 +107,8 @@ def write_metrics(m: dict, out: str, unwritten: list[str]) -> str | None:
                 if f.write(data) < len(data):
                     raise OSError("No space left on device")
             except OSError:
-                f.truncate(end)
+                with contextlib.suppress(OSError):
+                    f.truncate(end)
                 raise
     except OSError as error:
         return error.strerror or str(error)

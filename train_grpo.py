@@ -35,6 +35,7 @@ from data import (
     budget_prompt,
     encode_prompt,
     first_line,
+    load_config,
     load_tokenizer,
     one_line_errors,
     parse_budgets,
@@ -245,6 +246,9 @@ def check_args(args: argparse.Namespace) -> None:
     near = per_process * processes or processes
     highest = parse_budgets(args.budgets)["high"] if args.budgets else None
     local, files = args.model and os.path.isdir(args.model), (args.model, args.data, args.eval_data)
+    parent = out
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
     inside = [n for n in files if n and os.path.abspath(n).startswith(out + os.sep)]
     for wrong, message in (
         (args.model and not args.data,
@@ -285,6 +289,8 @@ def check_args(args: argparse.Namespace) -> None:
          f"--model ({args.model}) is no folder, and no hub id (OWNER/NAME): check the path"),
         (not args.out or (os.path.exists(args.out) and not os.path.isdir(args.out)),
          f"--out ({args.out!r}) is no folder: name one"),
+        (not os.path.isdir(parent) or not os.access(parent, os.W_OK),
+         f"--out ({args.out}) cannot be made: {parent} is no folder that can be written to"),
         (args.resume and args.overwrite,
          "--resume goes on with a run and --overwrite deletes it: choose one of the two"),
         (args.overwrite and inside,
@@ -554,7 +560,6 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
 def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     """Load and check all that the loop needs; --out is touched last, when nothing can be wrong any more."""
     import torch
-    from transformers import AutoConfig
 
     from sampler import load_model, make_sampler, pick_sampler
 
@@ -578,7 +583,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.tokenizer = load_tokenizer(s.path)
     if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
         raise BadInput("--count thinking needs a tokenizer in which </think> is one token; this splits it")
-    context = AutoConfig.from_pretrained(s.path).max_position_embeddings
+    context = load_config(s.path, s.tokenizer).max_position_embeddings
     longest = check_prompts(s.rows, s.tokenizer, args, context)
     # Not kept for their own sake: a resumed run is the same run only where these are the same.
     s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
