@@ -18,7 +18,7 @@ import re
 
 import numpy as np
 
-from data import BadInput, budget_prompt, encode_prompt, load_tokenizer
+from data import BadInput, budget_prompt, encode_prompt, load_config, load_tokenizer
 from rewards import boxed_answers, check_answers, curriculum_budget, dot_threshold
 
 # What rewards and advantages read from a batch besides correct, truncated, length, budget, mode and step ...
@@ -421,13 +421,10 @@ def cut_outliers(groups: list[list[dict]], rows: list[dict], tokenizer, args) ->
 def load_conciseness(path: str, device):
     """A function texts -> scores in [0, 1]: the sigmoid of a one-label classifier's logit on each text."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(path)
-    try:
-        labels = AutoConfig.from_pretrained(path).num_labels
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--conciseness-model ({path}) does not load: {str(error).splitlines()[0]}") from None
+    labels = load_config(path, tokenizer).num_labels
     if labels != 1:
         raise BadInput(f"--conciseness-model ({path}) has {labels} labels: one is needed, its logit")
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
