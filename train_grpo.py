@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import inspect
 import json
-import math
 import os
 import pickle
 import re
