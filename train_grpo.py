@@ -23,9 +23,11 @@ from collections import Counter
 
 import numpy as np
 
+import card
 import evaluate
 import methods
 import toy
+import trackers
 from checkpoints import load_state, newest_checkpoint, open_run, save_checkpoint
 from data import BadInput, budget_prompt, encode_prompt, load_tokenizer, one_line_errors, parse_budgets
 from rewards import ADVANTAGES, REWARDS
@@ -151,6 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
     number("--eval-n", 1, "samples per problem and budget")
     number("--save-every", 50, "checkpoint every N steps; 0: only at the end")
     number("--keep", 2, "checkpoints to keep")
+    choice("--log-with", " ".join(trackers.TRACKERS), "send metrics and pictures to a tracker, too")
+    number("--log-seconds", 0.0, "without a terminal: a line every N seconds at most; 0: every step")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the last checkpoint, with a model card")
     return parser
 
 
@@ -174,6 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, (named_by, table) in KEYWORDS.items():
         words = getattr(args, flag + "_args")
         setattr(args, flag + "_args", keyword_args("--" + flag, getattr(args, named_by), table, words))
+    args.command = getattr(args, "command", argv)  # for the model card; a resumed run keeps its own
     check_args(args)
     return args
 
@@ -216,7 +222,7 @@ def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> 
 POSITIVE = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip".split()
 POSITIVE += "verify_timeout eval_n eval_limit dot_margin".split()
 ZERO_IS_FINE = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay".split()
-ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip".split()
+ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip log_seconds".split()
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -283,6 +289,8 @@ def check_args(args: argparse.Namespace) -> None:
         if wrong:
             raise BadInput(message)
     methods.check_flags(args)
+    trackers.check(args.log_with)
+    card.check_login(args.push_to_hub)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -594,8 +602,8 @@ def make_log(args, state):
 
 def log_step(
     step: int, rollouts: dict, total, parts: dict, trained: dict, seconds: dict, args, bar, log
-) -> None:
-    """One line of metrics.jsonl, and one line on the screen (or the bar of a terminal)."""
+) -> dict:
+    """The step's metrics: a line of metrics.jsonl, and one on the screen (or the bar of a terminal)."""
     m = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
     m |= {f"reward_{name}": part.mean() for name, part in parts.items()}
     m |= {"accuracy": rollouts["correct"].mean(), **length_metrics(rollouts)}
@@ -609,11 +617,18 @@ def log_step(
     if bar is not None:
         bar.set_postfix_str(text)
         bar.update(step + 1 - bar.n)
-        return
+        return m
+    if time.monotonic() < log_step.quiet_until and step + 1 < args.steps:
+        return m
+    log_step.quiet_until = time.monotonic() + args.log_seconds
     log(
         f"step {step + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
         f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {sum(seconds.values()):.1f} s"
     )
+    return m
+
+
+log_step.quiet_until = 0.0  # seconds of time.monotonic
 
 
 def peak_memory() -> float:
@@ -639,7 +654,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     from sampler import load_model, make_sampler, pick_sampler
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
-    s.seconds, s.clock, s.conciseness = Counter(), time.monotonic(), None
+    s.seconds, s.clock, s.conciseness, s.tracker = Counter(), time.monotonic(), None, None
     check_reward(s.rows, args)
     s.folder, s.path = newest_checkpoint(args), args.model
     if args.eval_data:
@@ -685,6 +700,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         torch.set_rng_state(saved["torch_rng"])
     if state.is_main_process:
         open_run(args, s.start)
+        s.tracker = trackers.start(args, s.start)
     state.wait_for_everyone()
     log(
         f"{s.model.num_parameters() / 1e6:.2f}M parameters on {state.device}, {state.num_processes} "
@@ -710,6 +726,10 @@ def train(args: argparse.Namespace) -> None:
     probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
     s.sampler.sync(s.model)
     check_sync(s.sampler, s.model, probe, args, device)
+    s.done = s.start
+    if bar:  # the time left is that of steps: neither the set-up nor the steps before a --resume count
+        bar.initial = bar.n = bar.last_print_n = s.start
+        bar.unpause()
     if args.model is None and s.start == 0:
         evaluate_toy(s, args, "eval_base", state, log)
 
@@ -752,8 +772,9 @@ def train(args: argparse.Namespace) -> None:
         # ---- Log, save, evaluate ---------------------------------------------------------------------------
         m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
         if state.is_main_process:
-            log_step(step, rollouts, total, parts, m, s.seconds, args, bar, log)
-        done = step + 1
+            m = log_step(step, rollouts, total, parts, m, s.seconds, args, bar, log)
+            trackers.log_step(s.tracker, m)
+        done = s.done = step + 1
         if done == args.steps or (args.save_every and done % args.save_every == 0):
             s.folder = os.path.join(args.out, f"checkpoint-{done}")
             if state.is_main_process:
@@ -768,6 +789,10 @@ def train(args: argparse.Namespace) -> None:
         evaluate_toy(s, args, "eval", state, log)
         if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
             log(toy.summary(args.out))
+    trackers.finish(s.tracker)
+    if state.is_main_process:
+        last = os.path.join(args.out, "eval" if args.model is None else f"eval-{s.done}")
+        card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
     if bar:
         bar.close()
 
@@ -816,12 +841,14 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
 def run_evaluation(s, args, problems, budgets, mode, wording, n, name, state, log, max_tokens=None) -> None:
     """evaluate.py on the live sampler, shared by all processes; sampled as in training."""
     trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
-    evaluate.evaluate(
-        s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
+    out = os.path.join(args.out, name)
+    results = evaluate.evaluate(
+        s.sampler, problems, budgets, mode, n, out, wording=wording,
         temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed, count=args.count,
         require_think=args.require_think, trained_budgets=trained, model=s.folder or s.path,
         log=log, state=state,
     )  # fmt: skip
+    trackers.log_evaluation(s.tracker, results, out, s.done)
 
 
 def main(argv: list[str] | None = None) -> int:
