@@ -23,7 +23,9 @@ def read_metrics(folder: str) -> list[dict]:
         with open(path, encoding="utf-8") as f:
             lines = [line for line in f if line.endswith("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--watch {folder}: {first_line(error)}: give the --out folder of a training run") from None
+        raise BadInput(
+            f"--watch {folder}: {first_line(error)}: give the --out folder of a training run"
+        ) from None
     steps = {}
     for at, line in enumerate(lines, 1):
         try:
@@ -72,7 +74,7 @@ def budget_names(runs: dict) -> list[str]:
 
 
 def draw_lines(ax, runs: dict, labels: dict, scale: float = 1.0) -> None:
-    """Each figure (key of `labels`) of each run: a smoothed line; for a single run its raw values behind it."""
+    """Each figure (key of `labels`) of each run: a smoothed line; raw values behind it where one is alone."""
     for i, (run, steps) in enumerate(runs.items()):
         for k, name in enumerate(labels):
             x, y = series(steps, name)
