@@ -11,10 +11,12 @@ Every random draw is a function of (seed, step, process): a resumed run draws wh
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import sys
@@ -25,11 +27,22 @@ import numpy as np
 
 import card
 import evaluate
+import faults
 import methods
 import toy
 import trackers
-from checkpoints import load_state, newest_checkpoint, open_run, save_checkpoint
-from data import BadInput, budget_prompt, encode_prompt, load_tokenizer, one_line_errors, parse_budgets
+from checkpoints import best, holds_run, is_due, newest_state, open_run, save_checkpoint
+from data import (
+    BadInput,
+    budget_prompt,
+    encode_prompt,
+    first_line,
+    load_config,
+    load_tokenizer,
+    one_line_errors,
+    parse_budgets,
+)
+from logbook import make_log, show_samples, step_metrics, tell
 from rewards import ADVANTAGES, REWARDS
 from rollouts import (
     check_prompts,
@@ -149,12 +162,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval-data", help="held-out problems: files, presets, toy, toy_ood; comma-separated")
-    number("--eval-every", 0, "evaluate every N steps; 0: never")
+    number("--eval-every", 0, "evaluate every N steps, after a checkpoint; 0: never")
     add("--eval-budgets", help="budgets to ask for, comma-separated (default: trained ones)")
     number("--eval-limit", 200, "problems of each held-out set")
     number("--eval-n", 1, "samples per problem and budget")
     number("--save-every", 50, "checkpoint every N steps; 0: only at the end")
-    number("--keep", 2, "checkpoints to keep")
+    number("--keep", 2, "newest checkpoints to keep, beside the one with the best mean reward")
     choice("--log-with", " ".join(trackers.TRACKERS), "send metrics and pictures to a tracker, too")
     number("--log-seconds", 0.0, "without a terminal: a line every N seconds at most; 0: every step")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the last checkpoint, with a model card")
@@ -241,6 +254,9 @@ def check_args(args: argparse.Namespace) -> None:
     near = per_process * processes or processes
     highest = parse_budgets(args.budgets)["high"] if args.budgets else None
     local, files = args.model and os.path.isdir(args.model), (args.model, args.data, args.eval_data)
+    parent = out
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
     inside = [n for n in files if n and os.path.abspath(n).startswith(out + os.sep)]
     for wrong, message in (
         (args.model and not args.data,
@@ -281,11 +297,13 @@ def check_args(args: argparse.Namespace) -> None:
          f"--model ({args.model}) is no folder, and no hub id (OWNER/NAME): check the path"),
         (not args.out or (os.path.exists(args.out) and not os.path.isdir(args.out)),
          f"--out ({args.out!r}) is no folder: name one"),
+        (not os.path.isdir(parent) or not os.access(parent, os.W_OK),
+         f"--out ({args.out}) cannot be made: {parent} is no folder that can be written to"),
         (args.resume and args.overwrite,
          "--resume goes on with a run and --overwrite deletes it: choose one of the two"),
         (args.overwrite and inside,
          f"--overwrite would delete {inside}, which lies in --out ({args.out}): name another --out"),
-        (not (args.resume or args.overwrite) and os.path.exists(os.path.join(out, "args.json")),
+        (not (args.resume or args.overwrite) and holds_run(out),
          f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
     ):  # fmt: skip
         if wrong:
@@ -299,6 +317,12 @@ def check_args(args: argparse.Namespace) -> None:
 # The sampler's check
 
 
+def gap_limit(args, device) -> float:
+    """Largest mean log-prob gap between sampler and trainer that passes for rounding, nats."""
+    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off.
+    return 1e-3 if args.dtype == "float32" and device.type == "cpu" else 0.1
+
+
 def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     """Mean log-prob gap between sampler and trainer on a probe, in nats; a stale engine stops the run."""
     from update import add_logps
@@ -307,10 +331,8 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
     add_logps(model, batch, args, device)
     pairs = [p for r in batch for p in zip(r["logps"], r["old_logps"], strict=True)]
-    gap = float(np.mean([abs(a - b) for a, b in pairs]))
-    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off, and a small step hides
-    # in that: so the weights themselves are compared as well.
-    limit = 1e-3 if args.dtype == "float32" and device.type == "cpu" else 0.1
+    gap, limit = float(np.mean([abs(a - b) for a, b in pairs])), gap_limit(args, device)
+    # A small step hides in the noise of bf16: so the weights themselves are compared as well.
     stale = sampler.stale_weights(model) if sampler.name == "vllm" else []
     if stale or not gap < limit:
         raise SystemExit(
@@ -322,124 +344,22 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def length_metrics(rollouts: dict) -> dict:
-    """Length and its errors over the batch, and per requested budget (or per quarter of their range)."""
-    length, budget = rollouts["length"].astype(float), rollouts["budget"]
-    out = {
-        "length": length.mean(),
-        "length_p95": np.quantile(length, 0.95),
-        "truncated": rollouts["truncated"].mean(),
-    }
-    # Signed errors of over- and undershoot cancel in their mean, so the absolute ones are logged beside them.
-    have = ~np.isnan(budget)
-    if not have.any():
-        return out
-    asked, got = budget[have][:, None], length[have]
-    error = (got - asked) / asked
-    out |= {"signed_error": error.mean(), "abs_error": np.abs(error).mean()}
-    out |= {
-        "within_10": (np.abs(error) <= 0.1).mean(),
-        "over_budget": (error > 0).mean(),
-        "error_by_budget": {},
-    }
-    values = np.unique(asked)
-    buckets = {f"{v:g}": asked[:, 0] == v for v in values}
-    if len(values) > 8:  # four buckets of equal width between the least and the greatest budget of this batch
-        edges = np.linspace(values[0], values[-1] + 1, 5).astype(int)
-        pairs = list(zip(edges, edges[1:], strict=False))
-        buckets = {f"{a}-{b - 1}": (asked[:, 0] >= a) & (asked[:, 0] < b) for a, b in pairs}
-    for name, rows in buckets.items():
-        if rows.any():
-            e = error[rows]
-            cell = {"signed": e.mean(), "abs": np.abs(e).mean(), "length": got[rows].mean()}
-            out["error_by_budget"][name] = cell
-    return out
-
-
-def show_samples(groups, rows, total, log) -> None:
-    """Three decoded responses of the first step and what they earned: most mistakes can be seen here."""
-    for row, group, line in list(zip(rows, groups, total, strict=True))[:3]:
-        r, text = group[0], group[0]["text"]
-        text = text if len(text) < 500 else text[:300] + " [...] " + text[-150:]
-        verdict = ("right" if r["correct"] else "wrong") + (" (cut off)" if r["truncated"] else "")
-        log(f"  prompt    {row['prompt']!r}\n  response  {text!r}")
-        log(
-            f"  answer    {row['answer']!r}: {verdict}; {r['length']} tokens, budget {row.get('budget')}, "
-            f"reward {line[0]:.3f}\n"
-        )
-
-
-def make_log(args, state):
-    """(tqdm bar or None, function that prints a line): bar on a terminal, lines elsewhere, one rank only."""
-    from tqdm import tqdm
-
-    if not state.is_main_process:
-        return None, lambda text: None
-    bar = tqdm(total=args.steps, dynamic_ncols=True) if sys.stderr.isatty() else None
-    return bar, bar.write if bar else lambda text: print(text, flush=True)
-
-
-def log_step(
-    step: int, rollouts: dict, total, parts: dict, trained: dict, seconds: dict, args, bar, log
-) -> dict:
-    """The step's metrics: a line of metrics.jsonl, and one on the screen (or the bar of a terminal)."""
-    m = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
-    m |= {f"reward_{name}": part.mean() for name, part in parts.items()}
-    m |= {"accuracy": rollouts["correct"].mean(), **length_metrics(rollouts)}
-    m |= {"zero_variance": (np.ptp(total, -1) < 1e-9).mean(), **trained}
-    m |= {f"seconds_{name}": value for name, value in seconds.items()}
-    m |= {"tokens_per_second": rollouts["length"].sum() / sum(seconds.values()), "peak_gib": peak_memory()}
-    with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
-        f.write(json.dumps(evaluate.jsonable(m), allow_nan=False) + "\n")
-    error = f"  error {m['abs_error']:6.1%}" if "abs_error" in m else ""
-    text = f"reward {m['reward']:+.3f}  accuracy {m['accuracy']:.2f}  length {m['length']:.1f}{error}"
-    if bar is not None:
-        bar.set_postfix_str(text)
-        bar.update(step + 1 - bar.n)
-        return m
-    if time.monotonic() < log_step.quiet_until and step + 1 < args.steps:
-        return m
-    log_step.quiet_until = time.monotonic() + args.log_seconds
-    log(
-        f"step {step + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
-        f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {sum(seconds.values()):.1f} s"
-    )
-    return m
-
-
-log_step.quiet_until = 0.0  # seconds of time.monotonic
-
-
-def peak_memory() -> float:
-    """Most memory this process ever held, GiB: of the GPU where there is one, else resident."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     """Load and check all that the loop needs; --out is touched last, when nothing can be wrong any more."""
     import torch
-    from transformers import AutoConfig
 
     from sampler import load_model, make_sampler, pick_sampler
     from update import make_optimizer
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
-    s.seconds, s.clock, s.conciseness, s.tracker = Counter(), time.monotonic(), None, None
+    s.seconds, s.clock, s.conciseness, s.unwritten = Counter(), time.monotonic(), None, []
+    s.tracker = None
     check_reward(s.rows, args)
-    s.folder, s.path = newest_checkpoint(args), args.model
+    s.folder, saved = newest_state(args, log)
+    s.path = args.model
     if args.eval_data:
         s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
     if args.optim == "adamw8bit" and state.device.type != "cuda":
@@ -455,9 +375,10 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.tokenizer = load_tokenizer(s.path)
     if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
         raise BadInput("--count thinking needs a tokenizer in which </think> is one token; this splits it")
-    context = AutoConfig.from_pretrained(s.path).max_position_embeddings
+    context = load_config(s.path, s.tokenizer).max_position_embeddings
     longest = s.longest = check_prompts(s.rows, s.tokenizer, args, context)
-    saved = load_state(s.folder) if s.folder else None
+    # Not kept for their own sake: a resumed run is the same run only where these are the same.
+    s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
     kind = pick_sampler(args.sampler, log)
     s.model = load_model(s.folder or s.path, state.device).train()
     if args.gradient_checkpointing:
@@ -471,6 +392,9 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         for group in s.optimizer.param_groups:  # flags that were changed for the resumed run count
             group.update(betas=tuple(args.betas), weight_decay=args.weight_decay)
         s.memory, s.start = saved["memory"], saved["step"]
+        for name in s.run:
+            if saved["run"].get(name) != s.run[name]:
+                log(f"warning: --resume: {name} changed since step {s.start}: it is no longer the same run")
     # The toy's last evaluation asks for more than was trained: its engine takes the whole context.
     room = max(longest + args.max_tokens, plan_held_out(s, args, context))
     room = context if args.model is None else room
@@ -484,6 +408,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     if state.is_main_process:
         open_run(args, s.start)
         s.tracker = trackers.start(args, s.start)
+    s.saved = s.done = s.start
     state.wait_for_everyone()
     log(
         f"{s.model.num_parameters() / 1e6:.2f}M parameters on {state.device}, {state.num_processes} "
@@ -494,94 +419,136 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    """The whole run; see the docstring of this file."""
+    """The whole run; see the docstring of this file. A signal ends it early, after a checkpoint."""
     import torch
     from accelerate import PartialState
 
-    from update import check_memory, learning_rate, update
+    from update import check_memory
 
-    # ---- Setup ---------------------------------------------------------------------------------------------
     # Without `cpu` plain torchrun on a machine without GPU would run N single trainers side by side.
     state = PartialState(cpu=not torch.cuda.is_available())
-    rank, processes, device = state.process_index, state.num_processes, state.device
     bar, log = make_log(args, state)
     began = time.monotonic()
     s = set_up(args, state, log)
     # The engine was built from the starting model: it gets the trainer's weights before anything is sampled.
-    probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
+    s.probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
     s.sampler.sync(s.model)
-    check_sync(s.sampler, s.model, probe, args, device)
-    s.done = s.start
+    check_sync(s.sampler, s.model, s.probe, args, state.device)
+    if args.check_memory or (args.check_memory is None and state.device.type == "cuda"):
+        check_memory(s.model, s.reference, s.optimizer, s.longest, args, state.device)
     if bar:  # the time left is that of steps: neither the set-up nor the steps before a --resume count
         bar.initial = bar.n = bar.last_print_n = s.start
         bar.unpause()
-    if args.model is None and s.start == 0:
-        evaluate_toy(s, args, "eval_base", state, log)
-
-    reference = s.reference if args.kl_coef else None
-    if args.check_memory or (args.check_memory is None and device.type == "cuda"):
-        check_memory(s.model, reference, s.optimizer, s.longest, args, device)
-    for step in range(s.start, args.steps):
-        # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ------
-        s.seconds.clear()
-        rows, groups, counts, m = sample_batch(s, args, state, step)
-
-        # ---- Reward ----------------------------------------------------------------------------------------
-        rollouts = to_rollouts(groups, rows, args, step, s.memory)
-        total, parts, advantages = rewards_and_advantages(rollouts, args, s.memory)
-        # Every token of a response shares its advantage: GRPO knows no credit within a response.
-        for i, (group, line) in enumerate(zip(groups, advantages, strict=True)):
-            for r, advantage in zip(group, line, strict=True):
-                r |= {"advantage": float(advantage), "group": i}
-        batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
-        if step == 0:
-            show_samples(groups, rows, total, log)
-        methods.learn(*s.seen, args, s.memory)  # after the rewards, which belong to the old memory
-        lap(s, "verify")
-
-        # ---- Update ----------------------------------------------------------------------------------------
-        lr = learning_rate(step, args)
-        for param_group in s.optimizer.param_groups:
-            param_group["lr"] = lr
-        m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
-        # Stop, do not skip: after the first nan in the weights every later step is lost anyway.
-        if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
-            raise SystemExit(f"train_grpo.py: error: step {step}: loss or gradient is not finite: {m}")
-        lap(s, "train")
-
-        # ---- Push the new weights into the sampler ---------------------------------------------------------
-        # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
-        s.sampler.sync(s.model)
-        if args.check_sync and (step == 0 or (step + 1) % args.check_sync == 0):
-            check_sync(s.sampler, s.model, probe, args, device)
-        lap(s, "sync")
-
-        # ---- Log, save, evaluate ---------------------------------------------------------------------------
-        m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
-        if state.is_main_process:
-            m = log_step(step, rollouts, total, parts, m, s.seconds, args, bar, log)
-            trackers.log_step(s.tracker, m)
-        done = s.done = step + 1
-        if done == args.steps or (args.save_every and done % args.save_every == 0):
-            s.folder = os.path.join(args.out, f"checkpoint-{done}")
+    done, before = s.start, pickle.dumps(s.memory)
+    with faults.signals():
+        try:
+            if args.model is None and done == 0:
+                evaluate_toy(s, args, "eval_base", state, log)
+            while done < args.steps:
+                before = pickle.dumps(s.memory)
+                evaluate_if_due(s, args, done, state, log)
+                m = take_step(s, args, state, done, log)
+                if state.is_main_process:
+                    tell(m, args, s.unwritten, bar, log)
+                    trackers.log_step(s.tracker, m)
+                done = s.done = done + 1
+                if done == args.steps or is_due(done, args):
+                    save(s, args, state, done, log)
+            log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}; {best(args.out)}")
+            must_be_saved(s, args, state, done)
+            evaluate_if_due(s, args, done, state, log)
+            if args.model is None:
+                evaluate_toy(s, args, "eval", state, log)
+                if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
+                    log(toy.summary(args.out))
             if state.is_main_process:
-                save_checkpoint(s.folder, done, s.model, s.tokenizer, s.optimizer, s.memory, args.keep)
-            state.wait_for_everyone()
-        if args.eval_every and done % args.eval_every == 0:
-            evaluate_held_out(s, args, f"eval-{done}", state, log)
-
-    # ---- Done ----------------------------------------------------------------------------------------------
-    log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}")
-    if args.model is None:
-        evaluate_toy(s, args, "eval", state, log)
-        if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
-            log(toy.summary(args.out))
+                last = os.path.join(args.out, "eval" if args.model is None else f"eval-{done}")
+                card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
+        except faults.Stopped:
+            if done < args.steps:  # the memory has seen prompts of the step that is dropped
+                s.memory = pickle.loads(before)
+                save(s, args, state, done, log)
+                must_be_saved(s, args, state, done)
+            log(f"stopped by a signal after step {done}; to go on: {faults.resume_command(args, state)}")
     trackers.finish(s.tracker)
-    if state.is_main_process:
-        last = os.path.join(args.out, "eval" if args.model is None else f"eval-{s.done}")
-        card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
     if bar:
         bar.close()
+
+
+def take_step(s, args, state, step: int, log) -> dict:
+    """One step, from prompts to new weights in the sampler; its metrics.
+
+    faults.Stopped comes before the weights are changed or not at all.
+    """
+    from update import learning_rate, update
+
+    rank, processes, device = state.process_index, state.num_processes, state.device
+    # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ----------
+    s.seconds.clear()
+    rows, groups, counts, m = sample_batch(s, args, state, step)
+
+    # ---- Reward --------------------------------------------------------------------------------------------
+    rollouts = to_rollouts(groups, rows, args, step, s.memory)
+    total, parts, advantages = rewards_and_advantages(rollouts, args, s.memory)
+    # Every token of a response shares its advantage: GRPO knows no credit within a response.
+    for i, (group, line) in enumerate(zip(groups, advantages, strict=True)):
+        for r, advantage in zip(group, line, strict=True):
+            r |= {"advantage": float(advantage), "group": i}
+    batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
+    reference, write = s.reference if args.kl_coef else None, args.out if state.is_main_process else None
+    faults.check_finite(step, {"reward": total, "advantage": advantages}, batch, write)
+    if step == 0:
+        show_samples(groups, rows, total, log)
+    methods.learn(*s.seen, args, s.memory)  # after the rewards, which belong to the old memory
+    lap(s, "verify")
+
+    # ---- Update --------------------------------------------------------------------------------------------
+    lr = learning_rate(step, args)
+    for param_group in s.optimizer.param_groups:
+        param_group["lr"] = lr
+    m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
+    faults.check_finite(step, {"loss": m["loss"], "grad_norm": m["grad_norm"]}, batch, write)
+    lap(s, "train")
+
+    # ---- Push the new weights into the sampler -------------------------------------------------------------
+    # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
+    s.sampler.sync(s.model)
+    if args.check_sync and (step == 0 or (step + 1) % args.check_sync == 0):
+        check_sync(s.sampler, s.model, s.probe, args, device)
+    lap(s, "sync")
+
+    m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
+    m = step_metrics(step, rollouts, total, parts, m, s.seconds)
+    for text in faults.watch(m, counts, groups, s.tokenizer, args, s.memory, gap_limit(args, device)):
+        log(text)
+    return m
+
+
+def save(s, args, state, done: int, log) -> None:
+    """OUT/checkpoint-DONE. A disk that does not take it is told and not fatal: the next time it may."""
+    from safetensors import SafetensorError
+
+    if state.is_main_process and done > s.saved:
+        folder = os.path.join(args.out, f"checkpoint-{done}")
+        everything = {"step": done, "optimizer": s.optimizer.state_dict(), "memory": s.memory, "run": s.run}
+        reward = s.memory["watch"]["reward"]
+        try:
+            save_checkpoint(folder, everything, s.model, s.tokenizer, args.keep, reward)
+            s.folder, s.saved = folder, done
+        except (OSError, RuntimeError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or first_line(error)
+            log(f"warning: step {done} could not be saved in {args.out} ({why}): training goes on, the next "
+                f"try is at the next checkpoint; on disk is step {s.saved}")  # fmt: skip
+    state.wait_for_everyone()
+
+
+def must_be_saved(s, args, state, done: int) -> None:
+    """Ends the run with words where its last step is not on disk."""
+    if state.is_main_process and s.saved < done:
+        raise SystemExit(
+            f"train_grpo.py: error: step {done} could not be saved (see above): make room in {args.out}; "
+            f"--resume goes on from step {s.saved}"
+        )
 
 
 def plan_held_out(s, args, context: int) -> int:
@@ -604,10 +571,15 @@ def plan_held_out(s, args, context: int) -> int:
     return max((len(request["ids"]) + request["max_tokens"] for request in requests), default=0)
 
 
-def evaluate_held_out(s, args, name: str, state, log) -> None:
-    """A budget sweep over --eval-data; the results go to OUT/NAME."""
+def evaluate_if_due(s, args, done: int, state, log) -> None:
+    """A budget sweep over --eval-data every --eval-every steps; the results go to OUT/eval-DONE."""
+    if done == 0 or not args.eval_every or done % args.eval_every:
+        return
+    # After a resume it is the evaluation that the end of the run may have cut short.
+    if done == s.start and os.path.exists(os.path.join(args.out, f"eval-{done}", "results.json")):
+        return
     budgets, mode, wording = s.held_out_plan
-    run_evaluation(s, args, s.held_out, budgets, mode, wording, args.eval_n, name, state, log)
+    run_evaluation(s, args, s.held_out, budgets, mode, wording, args.eval_n, f"eval-{done}", state, log)
 
 
 def evaluate_toy(s, args, name: str, state, log) -> None:
@@ -628,23 +600,41 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
 def run_evaluation(s, args, problems, budgets, mode, wording, n, name, state, log, max_tokens=None) -> None:
     """evaluate.py on the live sampler, shared by all processes; sampled as in training."""
     trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
-    out = os.path.join(args.out, name)
-    results = evaluate.evaluate(
-        s.sampler, problems, budgets, mode, n, out, wording=wording,
-        temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed, count=args.count,
-        require_think=args.require_think, trained_budgets=trained, model=s.folder or s.path,
-        log=log, state=state,
-    )  # fmt: skip
-    trackers.log_evaluation(s.tracker, results, out, s.done)
+    alone = state.num_processes == 1
+    try:
+        # Of several processes none may leave alone: there a signal waits for the end of the evaluation.
+        with faults.interruptible() if alone else contextlib.nullcontext():
+            results = evaluate.evaluate(
+                s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
+                temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed,
+                count=args.count, require_think=args.require_think, trained_budgets=trained,
+                model=s.folder or s.path, log=log, state=state,
+            )  # fmt: skip
+            trackers.log_evaluation(s.tracker, results, os.path.join(args.out, name), s.done)
+    except OSError as error:
+        if not alone:
+            raise
+        log(f"warning: the evaluation {name} could not be written ({error.strerror}): training goes on")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+    """Run with `argv`; 0, or 2 after a user's mistake, 1 after a failure, each told in one line."""
+    args = None
     try:
-        train(parse_args(argv))
+        args = parse_args(argv)
+        train(args)
     except BadInput as error:
         print(f"train_grpo.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_grpo.py: interrupted; what was saved stays saved", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = faults.explain(error, args) if args else None
+        if told is None:
+            raise  # not known: the traceback says more than words could
+        print(f"train_grpo.py: error: {told}", file=sys.stderr)
+        return 1
     return 0
 
 

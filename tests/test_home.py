@@ -211,7 +211,7 @@ def test_a_run_that_ends_on_the_hub(tiny, script, tmp_path):
 def test_card_of_another_evaluation(tmp_path, evaluation, capsys, monkeypatch):
     folder = tmp_path / "run" / "checkpoint-7"
     folder.mkdir(parents=True)
-    rows = annotate(toy.problems("toy", "train", 60), "uniform:20:40", "both", "tulu", 1, 0)
+    rows = annotate(toy.problems("toy", "train", 500), "uniform:20:40", "both", "tulu", 1, 0)
     args = {"model": "owner/base", "steps": 7, "reward": "lcpo_max", "advantage": "grpo", "count": "thinking"}
     card.write_card(str(folder), args | {"temperature": 0.6, "command": ["--out", "a b"]}, rows)
     text = (folder / "README.md").read_text()

@@ -168,6 +168,10 @@ def test_requests_of_subgroups(tiny):
     a, b = ask("--subgroups", "hbpo", "--subgroup-args", "budgets=[8,16]", "prefix=At most {}.")
     assert a["prompt_ids"] == plain + tokenizer.encode("At most 8.", add_special_tokens=False)
     assert (a["n"], b["n"], b["tags"]) == (4, 4, {"subgroup_budget": 16})
+    a, _ = ask(
+        "--subgroups", "hbpo", "--subgroup-args", "budgets=[8,16]", "prefix=At most {}.", "in_prompt=true"
+    )
+    assert a["prompt_ids"] == methods.encode_prompt(tokenizer, row["prompt"] + "\nAt most 8.")
     a, b = ask("--subgroups", "adaptthink", "--subgroup-args", "think_word=w", "no_think_tokens=5")
     assert a["forced"] == end and a["cap"] == 5 and a["tags"] == {"no_think": 1}
     assert b["forced"] == tokenizer.encode("w") and b["mix"] == {None: (math.log(0.5), -math.inf)}
