@@ -24,10 +24,12 @@ from collections import Counter
 
 import numpy as np
 
+import card
 import evaluate
 import faults
 import methods
 import toy
+import trackers
 from checkpoints import best, holds_run, is_due, newest_state, open_run, save_checkpoint
 from data import (
     BadInput,
@@ -165,6 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
     number("--eval-n", 1, "samples per problem and budget")
     number("--save-every", 50, "checkpoint every N steps; 0: only at the end")
     number("--keep", 2, "newest checkpoints to keep, beside the one with the best mean reward")
+    choice("--log-with", " ".join(trackers.TRACKERS), "send metrics and pictures to a tracker, too")
+    number("--log-seconds", 0.0, "without a terminal: a line every N seconds at most; 0: every step")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the last checkpoint, with a model card")
     return parser
 
 
@@ -188,6 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, (named_by, table) in KEYWORDS.items():
         words = getattr(args, flag + "_args")
         setattr(args, flag + "_args", keyword_args("--" + flag, getattr(args, named_by), table, words))
+    args.command = getattr(args, "command", argv)  # for the model card; a resumed run keeps its own
     check_args(args)
     return args
 
@@ -230,7 +236,7 @@ def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> 
 POSITIVE = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip".split()
 POSITIVE += "verify_timeout eval_n eval_limit dot_margin".split()
 ZERO_IS_FINE = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay".split()
-ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip".split()
+ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip log_seconds".split()
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -302,6 +308,8 @@ def check_args(args: argparse.Namespace) -> None:
         if wrong:
             raise BadInput(message)
     methods.check_flags(args)
+    trackers.check(args.log_with)
+    card.check_login(args.push_to_hub)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -347,6 +355,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
     s.seconds, s.clock, s.conciseness, s.unwritten = Counter(), time.monotonic(), None, []
+    s.tracker = None
     check_reward(s.rows, args)
     s.folder, saved = newest_state(args, log)
     s.path = args.model
@@ -397,7 +406,8 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         torch.set_rng_state(saved["torch_rng"])
     if state.is_main_process:
         open_run(args, s.start)
-    s.saved = s.start
+        s.tracker = trackers.start(args, s.start)
+    s.saved = s.done = s.start
     state.wait_for_everyone()
     log(
         f"{s.model.num_parameters() / 1e6:.2f}M parameters on {state.device}, {state.num_processes} "
@@ -425,6 +435,9 @@ def train(args: argparse.Namespace) -> None:
     check_sync(s.sampler, s.model, s.probe, args, state.device)
     if args.check_memory or (args.check_memory is None and state.device.type == "cuda"):
         check_memory(s.model, s.reference, s.optimizer, s.longest, args, state.device)
+    if bar:  # the time left is that of steps: neither the set-up nor the steps before a --resume count
+        bar.initial = bar.n = bar.last_print_n = s.start
+        bar.unpause()
     done, before = s.start, pickle.dumps(s.memory)
     with faults.signals():
         try:
@@ -436,7 +449,8 @@ def train(args: argparse.Namespace) -> None:
                 m = take_step(s, args, state, done, log)
                 if state.is_main_process:
                     tell(m, args, s.unwritten, bar, log)
-                done += 1
+                    trackers.log_step(s.tracker, m)
+                done = s.done = done + 1
                 if done == args.steps or is_due(done, args):
                     save(s, args, state, done, log)
             log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}; {best(args.out)}")
@@ -446,12 +460,16 @@ def train(args: argparse.Namespace) -> None:
                 evaluate_toy(s, args, "eval", state, log)
                 if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
                     log(toy.summary(args.out))
+            if state.is_main_process:
+                last = os.path.join(args.out, "eval" if args.model is None else f"eval-{done}")
+                card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
         except faults.Stopped:
             if done < args.steps:  # the memory has seen prompts of the step that is dropped
                 s.memory = pickle.loads(before)
                 save(s, args, state, done, log)
                 must_be_saved(s, args, state, done)
             log(f"stopped by a signal after step {done}; to go on: {faults.resume_command(args, state)}")
+    trackers.finish(s.tracker)
     if bar:
         bar.close()
 
@@ -585,12 +603,13 @@ def run_evaluation(s, args, problems, budgets, mode, wording, n, name, state, lo
     try:
         # Of several processes none may leave alone: there a signal waits for the end of the evaluation.
         with faults.interruptible() if alone else contextlib.nullcontext():
-            evaluate.evaluate(
+            results = evaluate.evaluate(
                 s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
                 temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed,
                 count=args.count, require_think=args.require_think, trained_budgets=trained,
                 model=s.folder or s.path, log=log, state=state,
             )  # fmt: skip
+            trackers.log_evaluation(s.tracker, results, os.path.join(args.out, name), s.done)
     except OSError as error:
         if not alone:
             raise
