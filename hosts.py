@@ -154,9 +154,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def open_instruct_score(
-    tokenized_prediction, prediction, label: str, query=None, tokenizer=None, reward="lcpo_exact", **options
-) -> float:
+def open_instruct_score(ids, label: str, tokenizer, reward="lcpo_exact", **options) -> float:
     """The score of an open-instruct verifier; `label` is the column `row` of --export open-instruct.
 
     open-instruct multiplies it by the verifier's weight and by --verification_reward (10). It hands over one
@@ -167,7 +165,7 @@ def open_instruct_score(
         raise ValueError(
             f"label {label[:40]!r} is not a row: take the column `row` of --export open-instruct"
         )
-    return score(reward, [row], [tokenized_prediction], tokenizer, **options)[0][0]
+    return score(reward, [row], [ids], tokenizer, **options)[0][0]
 
 
 # ------------------------------------------------------------------------------------------------------------

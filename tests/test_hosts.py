@@ -7,7 +7,9 @@ and the formula that it documents, not the real thing.
 
 import json
 import os
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -417,11 +419,83 @@ def test_open_instruct_stock_verifiers_sum_to_our_tulu_rewards(tokenizer):
         length, target = 6, float(row["ground_truth"][1])
         gap = abs(length - target) if row["dataset"][1] == "max_length" else max(length - target, 0)
         stock = 10 * (1 + 1 - gap / 8192)
-        ours = hosts.open_instruct_score(tokenizer.encode(RIGHT), "", row["row"], None, tokenizer, reward)
+        ours = hosts.open_instruct_score(tokenizer.encode(RIGHT), row["row"], tokenizer, reward)
         assert 10 * ours == pytest.approx(stock)
 
 
 def test_open_instruct_label_must_be_a_row(tokenizer):
     for label in ("16", '{"budget": 16}'):
         with pytest.raises(ValueError, match="is not a row: take the column `row`"):
-            hosts.open_instruct_score([1], "", label, None, tokenizer)
+            hosts.open_instruct_score([1], label, tokenizer)
+
+
+# The README's blocks -------------------------------------------------------------------------
+
+
+def block(name):
+    """The code that the README offers under `<!-- use it: NAME -->`."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        return re.search(rf"<!-- use it: {name} -->\n```\w+\n(.*?)```", f.read(), re.S)[1]
+
+
+def swap(text, pairs):
+    for old, new in pairs.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def test_readme_plain_python():
+    names = {}
+    exec(block("python"), names)
+    np.testing.assert_allclose(names["rewards"], [[0.97, -0.03]], atol=1e-12)
+    np.testing.assert_allclose(names["advantages"], [[np.sqrt(0.5), -np.sqrt(0.5)]], atol=1e-5)
+
+
+def test_readme_trl(tmp_path, toy_model, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data.write_rows(hosts.export(toy_rows(8), "trl"), "rows.parquet")
+    small = 'max_completion_length=12, max_steps=1, use_cpu=True, bf16=False, report_to="none"'
+    model = "agentica-org/DeepScaleR-1.5B-Preview"
+    names = {}
+    exec(swap(block("trl"), {model: toy_model, "max_completion_length=4096": small}), names)
+    assert np.isfinite(names["trainer"].state.log_history[-1]["train_loss"])
+
+
+def test_readme_open_instruct(tmp_path, tokenizer):
+    """VerifierFunction and VerificationResult stand in for open-instruct's: their documented fields only."""
+
+    class VerifierFunction:
+        def __init__(self, name, weight=1.0, verifier_config=None):
+            self.name, self.weight = name, weight
+
+    tokenizer.save_pretrained(tmp_path)
+    names = {"VerifierFunction": VerifierFunction, "VerificationResult": SimpleNamespace}
+    exec(swap(block("open-instruct"), {"agentica-org/DeepScaleR-1.5B-Preview": str(tmp_path)}), names)
+    (found,) = VerifierFunction.__subclasses__()
+    verifier, row = found(None), hosts.export([ROW], "open-instruct")[0]
+    mapped = eval(re.search(r"rows.map\((.+)\)\n", block("open-instruct"))[1])(row)
+    assert mapped["dataset"] == [verifier.name]
+    result = verifier(tokenizer.encode(RIGHT), RIGHT, mapped["ground_truth"][0], query="add 3 6")
+    assert result.score == pytest.approx(1 - 3e-4 * 10)
+
+
+@pytest.mark.hosts
+def test_readme_verl(tmp_path, tokenizer, monkeypatch):
+    """The rows of its first command in verl's data set, the flags of its second in verl's reward loop."""
+    from verl.trainer.ppo.reward import load_reward_manager
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"problem": "add 3 6", "answer": "9"}) + "\n")
+    rows, train = block("verl").replace("\\\n", " ").splitlines()
+    assert data.main(swap(rows, {"python data.py ": "", "deepscaler": "in.jsonl"}).split()) == 0
+    config = verl_config(
+        swap(train, {"python -m verl.trainer.main_ppo": "", "=hosts.py": f"={HOSTS_PY}"}).split()
+    )
+    (item,) = RLHFDataset(config.data.train_files, tokenizer, config.data)
+    got = run_manager(load_reward_manager(config, tokenizer), verl_batch([item], [RIGHT], tokenizer))
+    assert got[0]["reward_score"] == pytest.approx(1 - 3e-4 * (item["extra_info"]["budget"] - 6))
