@@ -8,6 +8,9 @@ and the formula that it documents, not the real thing.
 import json
 import os
 import re
+import socket
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -400,7 +403,9 @@ def test_the_verl_recipe_is_a_configuration_of_verl(verl_rows, tokenizer):
     for name, value in {"HERE": ROOT, "MODEL": "m", "NODES": "2", "GPUS": "8"}.items():
         text = text.replace(f"${name}", value)
     command = next(line for line in text.splitlines() if line.startswith("python -m verl.trainer.main_ppo"))
-    config = verl_config(command.split()[3:])
+    with open(os.path.join(ROOT, "docs", "scaling.md")) as f:
+        larger = re.search(r"For a model of 14B.*?```sh\n(.*?)\n```", f.read(), re.S)[1]
+    config = verl_config([*command.split()[3:], *larger.split()])
     validate_config(config, use_reference_policy=True, use_critic=False)
     assert not [key for key in OmegaConf.missing_keys(config) if key.startswith("actor_rollout_ref.rollout")]
     manager = load_reward_manager(config, tokenizer)
@@ -499,3 +504,30 @@ def test_readme_verl(tmp_path, tokenizer, monkeypatch):
     (item,) = RLHFDataset(config.data.train_files, tokenizer, config.data)
     got = run_manager(load_reward_manager(config, tokenizer), verl_batch([item], [RIGHT], tokenizer))
     assert got[0]["reward_score"] == pytest.approx(1 - 3e-4 * (item["extra_info"]["budget"] - 6))
+
+
+# Several nodes -------------------------------------------------------------------------------
+
+
+def test_two_nodes(tiny, tmp_path):
+    """The launch of docs/scaling.md, with two launchers on this machine as the two nodes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rows = os.path.join(ROOT, "tests", "data", "math_train_small.jsonl.gz")
+    launch = (
+        f"-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {port}"
+    )
+    flags = "--budgets bucket:8,16 --max-tokens 24 --prompts-per-step 4 --group-size 4 --sampler hf --steps 2"
+    flags += f" --model {tiny} --data {rows} --out {tmp_path / 'out'}"
+    command = f"{launch} --node_rank RANK train_grpo.py {flags}"
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [
+        subprocess.Popen([sys.executable, *command.replace("RANK", str(rank)).split()], **options)
+        for rank in (0, 1)
+    ]
+    told = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert "2 process(es)" in told[0] and "2 process(es)" not in told[1]
+    with open(tmp_path / "out" / "metrics.jsonl") as f:
+        assert len(list(f)) == 2
