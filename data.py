@@ -330,8 +330,9 @@ LAYOUTS = {
 
 TOPICS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 AI2 = "ai2-adapt-dev/"
-# name: (hub id, configs, split, layout). `?` marks a layout taken from a dataset card or from memory:
-# nobody has confirmed it by loading the set. A wrong guess ends in one line that names the columns.
+# name: (hub id, configs, split, layout). `?` marks a layout that nobody has confirmed, `~` one whose columns
+# and splits were only seen in other public code that loads the set; the others were seen on the hub or in the
+# papers' code. A wrong guess ends in one line that names the columns.
 PRESETS = {
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", (), "train", "plain"),
     "eurus2": ("PRIME-RL/Eurus-2-RL-Data", (), "train", "verl"),
@@ -344,14 +345,14 @@ PRESETS = {
     "deepscaler_ai2_4k": (AI2 + "deepscaler_gt_with_random_max_length", (), "train", "messages"),
     "deepscaler_ai2_8k": (AI2 + "deepscaler_gt_with_random_max_length_8192", (), "train", "messages"),
     "math500": ("HuggingFaceH4/MATH-500", (), "test", "plain"),
-    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train", "math"),  # ?
+    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train", "math"),  # ~
     "aime2022_2024": ("AI-MO/aimo-validation-aime", (), "train", "plain"),
-    "aime2024": ("HuggingFaceH4/aime_2024", (), "train", "plain"),  # ?
+    "aime2024": ("HuggingFaceH4/aime_2024", (), "train", "plain"),  # ~
     "aime2025": ("opencompass/AIME2025", ("AIME2025-I", "AIME2025-II"), "test", "plain"),
     "amc": ("AI-MO/aimo-validation-amc", (), "train", "plain"),
-    "amc23": ("math-ai/amc23", (), "test", "plain"),  # ?
+    "amc23": ("math-ai/amc23", (), "test", "plain"),  # ~
     "olympiadbench": ("Hothan/OlympiadBench", ("OE_TO_maths_en_COMP",), "train", "olympiad"),
-    "minerva": ("math-ai/minervamath", (), "test", "plain"),  # ?
+    "minerva": ("math-ai/minervamath", (), "test", "plain"),  # ~
     # Gated: accept its terms on the hub first.
     "gpqa": ("Idavidrein/gpqa", ("gpqa_diamond",), "train", "gpqa"),
     "lsat_ar": ("dmayhem93/agieval-lsat-ar", (), "test", "lsat"),
@@ -361,8 +362,8 @@ PRESETS = {
     "mmlu": ("cais/mmlu", ("all",), "test", "plain"),
     "gsm8k": ("openai/gsm8k", ("main",), "test", "plain"),
     "omni_math": ("KbsdJames/Omni-MATH", (), "test", "omni"),
-    "svamp": ("ChilleD/SVAMP", (), "test", "svamp"),  # ?
-    "gsm_plus": ("qintongli/GSM-Plus", (), "testmini", "plain"),  # ?
+    "svamp": ("ChilleD/SVAMP", (), "test", "svamp"),  # ~
+    "gsm_plus": ("qintongli/GSM-Plus", (), "testmini", "plain"),  # ~
 }
 
 
@@ -554,7 +555,9 @@ def read_hub(hub_id: str, configs: tuple, split: str | None):
         try:
             if any(map(os.path.exists, saved)):  # what save_to_disk wrote
                 part = datasets.load_from_disk(hub_id)
-                part = part if isinstance(part, dict) else {split or "train": part}
+                part = part if isinstance(part, dict) else {"train": part}
+                if split and split not in part:
+                    raise ValueError(f"it has no split {split}, only {', '.join(part)}")
                 part = part[split] if split else part
             else:
                 part = datasets.load_dataset(hub_id, config, split=split)
