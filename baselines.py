@@ -322,7 +322,7 @@ def sweep(args: argparse.Namespace) -> None:
     prompts = [(text, data.encode_prompt(tokenizer, text)) for text in asked]
     fitted = [data.encode_prompt(tokenizer, plain_prompt(problem)) for problem in fitted]
     longest = max(len(ids) for ids in [ids for _, ids in prompts] + fitted)
-    room = model_config(args.model).max_position_embeddings - longest
+    room = data.load_config(args.model).max_position_embeddings - longest
     flags = {key: value for key, value in vars(args).items() if key in settings.__kwdefaults__}
     s = settings(tokenizer, room, args.methods, **flags)
     # What does not fit is found now: weights take minutes to load.
@@ -337,16 +337,6 @@ def sweep(args: argparse.Namespace) -> None:
         about = {"model": args.model, "baseline": method, "sampler": sampler.name, "n": args.n, "did": did}
         about |= s["sampling"] | {key: value for key, value in s.items() if key != "sampling"}
         write_results(os.path.join(args.out, method), about)
-
-
-def model_config(path: str):
-    """The configuration of a model folder or hub id; BadInput where there is none."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model {path} has no usable config.json: {data.first_line(error)}") from None
 
 
 def held_out_problems(args: argparse.Namespace, problems: list[dict]) -> list[dict]:
@@ -600,7 +590,7 @@ def thinkedit_command(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
-    config = model_config(args.model)
+    config = data.load_config(args.model)
     if config.model_type not in ARCHITECTURES:
         raise BadInput(f"--model is a {config.model_type}: heads are known of {', '.join(ARCHITECTURES)}")
     total = config.num_hidden_layers * config.num_attention_heads

@@ -109,9 +109,27 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"tokenizer {name!r} could not be loaded: {first_line(error)}") from error
+
+
+def load_config(path: str, tokenizer=None):
+    """The configuration of a model folder or hub id; BadInput where none is, or it does not fit `tokenizer`."""
+    from transformers import AutoConfig
+
+    try:
+        # A folder that brings its own classes runs no code here.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} has no usable config.json: {first_line(error)}") from None
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer is not None and size and len(tokenizer) > size:
+        raise BadInput(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens, its model {size}: they do not belong "
+            f"together; copy the model's own tokenizer there"
+        )
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -618,12 +618,7 @@ def load_weights(args: argparse.Namespace, problems: list[dict], wording: str) -
     """(an in-process sampler, the hash of its weights)."""
     # Every budget that does not fit, every missing file is found now: weights take minutes to load.
     tokenizer = data.load_tokenizer(args.model)
-    from transformers import AutoConfig
-
-    try:
-        context = AutoConfig.from_pretrained(args.model).max_position_embeddings
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model {args.model} has no usable config.json: {data.first_line(error)}") from None
+    context = data.load_config(args.model, tokenizer).max_position_embeddings
     requests = plan(problems, args.budgets, args.mode, wording, tokenizer, context, args.max_tokens)
     # Every prompt is encoded twice for this: what does not fit is refused before the weights are loaded.
     longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)

@@ -18,7 +18,7 @@ import re
 
 import numpy as np
 
-from data import BadInput, budget_prompt, encode_prompt, load_tokenizer
+from data import BadInput, budget_prompt, encode_prompt, load_config, load_tokenizer
 from rewards import boxed_answers, check_answers, curriculum_budget, dot_threshold
 
 # What rewards and advantages read from a batch besides correct, truncated, length, budget, mode and step ...
@@ -168,15 +168,20 @@ def plain(row, n, tokenizer) -> list[dict]:
     return [{"prompt_ids": encode_prompt(tokenizer, row["prompt"]), "n": n}]
 
 
-def hbpo(row, n, tokenizer, budgets=HBPO_BUDGETS, prefix="I will answer the question within {} tokens."):
+def hbpo(
+    row, n, tokenizer, budgets=HBPO_BUDGETS, prefix="I will answer the question within {} tokens.",
+    in_prompt=False,
+) -> list[dict]:  # fmt: skip
     """n/K responses for each of K budgets, named by the first sentence of the thinking. 2507.15844.
 
-    The sentence is part of the prompt: neither counted in the length nor trained.
+    The sentence is neither counted in the length nor trained. `in_prompt`: it ends the question instead.
     """
-    ids, made = encode_prompt(tokenizer, row["prompt"]), []
+    made = []
     for budget in budgets:
-        words = tokenizer.encode(prefix.format(budget), add_special_tokens=False)
-        made.append({"prompt_ids": ids + words, "n": n // len(budgets), "tags": {"subgroup_budget": budget}})
+        sentence = prefix.format(budget)
+        ids = encode_prompt(tokenizer, row["prompt"] + "\n" + sentence if in_prompt else row["prompt"])
+        ids += [] if in_prompt else tokenizer.encode(sentence, add_special_tokens=False)
+        made.append({"prompt_ids": ids, "n": n // len(budgets), "tags": {"subgroup_budget": budget}})
     return made
 
 
@@ -416,13 +421,10 @@ def cut_outliers(groups: list[list[dict]], rows: list[dict], tokenizer, args) ->
 def load_conciseness(path: str, device):
     """A function texts -> scores in [0, 1]: the sigmoid of a one-label classifier's logit on each text."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(path)
-    try:
-        labels = AutoConfig.from_pretrained(path).num_labels
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--conciseness-model ({path}) does not load: {str(error).splitlines()[0]}") from None
+    labels = load_config(path, tokenizer).num_labels
     if labels != 1:
         raise BadInput(f"--conciseness-model ({path}) has {labels} labels: one is needed, its logit")
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}

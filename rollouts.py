@@ -7,12 +7,14 @@ and samples these are depends on (seed, step, data position) alone, on every pro
 `s` is the trainer's state: s.rows, s.tokenizer, s.sampler, s.model, s.reference, s.memory (methods.py), ...
 """
 
+import contextlib
 import inspect
 import time
 
 import numpy as np
 
 import evaluate
+import faults
 import methods
 import toy
 from data import BadInput, annotate, encode_prompt, load_problems
@@ -100,16 +102,23 @@ def roll_out(s, args, state, rows: list[dict], n: int, key: list[int], plain=Fal
         plans = [methods.requests(row, n, s.tokenizer, args, s.memory) for row in own]
     # One number per (seed, step, process, ...): a resumed run needs no generator's history.
     seed = int(np.random.SeedSequence([args.seed, key[0], rank, *key[1:]]).generate_state(1)[0])
-    groups = methods.sample(s.sampler, plans, args.temperature, seed)
+    groups, counts = [], {}
+    with contextlib.suppress(faults.Stopped), faults.interruptible():
+        groups = methods.sample(s.sampler, plans, args.temperature, seed)
     lap(s, "sample")
-    counts = score(groups, own, s.tokenizer, args)
-    if not plain:
+    if groups:
+        counts = score(groups, own, s.tokenizer, args)
+    if not plain and groups:
         methods.cut_outliers(groups, own, s.tokenizer, args)
         methods.score_conciseness(groups, s.conciseness)
+    # A signal to one of them ends the step for all: they go on together or not at all.
+    counts["signals"] = int(faults.ASKED["signal"] > 0)
     # Every process gets the whole batch, so memory and advantages cannot differ between them.
     if processes > 1:
         groups, counts = evaluate.gather(groups), evaluate.sum_counts(evaluate.gather([counts]))
     lap(s, "verify")
+    if counts.pop("signals"):
+        raise faults.Stopped
     return groups, counts
 
 

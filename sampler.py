@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from data import BadInput, load_tokenizer
+from data import BadInput, first_line, load_config, load_tokenizer
 
 
 def stop_tokens(model_config, tokenizer) -> list[int]:
@@ -291,11 +291,12 @@ def load_model(path: str, device="cpu"):
     from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": torch.float32, "use_safetensors": True}  # a pickle could run code
+    # A pickle could run code, and so could a folder that brings its own classes.
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = first_line(error)
         raise BadInput(f"the model in {path} does not load ({reason}): check or delete that folder") from None
     return model.to(device)
 
@@ -327,12 +328,12 @@ def make_sampler(kind, model, path, tokenizer, max_model_len, dtype="float32", s
     """An HFSampler on `model`, or a VLLMSampler built from `path` for `rows` responses at once."""
     if kind == "hf":
         return HFSampler(model, tokenizer, stop_tokens(model.generation_config, tokenizer), max_model_len)
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         settings = GenerationConfig.from_pretrained(path)
     except OSError:  # a folder without generation settings: the model's configuration names the end token
-        settings = AutoConfig.from_pretrained(path)
+        settings = load_config(path)
     stop_ids = stop_tokens(settings, tokenizer)
     return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, rows)
 
@@ -340,10 +341,10 @@ def make_sampler(kind, model, path, tokenizer, max_model_len, dtype="float32", s
 def load_sampler(path: str, sampler: str = "auto", max_model_len: int | None = None, seed: int = 0):
     """A sampler for a finished model, as evaluate.py needs it: made by the same code as the trainer's."""
     import torch
-    from transformers import AutoConfig
 
     tokenizer, kind, cuda = load_tokenizer(path), pick_sampler(sampler), torch.cuda.is_available()
+    context = load_config(path, tokenizer).max_position_embeddings
     model = load_model(path, "cuda" if cuda else "cpu") if kind == "hf" else None
-    max_model_len = min(max_model_len or 1 << 30, AutoConfig.from_pretrained(path).max_position_embeddings)
+    max_model_len = min(max_model_len or 1 << 30, context)
     dtype = "bfloat16" if cuda and kind == "vllm" else "float32"
     return make_sampler(kind, model, path, tokenizer, max_model_len, dtype, seed, memory=0.85)

@@ -11,10 +11,12 @@ Every random draw is a function of (seed, step, process): a resumed run draws wh
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import sys
@@ -24,10 +26,21 @@ from collections import Counter
 import numpy as np
 
 import evaluate
+import faults
 import methods
 import toy
-from checkpoints import load_state, newest_checkpoint, open_run, save_checkpoint
-from data import BadInput, budget_prompt, encode_prompt, load_tokenizer, one_line_errors, parse_budgets
+from checkpoints import best, holds_run, is_due, newest_state, open_run, save_checkpoint
+from data import (
+    BadInput,
+    budget_prompt,
+    encode_prompt,
+    first_line,
+    load_config,
+    load_tokenizer,
+    one_line_errors,
+    parse_budgets,
+)
+from logbook import make_log, show_samples, step_metrics, tell
 from rewards import ADVANTAGES, REWARDS
 from rollouts import (
     check_prompts,
@@ -131,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
     choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
+    worst = "the longest prompt and response through one update before training (default: on CUDA)"
+    add("--check-memory", action=argparse.BooleanOptionalAction, help=worst)
     choice("--objective", "policy drpo", "drpo: right answers against wrong ones, without advantages")
     constants("--objective-args", "its constants: lam, tau, l_max, kl_coef, kl_delta")
     choice("--ratio", "token sequence cispo", "importance ratio: GRPO, GSPO or CISPO")
@@ -145,12 +160,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
     add("--eval-data", help="held-out problems: files, presets, toy, toy_ood; comma-separated")
-    number("--eval-every", 0, "evaluate every N steps; 0: never")
+    number("--eval-every", 0, "evaluate every N steps, after a checkpoint; 0: never")
     add("--eval-budgets", help="budgets to ask for, comma-separated (default: trained ones)")
     number("--eval-limit", 200, "problems of each held-out set")
     number("--eval-n", 1, "samples per problem and budget")
     number("--save-every", 50, "checkpoint every N steps; 0: only at the end")
-    number("--keep", 2, "checkpoints to keep")
+    number("--keep", 2, "newest checkpoints to keep, beside the one with the best mean reward")
     return parser
 
 
@@ -233,6 +248,9 @@ def check_args(args: argparse.Namespace) -> None:
     near = per_process * processes or processes
     highest = parse_budgets(args.budgets)["high"] if args.budgets else None
     local, files = args.model and os.path.isdir(args.model), (args.model, args.data, args.eval_data)
+    parent = out
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
     inside = [n for n in files if n and os.path.abspath(n).startswith(out + os.sep)]
     for wrong, message in (
         (args.model and not args.data,
@@ -273,11 +291,13 @@ def check_args(args: argparse.Namespace) -> None:
          f"--model ({args.model}) is no folder, and no hub id (OWNER/NAME): check the path"),
         (not args.out or (os.path.exists(args.out) and not os.path.isdir(args.out)),
          f"--out ({args.out!r}) is no folder: name one"),
+        (not os.path.isdir(parent) or not os.access(parent, os.W_OK),
+         f"--out ({args.out}) cannot be made: {parent} is no folder that can be written to"),
         (args.resume and args.overwrite,
          "--resume goes on with a run and --overwrite deletes it: choose one of the two"),
         (args.overwrite and inside,
          f"--overwrite would delete {inside}, which lies in --out ({args.out}): name another --out"),
-        (not (args.resume or args.overwrite) and os.path.exists(os.path.join(out, "args.json")),
+        (not (args.resume or args.overwrite) and holds_run(out),
          f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
     ):  # fmt: skip
         if wrong:
@@ -286,241 +306,25 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The update. A batch is a flat list of responses {"prompt_ids", "ids", "logps", "advantage", "weight"}; where
-# tokens were forced, "untrained" lists those without a loss, "mix" corrects the first one's old log-prob.
+# The sampler's check
 
 
-def micro_batches(batch: list[dict], limit: int) -> list[list[dict]]:
-    """Longest first, as many as fit into `limit` tokens when padded to the longest: little is padding."""
-    # With budgets from 100 to 4000, batches in random order would be half padding. Longest first also means
-    # that the micro-batch which needs most memory is the first one: what fits once, fits to the end of the
-    # step.
-    parts = []
-    for r in sorted(batch, key=total_length, reverse=True):
-        if not parts or (len(parts[-1]) + 1) * total_length(parts[-1][0]) > limit:
-            parts.append([])
-        parts[-1].append(r)
-    return parts
-
-
-def total_length(r: dict) -> int:
-    """Tokens of prompt and response."""
-    return len(r["prompt_ids"]) + len(r["ids"])
-
-
-def trained_positions(r: dict):
-    """Places in r["ids"] of the tokens that the loss sees: all but those that were forced on the policy."""
-    untrained = r.get("untrained")
-    n = len(r["ids"])
-    return [t for t in range(n) if t not in untrained] if untrained else range(n)
-
-
-def share_of(batch: list[dict], rank: int, processes: int) -> list[dict]:
-    """This process's part of the batch: dealt out by length, back and forth, so that all get equally much."""
-    turns = [*range(processes), *reversed(range(processes))]
-    order = sorted(batch, key=total_length, reverse=True)
-    return [r for i, r in enumerate(order) if turns[i % len(turns)] == rank]
-
-
-def to_tensors(micro: list[dict], device) -> dict:
-    """Padded input ids [N, width], and flat [T] tensors of the response tokens: place, target, cargo."""
-    import torch
-
-    # Which tokens count follows from lengths alone: the end token is trained even if it is also the padding.
-    ids = np.zeros((len(micro), max(map(total_length, micro))), dtype=np.int64)
-    names = "row column target sampler_logp old_logp advantage weight mix_a mix_b".split()
-    flat = {name: [] for name in names}
-    for i, r in enumerate(micro):
-        p, kept = len(r["prompt_ids"]), trained_positions(r)
-        ids[i, : total_length(r)] = r["prompt_ids"] + r["ids"]
-        flat["row"] += [i] * len(kept)
-        flat["column"] += [p + t - 1 for t in kept]  # a token is predicted from the position before it
-        flat["target"] += [r["ids"][t] for t in kept]
-        flat["sampler_logp"] += [r["logps"][t] for t in kept]
-        flat["old_logp"] += r.get("old_logps", [])
-        flat["advantage"] += [r["advantage"]] * len(kept)
-        flat["weight"] += [r["weight"]] * len(kept)
-        a, b = r.get("mix", (-math.inf, 0.0))
-        flat["mix_a"] += [a, *[-math.inf] * (len(kept) - 1)][: len(kept)]
-        flat["mix_b"] += [b, *[0.0] * (len(kept) - 1)][: len(kept)]
-    tensors = {k: torch.tensor(v, device=device) for k, v in flat.items()}
-    return tensors | {"ids": torch.from_numpy(ids).to(device)}
-
-
-def model_logps(model, t: dict, args):
-    """Log-probs and entropies [T] of the response tokens of to_tensors' `t` under `model`."""
-    import torch
-
-    from losses import token_logps
-
-    with torch.autocast(t["ids"].device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        # No attention mask: padding is on the right, where no real token of a causal model can see it.
-        hidden = model.get_decoder()(input_ids=t["ids"], use_cache=False).last_hidden_state
-        hidden = hidden[t["row"], t["column"]]
-        head = model.get_output_embeddings().weight.to(hidden.dtype)
-        return token_logps(hidden, head, t["target"], args.temperature)
-
-
-def update(model, reference, optimizer, batch: list[dict], args, rank=0, processes=1, device="cpu") -> dict:
-    """Optimizer steps over the batch (the same list on every process); means of the diagnostics."""
-    import torch
-    import torch.distributed as dist
-
-    from losses import response_weights
-
-    # A response belongs to one minibatch (an optimizer step), there to one process, there to one micro-batch.
-    n, gap_max, norms = args.minibatches, torch.zeros(1, device=device), []
-    sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64))
-    parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
-    for part in parts:
-        # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
-        lengths = torch.tensor([len(trained_positions(r)) for r in part])
-        weights = response_weights(lengths, args.loss_reduction, args.max_tokens)
-        for r, weight in zip(part, weights.tolist(), strict=True):
-            r["weight"] = weight
-    shares = [share_of(part, rank, processes) for part in parts]
-    if n > 1:  # with one optimizer step a batch, the policy that is updated is the one that sampled
-        add_logps(model, sum(shares, []), args, device)
-    for part, mine in zip(parts, shares, strict=True):
-        if not part:  # fewer informative responses than optimizer steps
-            continue
-        optimizer.zero_grad(set_to_none=True)
-        if args.objective == "drpo":
-            for name, value in weigh_drpo(model, part, mine, args, processes, device).items():
-                sums[name] = sums[name] + value / processes
-        for micro in micro_batches(mine, args.micro_tokens):
-            gap_max = torch.maximum(gap_max, backward(model, reference, micro, args, device, sums))
-        if processes > 1:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)  # a sum, not a mean: the weights divide by the whole batch already
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item())
-        optimizer.step()
-    if processes > 1:
-        total = torch.stack(list(sums.values())).to(device)
-        dist.all_reduce(total)
-        dist.all_reduce(gap_max, dist.ReduceOp.MAX)
-        sums = dict(zip(sums, total.cpu(), strict=True))
-    sums = {k: v.item() for k, v in sums.items()}
-    means = {
-        "loss": sums["loss"] / n,
-        "logp_gap_max": gap_max.item(),
-        "grad_norm": float(np.mean(norms or [0])),
-    }
-    per_token = ["entropy", "clip_fraction", *(["kl"] if reference is not None else []), "logp_gap"]
-    means |= {k: sums[k] / max(sums["tokens"], 1) for k in per_token}
-    if args.objective == "drpo":
-        means["drpo_kl"] = sums["drpo_kl"] / n
-    return means | {"padding": 1 - sums["real"] / max(sums["padded"], 1)}
-
-
-SUMMED = "clip_fraction kl loss entropy logp_gap tokens padded real drpo_kl".split()
-
-
-def backward(model, reference, micro: list[dict], args, device, sums: dict):
-    """Adds a micro-batch's gradient to p.grad and its diagnostics to `sums`; its largest log-prob gap."""
-    import torch
-
-    from losses import mixture_logp, policy_loss
-
-    t = to_tensors(micro, device)
-    logp, entropy = model_logps(model, t, args)
-    old, ref = t["old_logp"] if args.minibatches > 1 else logp.detach(), None
-    if any("mix" in r for r in micro):
-        old = mixture_logp(old, t["mix_a"], t["mix_b"])
-    sampled = torch.where(t["sampler_logp"].isnan(), old, t["sampler_logp"])
-    if reference is not None:
-        with torch.no_grad():
-            ref, _ = model_logps(reference, t, args)
-    if args.objective == "drpo":  # linear: its gradient is the objective's, its value says nothing
-        loss, stats = (t["weight"] * logp).sum(), {}
-    else:
-        loss, stats = policy_loss(
-            logp, old, t["advantage"], t["weight"], t["row"], ratio=args.ratio, clip_low=args.clip_low,
-            clip_high=args.clip_high, dual_clip=args.dual_clip or None, sampler_logp=sampled,
-            tis_cap=args.tis_cap or None, ref_logp=ref, kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
-        )  # fmt: skip
-        stats["loss"] = loss.detach()
-    # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the minibatch.
-    loss.backward()
-    gap = (old - sampled).abs()
-    stats |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "tokens": torch.tensor(len(logp))}
-    stats |= {"padded": torch.tensor(t["ids"].numel()), "real": torch.tensor(sum(map(total_length, micro)))}
-    sums |= {k: sums[k] + v.double().cpu() for k, v in stats.items()}
-    return gap.max()
-
-
-def weigh_drpo(model, part: list[dict], mine: list[dict], args, processes: int, device) -> dict:
-    """Sets the token weights of this process's responses to DRPO's gradient; its loss and its KL."""
-    import torch
-    import torch.distributed as dist
-
-    from losses import drpo_weights
-
-    # An answer's pull depends on all answers to its prompt, so a pass without gradient comes first.
-    add_logps(model, mine, args, device, "new_logps")
-    table = torch.zeros(len(part), 3, dtype=torch.float64)  # score, tokens, sum of old - new
-    places = {id(r): i for i, r in enumerate(part)}
-    for r in mine:
-        new = np.array(r["new_logps"])
-        moved = float(np.sum(np.array(r.get("old_logps", new)) - new))
-        table[places[id(r)]] = torch.tensor([new.mean() if len(new) else 0.0, len(new), moved])
-    if processes > 1:
-        table = table.to(device)
-        dist.all_reduce(table)
-    score, length, moved = table.cpu().T
-    kl = moved.sum() / length.sum().clamp(min=1)
-    group, right = (torch.tensor([r[k] for r in part]) for k in ("group", "correct"))
-    loss, weights = drpo_weights(score, length, group, right, kl, **args.objective_args)
-    for r in mine:
-        r["weight"] = weights[places[id(r)]].item()
-    return {"loss": loss, "drpo_kl": kl}
-
-
-def add_logps(model, batch: list[dict], args, device, name: str = "old_logps") -> None:
-    """r[name]: log-probs of the trained tokens of every response under the policy as it is now."""
-    import torch
-
-    # Not the sampler's log-probs: a ratio compares two policies, and is 1 where the policy has not changed.
-    with torch.no_grad():
-        for micro in micro_batches(batch, args.micro_tokens):
-            flat = model_logps(model, to_tensors(micro, device), args)[0].tolist()
-            for r in micro:
-                n = len(trained_positions(r))
-                r[name], flat = flat[:n], flat[n:]
-
-
-def learning_rate(step: int, args) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or cosine / linear down to 0 at the end."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    factors = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
-    return args.lr * factors[args.lr_schedule]
-
-
-def make_optimizer(model, args):
-    """AdamW over all parameters; with --optim adamw8bit its moments take 2 bytes a parameter instead of 8."""
-    import torch
-
-    options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
-    if args.optim == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options)
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(model.parameters(), **options)
+def gap_limit(args, device) -> float:
+    """Largest mean log-prob gap between sampler and trainer that passes for rounding, nats."""
+    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off.
+    return 1e-3 if args.dtype == "float32" and device.type == "cpu" else 0.1
 
 
 def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     """Mean log-prob gap between sampler and trainer on a probe, in nats; a stale engine stops the run."""
+    from update import add_logps
+
     probe = sampler.generate([prompt_ids], 4, min(32, args.max_tokens), args.temperature, seed=args.seed)[0]
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
     add_logps(model, batch, args, device)
     pairs = [p for r in batch for p in zip(r["logps"], r["old_logps"], strict=True)]
-    gap = float(np.mean([abs(a - b) for a, b in pairs]))
-    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off, and a small step hides
-    # in that: so the weights themselves are compared as well.
-    limit = 1e-3 if args.dtype == "float32" and device.type == "cpu" else 0.1
+    gap, limit = float(np.mean([abs(a - b) for a, b in pairs])), gap_limit(args, device)
+    # A small step hides in the noise of bf16: so the weights themselves are compared as well.
     stale = sampler.stale_weights(model) if sampler.name == "vllm" else []
     if stale or not gap < limit:
         raise SystemExit(
@@ -532,116 +336,21 @@ def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def length_metrics(rollouts: dict) -> dict:
-    """Length and its errors over the batch, and per requested budget (or per quarter of their range)."""
-    length, budget = rollouts["length"].astype(float), rollouts["budget"]
-    out = {
-        "length": length.mean(),
-        "length_p95": np.quantile(length, 0.95),
-        "truncated": rollouts["truncated"].mean(),
-    }
-    # Signed errors of over- and undershoot cancel in their mean, so the absolute ones are logged beside them.
-    have = ~np.isnan(budget)
-    if not have.any():
-        return out
-    asked, got = budget[have][:, None], length[have]
-    error = (got - asked) / asked
-    out |= {"signed_error": error.mean(), "abs_error": np.abs(error).mean()}
-    out |= {
-        "within_10": (np.abs(error) <= 0.1).mean(),
-        "over_budget": (error > 0).mean(),
-        "error_by_budget": {},
-    }
-    values = np.unique(asked)
-    buckets = {f"{v:g}": asked[:, 0] == v for v in values}
-    if len(values) > 8:  # four buckets of equal width between the least and the greatest budget of this batch
-        edges = np.linspace(values[0], values[-1] + 1, 5).astype(int)
-        pairs = list(zip(edges, edges[1:], strict=False))
-        buckets = {f"{a}-{b - 1}": (asked[:, 0] >= a) & (asked[:, 0] < b) for a, b in pairs}
-    for name, rows in buckets.items():
-        if rows.any():
-            e = error[rows]
-            cell = {"signed": e.mean(), "abs": np.abs(e).mean(), "length": got[rows].mean()}
-            out["error_by_budget"][name] = cell
-    return out
-
-
-def show_samples(groups, rows, total, log) -> None:
-    """Three decoded responses of the first step and what they earned: most mistakes can be seen here."""
-    for row, group, line in list(zip(rows, groups, total, strict=True))[:3]:
-        r, text = group[0], group[0]["text"]
-        text = text if len(text) < 500 else text[:300] + " [...] " + text[-150:]
-        verdict = ("right" if r["correct"] else "wrong") + (" (cut off)" if r["truncated"] else "")
-        log(f"  prompt    {row['prompt']!r}\n  response  {text!r}")
-        log(
-            f"  answer    {row['answer']!r}: {verdict}; {r['length']} tokens, budget {row.get('budget')}, "
-            f"reward {line[0]:.3f}\n"
-        )
-
-
-def make_log(args, state):
-    """(tqdm bar or None, function that prints a line): bar on a terminal, lines elsewhere, one rank only."""
-    from tqdm import tqdm
-
-    if not state.is_main_process:
-        return None, lambda text: None
-    bar = tqdm(total=args.steps, dynamic_ncols=True) if sys.stderr.isatty() else None
-    return bar, bar.write if bar else lambda text: print(text, flush=True)
-
-
-def log_step(
-    step: int, rollouts: dict, total, parts: dict, trained: dict, seconds: dict, args, bar, log
-) -> None:
-    """One line of metrics.jsonl, and one line on the screen (or the bar of a terminal)."""
-    m = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
-    m |= {f"reward_{name}": part.mean() for name, part in parts.items()}
-    m |= {"accuracy": rollouts["correct"].mean(), **length_metrics(rollouts)}
-    m |= {"zero_variance": (np.ptp(total, -1) < 1e-9).mean(), **trained}
-    m |= {f"seconds_{name}": value for name, value in seconds.items()}
-    m |= {"tokens_per_second": rollouts["length"].sum() / sum(seconds.values()), "peak_gib": peak_memory()}
-    with open(os.path.join(args.out, "metrics.jsonl"), "a") as f:
-        f.write(json.dumps(evaluate.jsonable(m), allow_nan=False) + "\n")
-    error = f"  error {m['abs_error']:6.1%}" if "abs_error" in m else ""
-    text = f"reward {m['reward']:+.3f}  accuracy {m['accuracy']:.2f}  length {m['length']:.1f}{error}"
-    if bar is not None:
-        bar.set_postfix_str(text)
-        bar.update(step + 1 - bar.n)
-        return
-    log(
-        f"step {step + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
-        f"grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {sum(seconds.values()):.1f} s"
-    )
-
-
-def peak_memory() -> float:
-    """Most memory this process ever held, GiB: of the GPU where there is one, else resident."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     """Load and check all that the loop needs; --out is touched last, when nothing can be wrong any more."""
     import torch
-    from transformers import AutoConfig
 
     from sampler import load_model, make_sampler, pick_sampler
+    from update import make_optimizer
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
-    s.seconds, s.clock, s.conciseness = Counter(), time.monotonic(), None
+    s.seconds, s.clock, s.conciseness, s.unwritten = Counter(), time.monotonic(), None, []
     check_reward(s.rows, args)
-    s.folder, s.path = newest_checkpoint(args), args.model
+    s.folder, saved = newest_state(args, log)
+    s.path = args.model
     if args.eval_data:
         s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
     if args.optim == "adamw8bit" and state.device.type != "cuda":
@@ -657,9 +366,10 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.tokenizer = load_tokenizer(s.path)
     if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
         raise BadInput("--count thinking needs a tokenizer in which </think> is one token; this splits it")
-    context = AutoConfig.from_pretrained(s.path).max_position_embeddings
-    longest = check_prompts(s.rows, s.tokenizer, args, context)
-    saved = load_state(s.folder) if s.folder else None
+    context = load_config(s.path, s.tokenizer).max_position_embeddings
+    longest = s.longest = check_prompts(s.rows, s.tokenizer, args, context)
+    # Not kept for their own sake: a resumed run is the same run only where these are the same.
+    s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
     kind = pick_sampler(args.sampler, log)
     s.model = load_model(s.folder or s.path, state.device).train()
     if args.gradient_checkpointing:
@@ -673,6 +383,9 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         for group in s.optimizer.param_groups:  # flags that were changed for the resumed run count
             group.update(betas=tuple(args.betas), weight_decay=args.weight_decay)
         s.memory, s.start = saved["memory"], saved["step"]
+        for name in s.run:
+            if saved["run"].get(name) != s.run[name]:
+                log(f"warning: --resume: {name} changed since step {s.start}: it is no longer the same run")
     # The toy's last evaluation asks for more than was trained: its engine takes the whole context.
     room = max(longest + args.max_tokens, plan_held_out(s, args, context))
     room = context if args.model is None else room
@@ -685,6 +398,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         torch.set_rng_state(saved["torch_rng"])
     if state.is_main_process:
         open_run(args, s.start)
+    s.saved = s.start
     state.wait_for_everyone()
     log(
         f"{s.model.num_parameters() / 1e6:.2f}M parameters on {state.device}, {state.num_processes} "
@@ -695,81 +409,128 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    """The whole run; see the docstring of this file."""
+    """The whole run; see the docstring of this file. A signal ends it early, after a checkpoint."""
     import torch
     from accelerate import PartialState
 
-    # ---- Setup ---------------------------------------------------------------------------------------------
+    from update import check_memory
+
     # Without `cpu` plain torchrun on a machine without GPU would run N single trainers side by side.
     state = PartialState(cpu=not torch.cuda.is_available())
-    rank, processes, device = state.process_index, state.num_processes, state.device
     bar, log = make_log(args, state)
     began = time.monotonic()
     s = set_up(args, state, log)
     # The engine was built from the starting model: it gets the trainer's weights before anything is sampled.
-    probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
+    s.probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
     s.sampler.sync(s.model)
-    check_sync(s.sampler, s.model, probe, args, device)
-    if args.model is None and s.start == 0:
-        evaluate_toy(s, args, "eval_base", state, log)
-
-    reference = s.reference if args.kl_coef else None
-    for step in range(s.start, args.steps):
-        # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ------
-        s.seconds.clear()
-        rows, groups, counts, m = sample_batch(s, args, state, step)
-
-        # ---- Reward ----------------------------------------------------------------------------------------
-        rollouts = to_rollouts(groups, rows, args, step, s.memory)
-        total, parts, advantages = rewards_and_advantages(rollouts, args, s.memory)
-        # Every token of a response shares its advantage: GRPO knows no credit within a response.
-        for i, (group, line) in enumerate(zip(groups, advantages, strict=True)):
-            for r, advantage in zip(group, line, strict=True):
-                r |= {"advantage": float(advantage), "group": i}
-        batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
-        if step == 0:
-            show_samples(groups, rows, total, log)
-        methods.learn(*s.seen, args, s.memory)  # after the rewards, which belong to the old memory
-        lap(s, "verify")
-
-        # ---- Update ----------------------------------------------------------------------------------------
-        lr = learning_rate(step, args)
-        for param_group in s.optimizer.param_groups:
-            param_group["lr"] = lr
-        m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
-        # Stop, do not skip: after the first nan in the weights every later step is lost anyway.
-        if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
-            raise SystemExit(f"train_grpo.py: error: step {step}: loss or gradient is not finite: {m}")
-        lap(s, "train")
-
-        # ---- Push the new weights into the sampler ---------------------------------------------------------
-        # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
-        s.sampler.sync(s.model)
-        if args.check_sync and (step == 0 or (step + 1) % args.check_sync == 0):
-            check_sync(s.sampler, s.model, probe, args, device)
-        lap(s, "sync")
-
-        # ---- Log, save, evaluate ---------------------------------------------------------------------------
-        m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
-        if state.is_main_process:
-            log_step(step, rollouts, total, parts, m, s.seconds, args, bar, log)
-        done = step + 1
-        if done == args.steps or (args.save_every and done % args.save_every == 0):
-            s.folder = os.path.join(args.out, f"checkpoint-{done}")
-            if state.is_main_process:
-                save_checkpoint(s.folder, done, s.model, s.tokenizer, s.optimizer, s.memory, args.keep)
-            state.wait_for_everyone()
-        if args.eval_every and done % args.eval_every == 0:
-            evaluate_held_out(s, args, f"eval-{done}", state, log)
-
-    # ---- Done ----------------------------------------------------------------------------------------------
-    log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}")
-    if args.model is None:
-        evaluate_toy(s, args, "eval", state, log)
-        if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
-            log(toy.summary(args.out))
+    check_sync(s.sampler, s.model, s.probe, args, state.device)
+    if args.check_memory or (args.check_memory is None and state.device.type == "cuda"):
+        check_memory(s.model, s.reference, s.optimizer, s.longest, args, state.device)
+    done, before = s.start, pickle.dumps(s.memory)
+    with faults.signals():
+        try:
+            if args.model is None and done == 0:
+                evaluate_toy(s, args, "eval_base", state, log)
+            while done < args.steps:
+                before = pickle.dumps(s.memory)
+                evaluate_if_due(s, args, done, state, log)
+                m = take_step(s, args, state, done, log)
+                if state.is_main_process:
+                    tell(m, args, s.unwritten, bar, log)
+                done += 1
+                if done == args.steps or is_due(done, args):
+                    save(s, args, state, done, log)
+            log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}; {best(args.out)}")
+            must_be_saved(s, args, state, done)
+            evaluate_if_due(s, args, done, state, log)
+            if args.model is None:
+                evaluate_toy(s, args, "eval", state, log)
+                if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
+                    log(toy.summary(args.out))
+        except faults.Stopped:
+            if done < args.steps:  # the memory has seen prompts of the step that is dropped
+                s.memory = pickle.loads(before)
+                save(s, args, state, done, log)
+                must_be_saved(s, args, state, done)
+            log(f"stopped by a signal after step {done}; to go on: {faults.resume_command(args, state)}")
     if bar:
         bar.close()
+
+
+def take_step(s, args, state, step: int, log) -> dict:
+    """One step, from prompts to new weights in the sampler; its metrics.
+
+    faults.Stopped comes before the weights are changed or not at all.
+    """
+    from update import learning_rate, update
+
+    rank, processes, device = state.process_index, state.num_processes, state.device
+    # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ----------
+    s.seconds.clear()
+    rows, groups, counts, m = sample_batch(s, args, state, step)
+
+    # ---- Reward --------------------------------------------------------------------------------------------
+    rollouts = to_rollouts(groups, rows, args, step, s.memory)
+    total, parts, advantages = rewards_and_advantages(rollouts, args, s.memory)
+    # Every token of a response shares its advantage: GRPO knows no credit within a response.
+    for i, (group, line) in enumerate(zip(groups, advantages, strict=True)):
+        for r, advantage in zip(group, line, strict=True):
+            r |= {"advantage": float(advantage), "group": i}
+    batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
+    reference, write = s.reference if args.kl_coef else None, args.out if state.is_main_process else None
+    faults.check_finite(step, {"reward": total, "advantage": advantages}, batch, write)
+    if step == 0:
+        show_samples(groups, rows, total, log)
+    methods.learn(*s.seen, args, s.memory)  # after the rewards, which belong to the old memory
+    lap(s, "verify")
+
+    # ---- Update --------------------------------------------------------------------------------------------
+    lr = learning_rate(step, args)
+    for param_group in s.optimizer.param_groups:
+        param_group["lr"] = lr
+    m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
+    faults.check_finite(step, {"loss": m["loss"], "grad_norm": m["grad_norm"]}, batch, write)
+    lap(s, "train")
+
+    # ---- Push the new weights into the sampler -------------------------------------------------------------
+    # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
+    s.sampler.sync(s.model)
+    if args.check_sync and (step == 0 or (step + 1) % args.check_sync == 0):
+        check_sync(s.sampler, s.model, s.probe, args, device)
+    lap(s, "sync")
+
+    m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
+    m = step_metrics(step, rollouts, total, parts, m, s.seconds)
+    for text in faults.watch(m, counts, groups, s.tokenizer, args, s.memory, gap_limit(args, device)):
+        log(text)
+    return m
+
+
+def save(s, args, state, done: int, log) -> None:
+    """OUT/checkpoint-DONE. A disk that does not take it is told and not fatal: the next time it may."""
+    from safetensors import SafetensorError
+
+    if state.is_main_process and done > s.saved:
+        folder = os.path.join(args.out, f"checkpoint-{done}")
+        everything = {"step": done, "optimizer": s.optimizer.state_dict(), "memory": s.memory, "run": s.run}
+        reward = s.memory["watch"]["reward"]
+        try:
+            save_checkpoint(folder, everything, s.model, s.tokenizer, args.keep, reward)
+            s.folder, s.saved = folder, done
+        except (OSError, RuntimeError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or first_line(error)
+            log(f"warning: step {done} could not be saved in {args.out} ({why}): training goes on, the next "
+                f"try is at the next checkpoint; on disk is step {s.saved}")  # fmt: skip
+    state.wait_for_everyone()
+
+
+def must_be_saved(s, args, state, done: int) -> None:
+    """Ends the run with words where its last step is not on disk."""
+    if state.is_main_process and s.saved < done:
+        raise SystemExit(
+            f"train_grpo.py: error: step {done} could not be saved (see above): make room in {args.out}; "
+            f"--resume goes on from step {s.saved}"
+        )
 
 
 def plan_held_out(s, args, context: int) -> int:
@@ -792,10 +553,15 @@ def plan_held_out(s, args, context: int) -> int:
     return max((len(request["ids"]) + request["max_tokens"] for request in requests), default=0)
 
 
-def evaluate_held_out(s, args, name: str, state, log) -> None:
-    """A budget sweep over --eval-data; the results go to OUT/NAME."""
+def evaluate_if_due(s, args, done: int, state, log) -> None:
+    """A budget sweep over --eval-data every --eval-every steps; the results go to OUT/eval-DONE."""
+    if done == 0 or not args.eval_every or done % args.eval_every:
+        return
+    # After a resume it is the evaluation that the end of the run may have cut short.
+    if done == s.start and os.path.exists(os.path.join(args.out, f"eval-{done}", "results.json")):
+        return
     budgets, mode, wording = s.held_out_plan
-    run_evaluation(s, args, s.held_out, budgets, mode, wording, args.eval_n, name, state, log)
+    run_evaluation(s, args, s.held_out, budgets, mode, wording, args.eval_n, f"eval-{done}", state, log)
 
 
 def evaluate_toy(s, args, name: str, state, log) -> None:
@@ -816,21 +582,40 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
 def run_evaluation(s, args, problems, budgets, mode, wording, n, name, state, log, max_tokens=None) -> None:
     """evaluate.py on the live sampler, shared by all processes; sampled as in training."""
     trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
-    evaluate.evaluate(
-        s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
-        temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed, count=args.count,
-        require_think=args.require_think, trained_budgets=trained, model=s.folder or s.path,
-        log=log, state=state,
-    )  # fmt: skip
+    alone = state.num_processes == 1
+    try:
+        # Of several processes none may leave alone: there a signal waits for the end of the evaluation.
+        with faults.interruptible() if alone else contextlib.nullcontext():
+            evaluate.evaluate(
+                s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
+                temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed,
+                count=args.count, require_think=args.require_think, trained_budgets=trained,
+                model=s.folder or s.path, log=log, state=state,
+            )  # fmt: skip
+    except OSError as error:
+        if not alone:
+            raise
+        log(f"warning: the evaluation {name} could not be written ({error.strerror}): training goes on")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+    """Run with `argv`; 0, or 2 after a user's mistake, 1 after a failure, each told in one line."""
+    args = None
     try:
-        train(parse_args(argv))
+        args = parse_args(argv)
+        train(args)
     except BadInput as error:
         print(f"train_grpo.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_grpo.py: interrupted; what was saved stays saved", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = faults.explain(error, args) if args else None
+        if told is None:
+            raise  # not known: the traceback says more than words could
+        print(f"train_grpo.py: error: {told}", file=sys.stderr)
+        return 1
     return 0
 
 

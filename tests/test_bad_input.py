@@ -47,8 +47,10 @@ def world(tiny, tmp_path_factory):
     shutil.copytree(root / "run", root / "torn")
     with open(root / "torn" / "checkpoint-1" / "trainer_state.pt", "r+b") as f:
         f.truncate(1000)
-    shutil.copytree(root / "run", root / "bare")
+    shutil.copytree(root / "run", root / "bare")  # its checkpoint has gone, and it was not the last step
     shutil.rmtree(root / "bare" / "checkpoint-1")
+    with open(root / "bare" / "metrics.jsonl", "a") as f:
+        f.writelines(json.dumps({"step": step}) + "\n" for step in range(1, 60))
     shutil.copytree(tiny, root / "split")  # a tokenizer in which </think> is several tokens
     tokenizer = json.loads((root / "split" / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if "think" not in t["content"]]

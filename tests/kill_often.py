@@ -1,0 +1,152 @@
+"""Kill a small run again and again, resume it each time, compare its end with that of an undisturbed run.
+
+    python tests/kill_often.py --model MODEL --signal KILL --times 50 --out DIR
+
+MODEL is a base model of the toy (out/toy_base_v2_seed0 after `python train_grpo.py`). Called again with the
+same --out it goes on, so that fifty may be done in parts. Ends with a line of figures, or with an error.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+import checkpoints  # noqa: E402
+import train_grpo  # noqa: E402
+
+STEPS, SAVE_EVERY = 160, 2
+FLAGS = "--data toy --limit 40 --budgets bucket:8,16 --wording tulu --reward hapo_linear --resample-budgets"
+FLAGS += " --max-tokens 24 --prompts-per-step 2 --group-size 4 --lr 1e-4 --sampler hf --keep 1"
+
+
+def command(words: list[str]):
+    """The real command line, started."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "train_grpo.py", *words], cwd=os.path.dirname(HERE), **quiet)
+
+
+class Forked:
+    """The same in a forked process: main() without the seconds that imports take."""
+
+    def __init__(self, words: list[str]):
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(words,))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def run(self, words):
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os._exit(train_grpo.main(words))
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+
+def steps_taken(out: str) -> int:
+    """Steps that metrics.jsonl tells of."""
+    return len(checkpoints.metric_lines(os.path.join(out, "metrics.jsonl")))
+
+
+def saved(out: str) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max(checkpoints.checkpoints(out), default=0)
+
+
+def strike(process, out: str, number: int, rng: random.Random, start: float) -> dict | None:
+    """Send the signal at a random moment of the `start` seconds or of the training; None if all is over."""
+    began, first = time.monotonic(), steps_taken(out)
+    if rng.random() < 0.2:
+        time.sleep(rng.uniform(0, start))
+    else:
+        goal = first + rng.randint(1, 4)
+        while process.poll() is None and steps_taken(out) < goal:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+    if process.poll() is not None:
+        return None
+    os.kill(process.pid, number)
+    code, taken = process.wait(), steps_taken(out)
+    writing = any(name.startswith(".writing-") for name in os.listdir(out)) if os.path.isdir(out) else False
+    record = {"code": code, "seconds": time.monotonic() - began, "while_saving": writing}
+    return record | {"steps": max(0, taken - first), "lost": max(0, taken - saved(out))}
+
+
+def torment(model: str, out: str, number: int, times: int, launch=command, steps=STEPS, seed=0) -> list[dict]:
+    """Break the run in OUT/broken until `times` signals were sent; what each of them hit."""
+    broken, journal = os.path.join(out, "broken"), os.path.join(out, "signals.jsonl")
+    flags = ["--model", model, *FLAGS.split(), "--steps", str(steps), "--save-every", str(SAVE_EVERY)]
+    records = []
+    if os.path.exists(journal):
+        with open(journal) as f:
+            records = [json.loads(line) for line in f]
+    while len(records) < times:
+        words = ["--resume"] if os.path.exists(os.path.join(broken, "args.json")) else flags
+        rng = random.Random(f"{seed} {len(records)}")
+        start = 5 if launch is command else 0.5
+        record = strike(launch([*words, "--out", broken]), broken, number, rng, start)
+        assert record, f"the run of {steps} steps ended after {len(records)} signals: it is too short"
+        assert record["lost"] <= (SAVE_EVERY if number == signal.SIGKILL else 0), record
+        early = number == signal.SIGKILL or record["steps"] == 0  # while it loads, a signal just ends it
+        assert record["code"] == 0 or early and record["code"] in (-number, 128 + number), record
+        records.append(record)
+        os.makedirs(out, exist_ok=True)
+        with open(journal, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    return records
+
+
+def compare(model: str, out: str, launch=command, steps=STEPS) -> None:
+    """Let the broken run end, run an undisturbed one, compare their weights and metrics bit by bit."""
+    flags = ["--model", model, *FLAGS.split(), "--steps", str(steps), "--save-every", str(SAVE_EVERY)]
+    whole, broken = (os.path.join(out, name) for name in ("whole", "broken"))
+    assert launch(["--resume", "--out", broken]).wait() == 0
+    assert launch([*flags, "--out", whole, "--overwrite"]).wait() == 0
+    weights, lines = [], []
+    for folder in (whole, broken):
+        with open(os.path.join(folder, f"checkpoint-{steps}", "model.safetensors"), "rb") as f:
+            weights.append(f.read())
+        found = [
+            json.loads(line) for _, line in checkpoints.metric_lines(os.path.join(folder, "metrics.jsonl"))
+        ]
+        skip = ("seconds", "tokens_per", "peak")
+        lines.append([{k: v for k, v in m.items() if not k.startswith(skip)} for m in found])
+    assert weights[0] == weights[1], "the weights differ"
+    assert lines[0] == lines[1] and len(lines[0]) == steps, "the metrics differ"
+
+
+def summary(records: list[dict]) -> str:
+    """The figures of docs/reliability.md."""
+    early = sum(r["steps"] == 0 for r in records)
+    saving, lost = sum(r["while_saving"] for r in records), [r["lost"] for r in records]
+    return (
+        f"{len(records)} signals: {early} before the first step of an attempt, {saving} while a checkpoint "
+        f"was written; steps done again: {sum(lost)} in all, at most {max(lost)} at a time (a checkpoint "
+        f"every {SAVE_EVERY}); {sum(r['seconds'] for r in records):.0f} s; weights and metrics at the end: identical"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    for flag in ("--model", "--out"):
+        parser.add_argument(flag, required=True)
+    parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
+    parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--part", action="store_true", help="stop after --times, compare another time")
+    args = parser.parse_args()
+    found = torment(args.model, args.out, getattr(signal, "SIG" + args.signal), args.times)
+    if not args.part:
+        compare(args.model, args.out)
+        print(summary(found))
