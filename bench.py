@@ -2,6 +2,11 @@
 
     python bench.py step [--full]       one update: ours, TRL's GRPOTrainer, the machine's own matmul rate
     python bench.py logprobs            log-probs and their gradient: ours, full logits; by vocabulary
+    python bench.py padding             share of padded tokens: ours, TRL's batching
+    python bench.py scale               step time against tokens, 1 and 2 processes
+    python bench.py sampler             responses from the trainer's vLLM, from a bare vllm.LLM
+    python bench.py verify              answers checked per second: ours, math-verify one by one
+    python bench.py plan [--model M]    memory: model, response cap, GPUs -> peak GiB and the flags it takes
 
 Each prints a table and, last, one JSON line. Without --full the sizes are small: a minute on a laptop.
 Every variant runs in a process of its own, which is what its peak memory is measured in; the processes take
@@ -9,10 +14,13 @@ turns (A B A B ...), so that a machine that slows down slows all of them down. T
 """
 
 import argparse
+import gzip
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
-import statistics
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,12 +28,14 @@ import time
 
 import numpy as np
 
+import plan
 from data import BadInput, one_line_errors
 
 TRL = "1.16.0"
 
-# Sizes: CPU default, CPU with --full (the acceptance setting), CUDA (with or without --full). The first
-# alternatives of a key are the defaults, the later ones replace what they name.
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# Sizes: "small" is the default; --full (the acceptance setting), then a CUDA device replace what they name.
 SETTINGS = {
     "step": {
         "small": {
@@ -46,6 +56,42 @@ SETTINGS = {
         "full": {"tokens": 2048, "width": 256},
         "cuda": {"tokens": 8192, "width": 1536, "dtype": "bfloat16"},
     },
+    "padding": {
+        "small": {
+            "sequences": 2048, "prompt_low": 50, "prompt_high": 250, "low": 100, "high": 4000,
+            "micro_tokens": 16384, "processes": [1, 2, 8],
+        },
+    },
+    "scale": {
+        "small": {
+            "layers": 4, "width": 256, "vocab": 8192, "prompt": 32, "low": 16, "high": 160, "rounds": 3,
+            "sequences": [4, 8, 16, 32, 64], "dtype": "float32", "train_args": "--micro-tokens 2048",
+        },
+        "full": {"layers": 8, "vocab": 32_768, "high": 512, "sequences": [2, 4, 8, 16, 32], "rounds": 5},
+        "cuda": {
+            "layers": 24, "width": 896, "vocab": 151_936, "sequences": [16, 32, 64, 128, 256], "high": 2048,
+            "dtype": "bfloat16", "train_args": "--micro-tokens 16384",
+        },
+    },
+    "sampler": {
+        "small": {
+            "layers": 2, "width": 128, "vocab": 67, "prompts": 16, "group": 8, "prompt": 24, "max_tokens": 96,
+            "dtype": "float32", "rounds": 5,
+        },
+        "full": {"prompts": 32, "max_tokens": 192},
+        "cuda": {
+            "layers": 24, "width": 896, "vocab": 151_936, "prompts": 128, "group": 16, "prompt": 256,
+            "max_tokens": 4096, "dtype": "bfloat16", "rounds": 5,
+        },
+    },
+    "verify": {"small": {"problems": 16, "group": 16, "rounds": 3}, "full": {"problems": 128, "rounds": 5}},
+    "plan": {
+        "small": {
+            "budgets": [4096, 8192, 16384], "gpu_gib": 80, "prompt": 1024, "layers": 4, "width": 256,
+            "vocab": 32_768, "sequences": 16, "low": 16, "high": 160, "dtype": "float32", "rounds": 1,
+        },
+        "full": {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512},
+    },
 }  # fmt: skip
 
 
@@ -55,7 +101,8 @@ SETTINGS = {
 
 def start(command: str, variant: str, s: dict, folder: str, env: dict | None = None) -> subprocess.Popen:
     """A worker process for one variant; its error messages go to a file in `folder`."""
-    words = [sys.executable, os.path.abspath(__file__), command, "--worker", variant, json.dumps(s), folder]
+    words = [sys.executable, os.path.join(HERE, "bench.py"), command, "--worker", variant]
+    words += [json.dumps(s), folder]
     with open(os.path.join(folder, f"{variant}.log"), "a") as log:
         worker = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -65,40 +112,50 @@ def start(command: str, variant: str, s: dict, folder: str, env: dict | None = N
     return worker
 
 
-def turn(worker: subprocess.Popen, folder: str) -> dict:
-    """Lets the worker take one turn; what it measured."""
+def go(worker: subprocess.Popen) -> None:
+    """Lets the worker take its turn."""
     try:
         worker.stdin.write("go\n")
         worker.stdin.flush()
     except BrokenPipeError:
-        pass  # it died: its last words are in the log
+        pass  # it died: hear() tells why
+
+
+def hear(worker: subprocess.Popen, folder: str) -> dict:
+    """What the worker measured in its turn."""
     line = worker.stdout.readline()
-    if not line:
-        with open(os.path.join(folder, f"{worker.name}.log")) as log:
-            words = [w for w in log.read().splitlines() if w.strip()]
-        raise SystemExit(
-            f"bench.py: error: {worker.name} died (exit code {worker.wait()}): {words[-1:] or 'no word'}"
-        )
-    return json.loads(line)
+    if line:
+        return json.loads(line)
+    with open(os.path.join(folder, f"{worker.name}.log")) as log:
+        words = [w for w in log.read().splitlines() if w.strip()] or ["no word of why"]
+    raise SystemExit(f"bench.py: error: {worker.name} died (exit code {worker.wait()}): {words[-1]}")
 
 
-def race(command: str, variants: list[str], s: dict, folder: str, rounds: int | None = None) -> dict:
-    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}."""
-    workers, rounds = [start(command, variant, s, folder) for variant in variants], rounds or s["rounds"]
+def race(command: str, variants: list[str], s: dict, folder: str, env: dict | None = None) -> dict:
+    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
+
+    A variant of several processes is a tuple of names: they take their turn together, the first one reports.
+    `env` holds environment variables for single names.
+    """
+    named = [(v,) if isinstance(v, str) else v for v in variants]
+    reports, teams = {names[0]: [] for names in named}, []
     try:
-        for worker in workers:
-            turn(worker, folder)  # loads, allocates, and warms up: not counted
-        reports = {w.name: [] for w in workers}
-        for _ in range(rounds):
-            for worker in workers:
-                reports[worker.name].append(turn(worker, folder))
+        for names in named:
+            teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
+        for i in range(1 + s["rounds"]):
+            for team in teams:
+                for worker in team:
+                    go(worker)
+                found = [hear(worker, folder) for worker in team]
+                if i:  # in its first turn a worker loads, allocates and warms up
+                    reports[team[0].name].append(found[0])
     finally:
-        for worker in workers:
+        for worker in sum(teams, []):
             worker.stdin.close()
-        for worker in workers:
             worker.wait()
-    times = {name: [r["seconds"] for r in found] for name, found in reports.items()}
-    return {n: f[-1] | {"seconds": statistics.median(times[n]), "all": times[n]} for n, f in reports.items()}
+    times = {name: [f["seconds"] for f in found] for name, found in reports.items()}
+    medians = {name: np.median(found, axis=0).tolist() for name, found in times.items()}
+    return {n: f[-1] | {"seconds": medians[n], "all": times[n]} for n, f in reports.items()}
 
 
 def tell(**report) -> None:
@@ -114,7 +171,7 @@ def timed(work, device: str, **extra) -> None:
     for _ in sys.stdin:
         before = clock(device)
         found = work() or {}
-        tell(seconds=clock(device) - before, peak=peak_bytes(device), **extra, **found)
+        tell(**{"seconds": clock(device) - before, "peak": peak_bytes(device)} | extra | found)
 
 
 def clock(device: str) -> float:
@@ -193,16 +250,21 @@ def step_model(s: dict):
     return Qwen2ForCausalLM(step_config(s))
 
 
-def step_rollouts(s: dict) -> list[dict]:
-    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8."""
+def step_rollouts(s: dict, spread: bool = False) -> list[dict]:
+    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8.
+
+    With `spread` the lengths are not drawn but spread evenly from low to high.
+    """
     rng = np.random.default_rng(0)
     advantages = rng.normal(size=(-(-s["sequences"] // 8), 8))
     advantages = (advantages - advantages.mean(1, keepdims=True)).flatten()
+    lengths = rng.integers(s["low"], s["high"] + 1, s["sequences"])
+    lengths = np.linspace(s["low"], s["high"], s["sequences"]).astype(int) if spread else lengths
     batch = []
-    for i in range(s["sequences"]):
+    for i, length in enumerate(lengths.tolist()):
         # Ids from 3 on: TRL's tokenizer needs a few special ones.
         prompt = rng.integers(3, s["vocab"], s["prompt"]).tolist()
-        ids = rng.integers(3, s["vocab"], rng.integers(s["low"], s["high"] + 1)).tolist()
+        ids = rng.integers(3, s["vocab"], length).tolist()
         # nan is the trainer's word for "the sampler gave no log-prob": no correction.
         r = {"prompt_ids": prompt, "ids": ids, "logps": [float("nan")] * len(ids), "group": i // 8}
         batch.append(r | {"advantage": float(advantages[i]), "correct": 0.0, "truncated": 0.0})
@@ -238,7 +300,7 @@ def save_gradient(optimizer, path: str) -> None:
     optimizer.register_step_pre_hook(save)
 
 
-def step_ours(s: dict, folder: str) -> None:
+def step_ours(variant: str, s: dict, folder: str) -> None:
     """Worker: train_grpo.update."""
     import train_grpo
 
@@ -257,7 +319,7 @@ def step_ours(s: dict, folder: str) -> None:
     timed(work, device, imports=imports)
 
 
-def step_trl(s: dict, folder: str, variant: str) -> None:
+def step_trl(variant: str, s: dict, folder: str) -> None:
     """Worker: TRL's trainer itself; only the generation is replaced, through its own `rollout_func`."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # about rollout_func
     import torch
@@ -336,7 +398,7 @@ def step_flops(config, batch: list[dict]) -> list[tuple]:
     return parts
 
 
-def step_floor(s: dict) -> None:
+def step_floor(variant: str, s: dict, folder: str) -> None:
     """Worker: seconds of the update's matrix products at this machine's best rate for their shapes."""
     import torch
 
@@ -379,11 +441,10 @@ def step_floor(s: dict) -> None:
 
 def bench_step(s: dict) -> dict:
     """One update, ours against TRL's, and the floor that the machine's matrix products set."""
-    import importlib.util
-    from importlib.metadata import version
-
-    if importlib.util.find_spec("trl") is None or version("trl") != TRL:
-        raise BadInput(f"bench.py step compares with TRL: pip install trl=={TRL}")
+    if trl_version() != TRL:
+        raise BadInput(
+            f"bench.py step compares with TRL {TRL}, found: {trl_version()}; pip install trl=={TRL}"
+        )
     if s["sequences"] % 8:
         raise BadInput(f"sequences ({s['sequences']}) must be a multiple of 8, TRL's sequences per device")
     variants = ["ours", "trl", "trl_no_recompute"]
@@ -418,6 +479,14 @@ def bench_step(s: dict) -> dict:
     return {"tokens": tokens, "variants": found}
 
 
+def trl_version() -> str | None:
+    """The installed version of TRL."""
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def gradient_distance(folder: str, variant: str) -> float:
     """|ours - theirs| / |theirs| over all parameters, of the first update."""
     import torch
@@ -442,7 +511,7 @@ def full_logps(hidden, weight, targets, temperature: float = 1.0):
     return logps.gather(-1, targets[:, None])[:, 0], entropy
 
 
-def logprobs_worker(s: dict, variant: str) -> None:
+def logprobs_worker(variant: str, s: dict, folder: str) -> None:
     """Worker: forward and backward of one version at one vocabulary."""
     import torch
 
@@ -494,6 +563,285 @@ def bench_logprobs(s: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# padding, scale
+
+
+def bench_padding(s: dict) -> dict:
+    """Share of padded tokens of one batch: our micro-batches on each process, and TRL's."""
+    from train_grpo import micro_batches, share_of, total_length
+
+    rng, rows, found = np.random.default_rng(0), [], {}
+    lengths = rng.integers(
+        [s["prompt_low"], s["low"]], [s["prompt_high"] + 1, s["high"] + 1], (s["sequences"], 2)
+    )
+    batch = [{"prompt_ids": range(prompt), "ids": range(response)} for prompt, response in lengths.tolist()]
+    real = int(lengths.sum())
+
+    def note(name, padded, batches, uneven=0.0):
+        found[name] = {"padding": 1 - real / padded, "micro_batches": batches, "uneven": uneven}
+        rows.append([name, f"{1 - real / padded:.2%}", f"{batches:,}", f"{uneven:.2%}"])
+
+    for processes in s["processes"]:
+        shares = [share_of(batch, rank, processes) for rank in range(processes)]
+        parts = [micro_batches(share, s["micro_tokens"]) for share in shares]
+        padded = [sum(len(m) * max(map(total_length, m)) for m in part) for part in parts]
+        uneven = max(padded) * processes / sum(padded) - 1
+        note(f"ours, {processes} process(es)", sum(padded), sum(map(len, parts)), uneven)
+    # TRL pads prompts to the longest prompt and responses to the longest response of the whole batch, then
+    # cuts it into parts of 8. Its own functions do it here.
+    if trl_version():
+        import torch
+        from trl.trainer.utils import pad, split_tensor_dict
+
+        sides = (("prompt", 0, "left"), ("completion", 1, "right"))
+        masks = {k: pad([torch.ones(n) for n in lengths[:, i].tolist()], 0, side) for k, i, side in sides}
+        parts = split_tensor_dict(masks, len(lengths) // 8)
+        note(f"trl {trl_version()}", sum(m.numel() for part in parts for m in part.values()), len(parts))
+    else:
+        print(f"trl is not installed, its line is missing: pip install trl=={TRL}")
+    print_table(["batching", "padded", "micro-batches", "most loaded process"], rows)
+    print(f"{s['sequences']} sequences, prompts U({s['prompt_low']}, {s['prompt_high']}), ", end="")
+    print(f"responses U({s['low']}, {s['high']}); ours: {s['micro_tokens']} tokens at once; TRL: 8 sequences")
+    return {"tokens": real, "batching": found}
+
+
+def scale_worker(variant: str, s: dict, folder: str) -> None:
+    """Worker: one process of 1 or 2; in a turn one update at each batch size."""
+    from accelerate import PartialState
+
+    import train_grpo
+
+    state = PartialState(cpu=pick_device() == "cpu")
+    device, args = state.device, step_args(s)
+    model = step_model(s).to(device).train()
+    optimizer = train_grpo.make_optimizer(model, args)
+    # Evenly spread lengths: n times the sequences are n times the tokens, and the same padding.
+    batches = [step_rollouts(s | {"sequences": n}, spread=True) for n in s["sequences"]]
+
+    def work():
+        seconds, norms = [], []
+        for batch in batches:
+            before = clock(device.type)
+            stats = train_grpo.update(
+                model, None, optimizer, batch, args, state.process_index, state.num_processes, device
+            )
+            seconds.append(clock(device.type) - before)
+            norms.append(stats["grad_norm"])
+        return {"seconds": seconds, "grad_norm": norms}
+
+    timed(work, device.type)
+
+
+def bench_scale(s: dict) -> dict:
+    """Seconds of an update against its tokens, and the straight line through them."""
+    import torch
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    threads = torch.get_num_threads()
+    two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    two["OMP_NUM_THREADS"] = str(max(1, threads // 2))  # both processes together get what the single one gets
+    env = {f"2-{rank}": two | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)}
+    enough = pick_device() == "cpu" or torch.cuda.device_count() > 1
+    with tempfile.TemporaryDirectory() as folder:
+        found = race("scale", ["1-0", ("2-0", "2-1")][: 1 + enough], s, folder, env)
+    batches = [step_rollouts(s | {"sequences": n}, spread=True) for n in s["sequences"]]
+    tokens = [sum(len(r["prompt_ids"]) + len(r["ids"]) for r in batch) for batch in batches]
+    out, lines = {"tokens": tokens}, []
+    for name, f in found.items():
+        seconds = np.array(f["seconds"])
+        slope, start = np.polyfit(tokens, seconds, 1)
+        unexplained = np.sum((seconds - start - slope * np.array(tokens)) ** 2)
+        r2 = 1 - unexplained / np.sum((seconds - seconds.mean()) ** 2)
+        out[name[0]] = {"seconds": seconds.tolist(), "r2": r2, "tokens_per_second": 1 / slope}
+        out[name[0]] |= {"start": start, "grad_norm": f["grad_norm"]}
+        lines.append(f"{name[0]} process(es): {start:.3f} s + tokens / {1 / slope:,.0f} per s, R^2 {r2:.4f}")
+    head = ["tokens", *(f"{n} process(es), s" for n in out if n != "tokens")]
+    times = [out[n]["seconds"] for n in out if n != "tokens"]
+    print_table(head, [[f"{t:,}", *(f"{x:.3f}" for x in xs)] for t, *xs in zip(tokens, *times, strict=True)])
+    print("\n".join(lines))
+    if enough:
+        pairs = zip(out["1"]["grad_norm"], out["2"]["grad_norm"], strict=True)
+        out["grad_norm_difference"] = max(abs(a - b) / b for a, b in pairs)
+        print(f"gradient norms of 1 and 2 processes differ by {out['grad_norm_difference']:.1e} at most")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# sampler, verify
+
+
+def sampler_worker(variant: str, s: dict, folder: str) -> None:
+    """Worker: responses to the same prompts, from sampler.py's engine or from a plain vllm.LLM."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, for both
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import sampler
+
+    device, rng = pick_device(), np.random.default_rng(0)
+    prompts = rng.integers(6, s["vocab"], (s["prompts"], s["prompt"])).tolist()
+    limit, rows = s["prompt"] + s["max_tokens"], s["prompts"] * s["group"]
+    path, tokenizer, model = os.path.join(folder, "model"), *sampler_model(s)
+    if not os.path.exists(path):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    if variant == "ours":
+        engine = sampler.make_sampler("vllm", model, path, tokenizer, limit, s["dtype"], 0, 0.3, rows)
+    else:
+        import vllm
+
+        options = {"gpu_memory_utilization": 0.3} if device == "cuda" else {}
+        llm = vllm.LLM(path, dtype=s["dtype"], max_model_len=limit, **options)
+        params = vllm.SamplingParams(
+            n=s["group"], max_tokens=s["max_tokens"], logprobs=0 if variant == "bare_logps" else None
+        )
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+
+    def work():
+        if variant == "ours":
+            groups = engine.generate(prompts, s["group"], s["max_tokens"])
+            return {"tokens": sum(len(r["ids"]) for group in groups for r in group)}
+        answers = llm.generate(requests, params, use_tqdm=False)
+        return {"tokens": sum(len(out.token_ids) for answer in answers for out in answer.outputs)}
+
+    for _ in sys.stdin:
+        before = clock(device)
+        if variant == "ours":
+            engine.sync(model)
+        after = clock(device)
+        found = work()
+        tell(seconds=(clock(device) - after) / found["tokens"], sync=after - before, **found)
+
+
+def sampler_model(s: dict):
+    """(tokenizer of the toy, a Llama with random weights of the wanted size)."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    import toy
+
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    config = toy.make_model(tokenizer, 0).config
+    heads = s["width"] // (64 if s["width"] > 512 else 32)
+    config.update({"vocab_size": s["vocab"], "hidden_size": s["width"], "intermediate_size": 4 * s["width"]})
+    config.update(
+        {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": s["width"] // heads}
+    )
+    config.update(
+        {"num_hidden_layers": s["layers"], "max_position_embeddings": s["prompt"] + s["max_tokens"]}
+    )
+    return tokenizer, LlamaForCausalLM(config)
+
+
+def bench_sampler(s: dict) -> dict:
+    """Tokens per second of the colocated engine and of a bare one, each in its process."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput("bench.py sampler needs vllm: see the README and requirements-test.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        found = race("sampler", ["ours", "bare", "bare_logps"], s, folder)
+    rows = []
+    for name, f in found.items():
+        f["tokens_per_second"] = 1 / f["seconds"]
+        rows.append([name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"])
+        rows[-1].append(f"{found['bare']['seconds'] / f['seconds']:.2f}")
+    print_table(["sampler", "tokens", "tokens/s", "of bare"], rows)
+    print(
+        "bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs; ",
+        end="",
+    )
+    print(f"pushing the weights: {found['ours']['sync']:.3f} s")
+    return {"variants": found}
+
+
+def answers_to_check(s: dict) -> tuple[list[str], list[str]]:
+    """(responses, references): groups of answers to problems of MATH, about half of them right."""
+    with gzip.open(os.path.join(HERE, "tests", "data", "math_train_small.jsonl.gz"), "rt") as f:
+        golds = [json.loads(line)["answer"] for line in f]
+    rng, responses, references = np.random.default_rng(0), [], []
+    for p in range(s["problems"]):
+        gold = golds[p % len(golds)]
+        wrong = [golds[i] for i in rng.integers(0, len(golds), 3)] + [f"{gold} + 1", f"2({gold})"]
+        for _ in range(s["group"]):
+            answer = gold if rng.random() < 0.5 else wrong[rng.integers(len(wrong))]
+            other = answer.replace("\\dfrac", "\\frac").replace("\\frac", "\\tfrac")
+            answer = other if rng.random() < 0.3 else answer
+            thought = " ".join(["Let me see: so we get $x$, then wait."] * int(rng.integers(10, 200)))
+            responses.append(f"{thought}</think> The answer is $\\boxed{{{answer}}}$.")
+            references.append(gold)
+    return responses, references
+
+
+def verify_worker(variant: str, s: dict, folder: str) -> None:
+    """Worker: checks the answers."""
+    responses, references = answers_to_check(s)
+
+    def ours():
+        from rewards import check_answers
+
+        verdicts, counts = check_answers(responses, references, ["math"] * len(responses))
+        return {"right": sum(verdicts), "counts": counts}
+
+    def one_by_one():
+        from math_verify import parse, verify
+
+        pairs = zip(responses, references, strict=True)
+        return {"right": sum(verify(parse(f"${gold}$"), parse(response)) for response, gold in pairs)}
+
+    timed(ours if variant == "ours" else one_by_one, "cpu")
+
+
+def bench_verify(s: dict) -> dict:
+    """Answers per second of rewards.check_answers, and of math-verify called for one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = race("verify", ["ours", "math_verify"], s, folder)
+    n, rows = s["problems"] * s["group"], []
+    for name, f in found.items():
+        f["per_second"] = n / f["seconds"]
+        rows.append([name, f"{f['seconds']:.3f}", f"{f['per_second']:,.0f}", str(f["right"])])
+    print_table(["checker", "seconds", "answers/s", "right"], rows)
+    print(f"{n} answers; ours: {found['ours']['counts']}")
+    return {"answers": n, "variants": found}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# plan
+
+
+def bench_plan(s: dict, model: str | None) -> dict:
+    """The memory table of plan.py, and how well its formula does on a model that fits here."""
+    rows = plan.table(plan.load_configs(model), s["budgets"], s["gpu_gib"], s["prompt"])
+    cells = [
+        [r["model"], f"{r['parameters'] / 1e9:.2f}", f"{r['cap']:,}", f"{r['trainer_gib']:.1f}",
+         f"{r['engine_gib']:.1f}", r["flags"]]
+        for r in rows
+    ]  # fmt: skip
+    print_table(["model", "10^9 weights", "response cap", "trainer GiB", "vLLM GiB", "flags"], cells)
+    print(f"per GPU of {s['gpu_gib']} GiB, prompts up to {s['prompt']} tokens")
+    # The check: a small model, on this machine, with and without recomputed activations.
+    checks, config = [], step_config(s).to_dict()
+    for flags in (
+        "--micro-tokens 1024",
+        "--micro-tokens 2048",
+        "--micro-tokens 2048 --gradient-checkpointing",
+    ):
+        setting = s | {"train_args": flags, "prompt": 32}
+        with tempfile.TemporaryDirectory() as folder:
+            found = race("step", ["ours"], setting, folder)["ours"]
+        args = step_args(setting)
+        predicted = plan.trainer_bytes(
+            config, args.micro_tokens, args.dtype, args.gradient_checkpointing, args.optim
+        )
+        checks.append({"flags": flags, "predicted": predicted, "measured": found["peak"] - found["imports"]})
+        checks[-1]["ratio"] = predicted / checks[-1]["measured"]
+    print_table(
+        ["check on this machine", "predicted MiB", "measured MiB", "ratio"],
+        [[c["flags"], mib(c["predicted"]), mib(c["measured"]), f"{c['ratio']:.2f}"] for c in checks],
+    )
+    return {"rows": rows, "checks": checks}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -521,7 +869,10 @@ def machine() -> dict:
     return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-COMMANDS = {"step": bench_step, "logprobs": bench_logprobs}
+COMMANDS = {
+    "step": bench_step, "logprobs": bench_logprobs, "padding": bench_padding, "scale": bench_scale,
+    "sampler": bench_sampler, "verify": bench_verify, "plan": bench_plan,
+}  # fmt: skip
 
 
 def worker(command: str, variant: str, s: dict, folder: str) -> None:
@@ -529,14 +880,12 @@ def worker(command: str, variant: str, s: dict, folder: str) -> None:
     global ANSWERS
     ANSWERS = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if command == "logprobs":
-        logprobs_worker(s, variant)
-    elif variant == "ours":
-        step_ours(s, folder)
-    elif variant == "floor":
-        step_floor(s)
+    if command == "step":
+        work = {"ours": step_ours, "floor": step_floor}.get(variant, step_trl)
     else:
-        step_trl(s, folder, variant)
+        workers = {"logprobs": logprobs_worker, "scale": scale_worker, "sampler": sampler_worker}
+        work = (workers | {"verify": verify_worker})[command]
+    work(variant, s, folder)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -546,6 +895,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     one_line_errors(parser)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--full", action="store_true", help="the acceptance setting: minutes")
+    parser.add_argument(
+        "--model", help="plan: folder, hub id, config.json or 0.5B, 1.5B, ... (default: these)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="change sizes (see SETTINGS)")
     return parser.parse_args(argv)
 
@@ -568,7 +920,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = ["plan" if word == "--plan" else word for word in (sys.argv[1:] if argv is None else argv)]
     if argv[1:2] == ["--worker"]:
         command, _, variant, s, folder = argv
         worker(command, variant, json.loads(s), folder)
@@ -576,7 +928,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         s = settings(args)
-        found = COMMANDS[args.command](s)
+        found = bench_plan(s, args.model) if args.command == "plan" else COMMANDS[args.command](s)
     except BadInput as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
