@@ -220,7 +220,7 @@ def held_bytes(device: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# step: the same update by train_grpo.update and by TRL's GRPOTrainer.
+# step: the same update by update.update and by TRL's GRPOTrainer.
 #
 # Settings in which both are the same mathematics: loss a mean over all response tokens of the batch (TRL's
 # default "dapo", ours --loss-reduction token_mean), clip 0.2, no KL, temperature 1, one optimizer step on
@@ -251,7 +251,7 @@ def step_model(s: dict):
 
 
 def step_rollouts(s: dict, spread: bool = False) -> list[dict]:
-    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8.
+    """Random responses of U(low, high) tokens, as update.update takes them; advantages by groups of 8.
 
     With `spread` the lengths are not drawn but spread evenly from low to high.
     """
@@ -283,8 +283,6 @@ def step_args(s: dict):
 
 def step_imports(device: str) -> int:
     """Memory held once all libraries are loaded: what both sides hold before they have a model."""
-    import losses  # noqa: F401
-
     step_model({"width": 64, "layers": 1, "vocab": 8})  # loads transformers' Qwen2
     return held_bytes(device)
 
@@ -301,19 +299,19 @@ def save_gradient(optimizer, path: str) -> None:
 
 
 def step_ours(variant: str, s: dict, folder: str) -> None:
-    """Worker: train_grpo.update."""
-    import train_grpo
+    """Worker: our update."""
+    from update import make_optimizer, update
 
     device, batch, args = pick_device(), step_rollouts(s), step_args(s)
     imports = step_imports(device)
     model = step_model(s).to(device).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = train_grpo.make_optimizer(model, args)
+    optimizer = make_optimizer(model, args)
     save_gradient(optimizer, os.path.join(folder, "ours.pt"))
 
     def work():
-        stats = train_grpo.update(model, None, optimizer, batch, args, device=device)
+        stats = update(model, None, optimizer, batch, args, device=device)
         return {"padding": stats["padding"], "grad_norm": stats["grad_norm"]}
 
     timed(work, device, imports=imports)
@@ -328,14 +326,14 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    import train_grpo
+    from update import make_optimizer
 
     device, batch, groups = pick_device(), step_rollouts(s), s["sequences"] // 8
     inner = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "prompt": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
     imports = step_imports(device)
     model = step_model(s).to(device)
-    optimizer = train_grpo.make_optimizer(model, step_args(s))
+    optimizer = make_optimizer(model, step_args(s))
     save_gradient(optimizer, os.path.join(folder, f"{variant}.pt"))
     # TRL's defaults are kept where they do not change the mathematics: 8 sequences per device, padding,
     # recomputed activations (gradient_checkpointing), its chunked head.
@@ -501,11 +499,11 @@ def gradient_distance(folder: str, variant: str) -> float:
 # logprobs: values and gradients of log-probs from hidden states
 
 
-def full_logps(hidden, weight, targets, temperature: float = 1.0):
+def full_logps(hidden, weight, targets):
     """The naive version: all logits [T, V] at once; log-probs and entropies [T]."""
     import torch
 
-    logps = ((hidden @ weight.T).float() / temperature).log_softmax(-1)
+    logps = (hidden @ weight.T).float().log_softmax(-1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(-1)
     return logps.gather(-1, targets[:, None])[:, 0], entropy
@@ -515,11 +513,11 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
     """Worker: forward and backward of one version at one vocabulary."""
     import torch
 
-    from losses import token_logps
+    from losses import head_loss
 
     device, (name, vocab) = pick_device(), variant.split("-")
     torch.manual_seed(0)
-    vocab, dtype, compute = int(vocab), getattr(torch, s["dtype"]), {"ours": token_logps, "full": full_logps}
+    vocab, dtype = int(vocab), getattr(torch, s["dtype"])
     hidden = torch.randn(s["tokens"], s["width"], device=device).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, s["width"], device=device) / s["width"] ** 0.5).to(dtype).requires_grad_()
     targets = torch.randint(vocab, (s["tokens"],), device=device)
@@ -529,8 +527,13 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
 
     def work():
         hidden.grad = weight.grad = None
-        logp, entropy = compute[name](hidden, weight, targets, 1.0)
-        (logp * advantage).sum().backward()
+        if name == "ours":
+            loss_of = lambda logp, part: (logp * advantage[part]).sum()  # noqa: E731
+            loss, logp, entropy = head_loss(hidden, weight, targets, loss_of)
+        else:
+            logp, entropy = full_logps(hidden, weight, targets)
+            loss = (logp * advantage).sum()
+        loss.backward()
         return {"check": [logp.sum().item(), entropy.sum().item(), weight.grad.float().norm().item()]}
 
     timed(work, device, held=held)
@@ -568,7 +571,7 @@ def bench_logprobs(s: dict) -> dict:
 
 def bench_padding(s: dict) -> dict:
     """Share of padded tokens of one batch: our micro-batches on each process, and TRL's."""
-    from train_grpo import micro_batches, share_of, total_length
+    from update import micro_batches, share_of, total_length
 
     rng, rows, found = np.random.default_rng(0), [], {}
     lengths = rng.integers(
@@ -609,12 +612,12 @@ def scale_worker(variant: str, s: dict, folder: str) -> None:
     """Worker: one process of 1 or 2; in a turn one update at each batch size."""
     from accelerate import PartialState
 
-    import train_grpo
+    from update import make_optimizer, update
 
     state = PartialState(cpu=pick_device() == "cpu")
     device, args = state.device, step_args(s)
     model = step_model(s).to(device).train()
-    optimizer = train_grpo.make_optimizer(model, args)
+    optimizer = make_optimizer(model, args)
     # Evenly spread lengths: n times the sequences are n times the tokens, and the same padding.
     batches = [step_rollouts(s | {"sequences": n}, spread=True) for n in s["sequences"]]
 
@@ -622,7 +625,7 @@ def scale_worker(variant: str, s: dict, folder: str) -> None:
         seconds, norms = [], []
         for batch in batches:
             before = clock(device.type)
-            stats = train_grpo.update(
+            stats = update(
                 model, None, optimizer, batch, args, state.process_index, state.num_processes, device
             )
             seconds.append(clock(device.type) - before)

@@ -104,31 +104,31 @@ def layer_bytes(c: dict, dtype: str) -> int:
     return 2 * 2 * d * 4 + 5 * d * 2 + (2 * q + 2 * kv + 4 * wide) * 2 + 4 * heads
 
 
-def head_bytes(c: dict, tokens: int) -> int:
-    """Working memory of losses.token_logps and its gradient."""
-    _, d, _, _, _, _, vocab = sizes(c)
-    # Five float32 tensors of [chunk, V] at once, in the backward pass; the head's gradient before it is added
-    # to that of earlier micro-batches; hidden states, gathered, and their gradient.
-    return 5 * 4 * min(tokens, 1024) * vocab + 4 * vocab * d + 3 * 4 * tokens * d
+def head_bytes(c: dict, tokens: int, dtype: str, cuda: bool) -> int:
+    """What losses.head_loss holds while it works on a chunk, above its inputs and their gradients."""
+    from losses import CPU_LOGITS, GPU_LOGITS
+
+    logits = min(GPU_LOGITS if cuda else CPU_LOGITS, tokens * c["vocab_size"])
+    # Logits and probabilities in float32; in bf16 the logits, both forms of the probabilities, and float32
+    # copies of the two for the entropy; also the head and a chunk's gradient of it.
+    return 8 * logits if dtype == "float32" else 16 * logits + 4 * c["vocab_size"] * c["hidden_size"]
 
 
-def trainer_bytes(
-    c: dict, tokens: int, dtype: str, checkpointing: bool, optim: str, cuda: bool = False
-) -> int:
-    """Peak memory of the trainer, libraries and CUDA context not included; `tokens` in a micro-batch."""
+def trainer_bytes(c: dict, tokens: int, dtype: str, recompute: bool, optim: str, cuda: bool = False) -> int:
+    """Peak memory of the trainer with `tokens` in a micro-batch, libraries and CUDA context not included."""
     layers, d, wide, _, _, _, vocab = sizes(c)
     n, saved = parameters(c), layer_bytes(c, dtype)
     state = n * (4 + 4 + (8 if optim == "adamw" else 2))
-    kept = (
-        layers * 4 * d + saved if checkpointing else layers * saved
-    )  # recomputed: each layer's input, one layer
-    width = 4 if dtype == "float32" else 2
-    transient = 3 * wide * width + 2 * 4 * d  # gradients within the layer that is being differentiated
-    copies = 0 if dtype == "float32" else 2 * n
-    running = tokens * (kept + transient) + copies + head_bytes(c, tokens)
-    # AdamW works on all parameters at once on CUDA (foreach: one more copy), one after the other on a CPU.
-    stepping = 4 * n if cuda else 2 * 4 * vocab * d
-    return state + max(running, stepping)
+    # With recomputed activations: the input of every layer, and all of the layer that is at work.
+    kept = layers * 4 * d + saved if recompute else layers * saved
+    # Of the layer that is differentiated: gradients of three MLP activations and of two residual streams.
+    transient = tokens * (3 * wide * (4 if dtype == "float32" else 2) + 2 * 4 * d)
+    # After the last layer: its norm, the gathered hidden states, their gradient.
+    running = tokens * (kept + 5 * 4 * d) + max(transient, head_bytes(c, tokens, dtype, cuda))
+    running += 0 if dtype == "float32" else 2 * n
+    # The head's gradient waits for the embedding's; the two are added to those of earlier micro-batches.
+    head = 4 * vocab * d
+    return state + head + max(running, head)
 
 
 def engine_bytes(c: dict, length: int, responses: int = 16) -> int:
@@ -146,22 +146,20 @@ ATTEMPTS = (
 
 
 def table(configs: dict, caps: list[int], gpu_gib: float, prompt: int) -> list[dict]:
-    """For every model and response cap: the first flags that fit into a GPU of gpu_gib, and the peak there."""
+    """For every model and response cap: the first flags that fit into a GPU of gpu_gib, and their peak."""
     rows = []
     for name, c in configs.items():
         for cap in caps:
             longest, engine = prompt + cap, engine_bytes(c, prompt + cap) / GIB
-            tries = [(a, t) for a in ATTEMPTS for t in sorted({max(16_384, longest), longest}, reverse=True)]
-            for (flags, checkpointing, optim), tokens in tries:
-                trainer = trainer_bytes(c, tokens, "bfloat16", checkpointing, optim, cuda=True)
-                # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
-                trainer = 1.1 * trainer / GIB + 1
-                if fits := trainer + engine <= gpu_gib:
-                    break
-            share = -(-engine * 20 // gpu_gib) / 20
-            flags += f" --micro-tokens {tokens} --vllm-memory {share:.2f}"
-            row = {"model": name, "parameters": parameters(c), "cap": cap, "trainer_gib": trainer}
-            rows.append(
-                row | {"engine_gib": engine, "fits": fits, "flags": flags if fits else "does not fit"}
-            )
+            share = f"--vllm-memory {-(-engine * 20 // gpu_gib) / 20:.2f}"
+            row = {"model": name, "parameters": parameters(c), "cap": cap, "engine_gib": engine}
+            tries = []
+            for flags, recompute, optim in ATTEMPTS:
+                for tokens in sorted({max(16_384, longest), longest}, reverse=True):
+                    trainer = trainer_bytes(c, tokens, "bfloat16", recompute, optim, cuda=True)
+                    # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
+                    row = row | {"trainer_gib": 1.1 * trainer / GIB + 1, "fits": True}
+                    tries.append(row | {"flags": f"{flags} --micro-tokens {tokens} {share}"})
+            fitting = [t for t in tries if t["trainer_gib"] + engine <= gpu_gib]
+            rows.append((fitting or [tries[-1] | {"fits": False, "flags": "does not fit"}])[0])
     return rows
