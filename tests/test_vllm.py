@@ -135,3 +135,26 @@ def test_two_processes_with_an_engine_each(tiny, script, tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl") as f:
         metrics = [json.loads(line) for line in f]
     assert len(metrics) == 2 and all(m["logp_gap_max"] < 1e-4 for m in metrics)
+
+
+EARLY = """
+import sys
+import sampler
+engine = sampler.load_sampler(sys.argv[1], "vllm", 64)
+seen, open_ = {}, []
+def finished(i, responses):
+    seen[i] = responses
+    open_.append(engine.llm.llm_engine.has_unfinished_requests())
+caps = [3, 40, 8, 30]
+prompts = [[5 + i, 6] for i in range(4)]
+made = engine.generate(prompts, 2, caps, seed=1, finished=finished, expected=[1, 9, 2, 8])
+assert [seen[i] for i in range(4)] == made and len(seen) == 4
+assert all(len(r["ids"]) <= cap and len(r["logps"]) == len(r["ids"]) for cap, g in zip(caps, made) for r in g)
+assert open_[0] and not open_[-1], open_
+print("early")
+"""
+
+
+def test_groups_are_handed_out_while_others_are_written(tiny, script):
+    done = script("-c", EARLY, tiny, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.stdout.strip().endswith("early")
