@@ -151,18 +151,25 @@ def spoken_answer(tokenizer, completion: dict) -> str | None:
     return re.sub(r"\s+", "", text).strip(".$").lower() or None
 
 
-def calibrate(mean_length: Callable, budget: int, tries=10, low=-8.0, high=8.0, tolerance=0.02) -> dict:
-    """The k whose mean_length(k) (tokens; falls as k grows) is nearest to `budget`: bisection on log k.
+def calibrate(mean_length: Callable, budget: int, tries=10, bound=8.0, tolerance=0.02) -> dict:
+    """The k whose mean_length(k) (tokens; falls as k grows) is nearest to `budget`, searched from log k = 0.
 
-    Ends within `tolerance` of the budget or after `tries` calls: {"k", "mean_length", "tries"}.
+    Ends within `tolerance` of the budget, at +-bound or after `tries` calls: {"k", "mean_length", "tries"}.
     """
-    seen = []
+    seen, low, high, x = [], None, None, 0.0  # low, high: (log k, log length), too long and too short
     for _ in range(tries):
-        middle = (low + high) / 2
-        seen.append((math.exp(middle), mean_length(math.exp(middle))))
-        if abs(seen[-1][1] - budget) <= tolerance * budget:
+        seen.append((math.exp(x), mean_length(math.exp(x))))
+        if abs(seen[-1][1] - budget) <= tolerance * budget or (abs(x) == bound and None in (low, high)):
             break
-        low, high = (middle, high) if seen[-1][1] > budget else (low, middle)
+        point = x, math.log(seen[-1][1] / budget)
+        low, high = (point, high) if point[1] > 0 else (low, point)
+        if low and high:
+            # The length is nearly a power of k: the straight line between the two ends is soon there. Kept
+            # off the ends, so that a bend cannot hold it at one of them.
+            share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
+            x = low[0] + share * (high[0] - low[0])
+        else:
+            x = max(-bound, min(bound, x + math.copysign(2.0, point[1])))
     k, length = min(seen, key=lambda pair: abs(pair[1] - budget))
     return {"k": k, "mean_length": length, "tries": len(seen)}
 

@@ -5,6 +5,7 @@
     python evaluate.py --base-url URL --api-model NAME --data ... --out out/api   any OpenAI-compatible server
     python evaluate.py --samples out/eval/samples.jsonl --out out/again           no model needed
     python evaluate.py --compare out/a out/b --out out/both                       finished evaluations
+    python evaluate.py --watch out/run out/run2                                   learning curves of training
 
 For every budget the prompt is rebuilt from the problem, n responses are sampled, checked, and appended to
 samples.jsonl as they come; --resume goes on after a crash. Then follow results.json (all figures of
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+import curves
 import data
 import engines
 import metrics
@@ -487,36 +489,28 @@ def fill_in(args: argparse.Namespace) -> None:
     for key, value in (
         PROTOCOLS.get(args.protocol, {}) | DEFAULTS | PROTOCOLS.get(args.protocol, {})
     ).items():
-        if getattr(args, key) is None and not (args.samples or args.compare):
+        if getattr(args, key) is None and (args.model or args.base_url):
             setattr(args, key, value)
 
 
 def check_source(args: argparse.Namespace) -> None:
     """Exactly one of --model, --base-url, --samples and --compare, and no flag that goes with another one."""
-    given = [flag for flag in ("model", "base_url", "samples", "compare") if getattr(args, flag)]
+    sources = ("model", "base_url", "samples", "compare", "watch")
+    given = [flag for flag in sources if getattr(args, flag)]
     if len(given) != 1:
-        told = "--model or --base-url (to sample), --samples (saved responses) or --compare (evaluations)"
+        told = "--model or --base-url (to sample), --samples (saved responses), --compare or --watch"
         raise BadInput(
             f"give one of {told}, not {' and '.join('--' + g.replace('_', '-') for g in given) or 'none'}"
         )
+    if not args.out and not args.watch:
+        raise BadInput("--out is missing: name a folder for the results")
     if args.samples and not os.path.isfile(args.samples):
         raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
-    sampled = (
-        "data",
-        "budgets",
-        "mode",
-        "n",
-        "limit",
-        "max_tokens",
-        "wording",
-        "protocol",
-        "temperature",
-        "top_p",
-    )
-    for key in (*sampled, "sampler", "resume") if args.samples or args.compare else ():
+    sampled = "data budgets mode n limit max_tokens wording protocol temperature top_p".split()
+    for key in (*sampled, "sampler", "resume") if not (args.model or args.base_url) else ():
         if getattr(args, key):
             flag = f"--{key.replace('_', '-')}"
-            raise BadInput(f"--{given[0]} brings its own problems and responses: leave out {flag}")
+            raise BadInput(f"--{given[0]} asks no model anything: leave out {flag}")
     if args.regrade and not args.samples:
         raise BadInput("--regrade needs --samples: the answers of a --model are checked in any case")
     if bool(args.base_url) != bool(args.api_model):
@@ -555,41 +549,51 @@ def check_args(args: argparse.Namespace) -> None:
     if args.mode == "none" and args.budgets != [None]:
         print("evaluate: --mode none states no budget, so --budgets is left aside: one run without any")
         args.budgets = [None]
-    check_out(args)
+    if not args.watch:  # its picture may lie beside anything
+        check_out(args)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags; those that --protocol may fill in are None where they are not given."""
     about = "Sweep token budgets over a model and data sets, or rebuild all figures from saved samples."
     parser = argparse.ArgumentParser(prog="evaluate.py", description=about, allow_abbrev=False)
-    add = parser.add_argument
+    add = parser.add_argument_group("what is evaluated: one of these").add_argument
     add("--model", help="model folder or hub id")
     add("--base-url", help="an OpenAI-compatible server in the model's place: http://localhost:8000/v1")
-    add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
-    add("--concurrency", type=int, default=16, help="with --base-url: requests under way at once (16)")
+    add("--samples", help="saved samples (.jsonl, .jsonl.gz) in place of a model")
+    add("--compare", nargs="+", metavar="FOLDER", help="finished evaluations (FOLDER or LABEL=FOLDER)")
+    add("--watch", nargs="+", metavar="FOLDER", help="training runs: draw their learning curves so far")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", help="folder for all results (with --watch: the run's own, if not given)")
+    add("--resume", action="store_true", help="go on with the unfinished sweep in --out")
+    add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
+
+    add = parser.add_argument_group("what is asked (--model, --base-url)").add_argument
     add("--data", help="data sets, comma-separated: presets, hub ids, files of problems, toy, toy_ood")
     add("--budgets", help="tokens, comma-separated: 512,1024; none among them: also a run without a budget")
     add("--mode", choices=("exact", "max", "none"), help="how the budget is asked for (default exact)")
     add("--protocol", choices=PROTOCOLS, help="settings of the L1 paper or the AI2 blog; flags go before it")
     add("--n", type=int, help="samples per problem and budget (default 1; L1: 16)")
-    add("--out", required=True, help="folder for samples.jsonl, results.json, pictures and report.html")
-    add("--samples", help="saved samples (.jsonl, .jsonl.gz) in place of a model")
-    add("--regrade", action="store_true", help="with --samples: check the answers anew")
-    add("--compare", nargs="+", metavar="FOLDER", help="finished evaluations (FOLDER or LABEL=FOLDER)")
+    add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
     add("--wording", choices=("l1", "tulu"), help="the budget sentence (default l1; the toy's tasks: tulu)")
+
+    add = parser.add_argument_group("sampling (--model, --base-url)").add_argument
     add("--temperature", type=float, help="of sampling; 0 is greedy (default 0.6)")
     add("--top-p", type=float, help="share of the probability that is kept in sampling (default 0.95)")
     add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
     add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling, the bootstrap and the toy's problems")
-    add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
-    add("--exceed", type=int, default=metrics.EXCEED, help="tokens: limit of the share Exceed (default 4000)")
-    add("--count", choices=("response", "thinking"), help="tokens that count: all (default) or to </think>")
+    add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
+    add("--concurrency", type=int, default=16, help="with --base-url: requests under way at once (16)")
+
+    add = parser.add_argument_group("what counts").add_argument
+    add("--regrade", action="store_true", help="with --samples: check the answers anew")
     think = argparse.BooleanOptionalAction
     add("--require-think", action=think, help="an answer without </think> is wrong (default: no)")
+    add("--count", choices=("response", "thinking"), help="tokens that count: all (default) or to </think>")
+    add("--exceed", type=int, default=metrics.EXCEED, help="tokens: limit of the share Exceed (default 4000)")
     add("--trained-budgets", help="tokens trained on, for the pictures: 512,1024 or uniform:100:4000")
-    add("--resume", action="store_true", help="go on with the unfinished sweep in --out")
-    add("--overwrite", action="store_true", help="replace the evaluation that --out holds")
     return data.one_line_errors(parser).parse_args(argv)
 
 
@@ -634,7 +638,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         check_args(args)
-        if args.compare:
+        if args.watch:
+            curves.watch(args.watch, args.out)
+        elif args.compare:
             from compare import compare
 
             compare(args.compare, args.out, args.seed)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 
 import numpy as np
 
@@ -139,11 +140,17 @@ def show_step(m: dict, args, bar, log) -> None:
         bar.set_postfix_str(text)
         bar.update(m["step"] + 1 - bar.n)
         return
+    if time.monotonic() < show_step.quiet_until and m["step"] + 1 < args.steps:
+        return
+    show_step.quiet_until = time.monotonic() + args.log_seconds
     seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
     log(
         f"step {m['step'] + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  "
         f"entropy {m['entropy']:.2f}  grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {seconds:.1f} s"
     )
+
+
+show_step.quiet_until = 0.0  # of time.monotonic
 
 
 def show_samples(groups, rows, total, log) -> None:

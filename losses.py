@@ -14,6 +14,7 @@ processes). A loss is then a plain weighted sum: it cannot depend on how the bat
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -22,9 +23,17 @@ from torch.utils.checkpoint import checkpoint
 # Log-probs of the sampled tokens
 
 
-def _chunk_logps(hidden, weight, targets, temperature):
+CPU_LOGITS, GPU_LOGITS = 2**24, 2**28  # logits that exist at once: 64 MiB and 1 GiB in float32
+
+
+def chunk_size(head: torch.Tensor) -> int:
+    """Tokens whose logits are computed at once: fewer, the larger the vocabulary is."""
+    return max(1, (GPU_LOGITS if head.is_cuda else CPU_LOGITS) // len(head))
+
+
+def _chunk_logps(hidden, head, targets, temperature):
     # The softmax is taken in float32, whatever the product before it was computed in.
-    logits = (hidden @ weight.T).float() / temperature
+    logits = (hidden @ head.T).float() / temperature
     norm = logits.logsumexp(-1)
     logp = logits.gather(-1, targets[:, None])[:, 0] - norm
     with torch.no_grad():
@@ -33,19 +42,16 @@ def _chunk_logps(hidden, weight, targets, temperature):
 
 
 def token_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log-probs [T] of `targets` [T] and entropies [T] (nats, no gradient); hidden [T, d], head [V, d].
 
     The head is applied to `chunk` tokens at a time and again in the backward pass: no [T, V] tensor is kept.
     """
-    parts = []
+    parts, chunk, head = [], chunk or chunk_size(head), head.to(hidden.dtype)
     for start in range(0, len(targets), chunk):
-        args = hidden[start : start + chunk], weight, targets[start : start + chunk], temperature
+        args = hidden[start : start + chunk], head, targets[start : start + chunk], temperature
         # One chunk needs no recomputation: its logits are as small as a chunk's may be anyway.
         once = not torch.is_grad_enabled() or len(targets) <= chunk
         parts.append(_chunk_logps(*args) if once else checkpoint(_chunk_logps, *args, use_reentrant=False))
@@ -53,6 +59,82 @@ def token_logps(
         return hidden.new_zeros(0).float(), hidden.new_zeros(0).float()
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
+
+
+def head_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, loss_of: Callable,
+    temperature: float = 1.0, chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(loss, log-probs [T], entropies [T]) of hidden states [T, d] and a head [V, d]; no [T, V] ever exists.
+
+    loss_of(logp [t], part) is the loss (a sum) of the tokens `part` (a slice) with log-probs `logp`: each
+    token's loss must depend on its own log-prob only. The loss has a gradient; the rest has none.
+    """
+    chunk = chunk or chunk_size(head)
+    return _HeadLoss.apply(hidden, head, targets, loss_of, temperature, min(chunk, max(1, len(targets))))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Forward and backward of a chunk's head in one go: with p = softmax(z), z = W h / T, and g = dloss/dlogp
+
+        dz = g (onehot - p),  dh = W^T dz / T,  dW = dz h^T / T
+
+    are known as soon as logp is, while the chunk's p is at hand. autograd alone would keep all p, or make
+    them twice. The product W^T p gives the entropy, too: sum p z = h (W^T p) / T.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, loss_of, temperature, chunk):
+        weight, d_hidden = head.to(hidden.dtype), torch.empty_like(hidden)
+        d_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        logps, entropies = hidden.new_empty(2, len(targets), dtype=torch.float32)
+        # Allocated once: on a CPU, fresh pages for every chunk would cost a tenth of the time.
+        logits_of_chunk = hidden.new_empty(chunk, len(head))
+        p_of_chunk = hidden.new_empty(chunk, len(head), dtype=torch.float32)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            h, target = hidden[part] / temperature, targets[part]
+            z = torch.mm(h, weight.T, out=logits_of_chunk[: len(h)])
+            p = torch.softmax(z, -1, dtype=torch.float32, out=p_of_chunk[: len(h)])
+            top, where = z.max(-1, keepdim=True)
+            norm = (top.float() - p.gather(-1, where).log())[:, 0]  # logsumexp; p at the top is never 0
+            logp = z.gather(-1, target[:, None])[:, 0].float() - norm
+            g, part_loss = _slope(loss_of, logp, part)
+            loss += part_loss
+            p = p.to(hidden.dtype)
+            mean = p @ weight
+            # bfloat16 would round this sum to a few hundredths: there it is made from the logits.
+            energy = (
+                (mean * h).sum(-1) if h.dtype == torch.float32 else torch.linalg.vecdot(p.float(), z.float())
+            )
+            logps[part], entropies[part] = logp, norm - energy
+            g = (g / temperature)[:, None].to(h.dtype)
+            d_hidden[part] = g * (weight[target] - mean)
+            if d_head is not None:
+                g = g * hidden[part]
+                d_head.index_add_(0, target, g.to(d_head.dtype))
+                if d_head.dtype == h.dtype:
+                    d_head.addmm_(p.T, g, alpha=-1)
+                else:
+                    d_head -= p.T @ g
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(logps, entropies)
+        return loss, logps, entropies
+
+    @staticmethod
+    def backward(ctx, slope, *_):
+        d_hidden, d_head = ctx.saved_tensors
+        d_head = None if d_head is None else d_head.mul_(slope.to(d_head.dtype))
+        return d_hidden.mul_(slope.to(d_hidden.dtype)), d_head, None, None, None, None
+
+
+def _slope(loss_of, logp, part):
+    # Derivative and value of the loss of one chunk's tokens.
+    with torch.enable_grad():
+        logp = logp.detach().requires_grad_()
+        loss = loss_of(logp, part)
+        return torch.autograd.grad(loss, logp)[0], loss.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -168,15 +168,20 @@ def plain(row, n, tokenizer) -> list[dict]:
     return [{"prompt_ids": encode_prompt(tokenizer, row["prompt"]), "n": n}]
 
 
-def hbpo(row, n, tokenizer, budgets=HBPO_BUDGETS, prefix="I will answer the question within {} tokens."):
+def hbpo(
+    row, n, tokenizer, budgets=HBPO_BUDGETS, prefix="I will answer the question within {} tokens.",
+    in_prompt=False,
+) -> list[dict]:  # fmt: skip
     """n/K responses for each of K budgets, named by the first sentence of the thinking. 2507.15844.
 
-    The sentence is part of the prompt: neither counted in the length nor trained.
+    The sentence is neither counted in the length nor trained. `in_prompt`: it ends the question instead.
     """
-    ids, made = encode_prompt(tokenizer, row["prompt"]), []
+    made = []
     for budget in budgets:
-        words = tokenizer.encode(prefix.format(budget), add_special_tokens=False)
-        made.append({"prompt_ids": ids + words, "n": n // len(budgets), "tags": {"subgroup_budget": budget}})
+        sentence = prefix.format(budget)
+        ids = encode_prompt(tokenizer, row["prompt"] + "\n" + sentence if in_prompt else row["prompt"])
+        ids += [] if in_prompt else tokenizer.encode(sentence, add_special_tokens=False)
+        made.append({"prompt_ids": ids, "n": n // len(budgets), "tags": {"subgroup_budget": budget}})
     return made
 
 

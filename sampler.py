@@ -93,49 +93,77 @@ class HFSampler:
 
     def _generate(self, prompts, n, caps, temperature, top_p, stop_ids, bias):
         import torch
-        from transformers import GenerationConfig
+        from transformers import DynamicCache
 
-        width, device = max(map(len, prompts)), self.model.device
+        model, device, width = self.model, self.model.device, max(map(len, prompts))
         # Prompts are padded on the left, so that all responses begin in the same column.
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
+        mask = torch.ones(len(prompts), width + max(caps), dtype=torch.long)
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        ids, mask = (t.repeat_interleave(n, 0).to(device) for t in (ids, mask))
-        logps, last = [], []
-
-        def record(sequences, scores):  # a logits processor: adds the bias and sees the logits go by
-            if bias:
-                scores[:, list(bias)] += torch.tensor(list(bias.values()), device=device)
-            if last:
-                logps.append(last.pop().gather(-1, sequences[:, -1:])[:, 0])
-            last.append((scores.float() / (temperature or 1.0)).log_softmax(-1))
-            return scores
-
-        options = {"max_new_tokens": max(caps), "eos_token_id": stop_ids, "do_sample": temperature > 0}
-        options["pad_token_id"] = stop_ids[0]
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-        # The model's own settings step aside (generate falls back on them for all that is not given): they
-        # may hold a repetition penalty or the like, of which the trainer's log-probs know nothing.
-        own, self.model.generation_config = self.model.generation_config, GenerationConfig(**options)
-        try:
-            with torch.no_grad():
-                out = self.model.generate(
-                    input_ids=ids, attention_mask=mask, logits_processor=[record], use_cache=True
-                )[:, width:]
-        finally:
-            self.model.generation_config = own
-        logps = torch.stack(logps + [last.pop().gather(-1, out[:, -1:])[:, 0]], 1).tolist()
+            mask[i, : width - len(prompt)] = 0
+        ids, mask = ids.to(device), mask.to(device)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        # A prompt is read once; its keys and values are then copied for its n responses.
+        cache = DynamicCache(config=model.config)
+        logits = self._logits(ids, mask[:, :width], position[:, :width], cache).repeat_interleave(n, 0)
+        cache.batch_repeat_interleave(n)
+        mask, position = mask.repeat_interleave(n, 0), position.repeat_interleave(n, 0)
+        cap, stops = (
+            torch.tensor(caps, device=device).repeat_interleave(n),
+            torch.tensor(stop_ids, device=device),
+        )
+        tokens = torch.zeros(len(cap), max(caps), dtype=torch.long, device=device)
+        logps = torch.zeros(len(cap), max(caps), device=device)
+        length, stopped = cap.clone(), torch.zeros_like(cap, dtype=torch.bool)
+        row, open_ = torch.arange(len(cap), device=device), torch.ones_like(stopped)
+        for t in range(max(caps)):
+            token, logp = draw_token(logits, temperature, top_p, bias)
+            tokens[row, t], logps[row, t] = token, logp
+            ends = torch.isin(token, stops)
+            now = row[open_ & ends]
+            length[now], stopped[now] = t + 1, True
+            open_ &= ~ends & (cap[row] > t + 1)
+            alive = int(open_.sum())
+            if not alive:
+                break
+            # Finished responses are dropped, in lots: to shrink the cache costs as much as a token does.
+            if alive <= 0.9 * len(row):
+                kept = open_.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                row, token, open_, mask, position = (x[kept] for x in (row, token, open_, mask, position))
+            end = width + t + 1
+            logits = self._logits(token[:, None], mask[:, :end], position[:, end - 1 : end], cache)
         result = []
-        for i, tokens in enumerate(out.tolist()):
-            tokens = tokens[: caps[i // n]]
-            # The response ends with its first end token, whatever pads the rest (it may be the same token).
-            end = next((t + 1 for t, token in enumerate(tokens) if token in stop_ids), None)
-            tokens, reason = tokens[:end], "length" if end is None else "stop"
-            result.append({"ids": tokens, "logps": logps[i][: len(tokens)], "finish_reason": reason})
+        for ids, values, m, stop in zip(tokens, logps, length.tolist(), stopped.tolist(), strict=True):
+            reason = "stop" if stop else "length"
+            result.append({"ids": ids[:m].tolist(), "logps": values[:m].tolist(), "finish_reason": reason})
         return [result[i : i + n] for i in range(0, len(result), n)]
+
+    def _logits(self, ids, mask, position, cache):
+        """Logits [N, V] of the token that follows `ids` [N, T], float32."""
+        import torch
+
+        with torch.no_grad():
+            options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, **options)
+        return out.logits[:, -1].float()
+
+
+def draw_token(logits, temperature: float, top_p: float, bias: dict):
+    """(next tokens [N], their log-probs [N] with temperature and bias, without top_p) from logits [N, V]."""
+    import torch
+    from transformers import TopPLogitsWarper
+
+    if bias:
+        logits[:, list(bias)] += torch.tensor(list(bias.values()), device=logits.device)
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1, keepdim=True)
+    else:
+        allowed = logp if top_p >= 1 else TopPLogitsWarper(top_p)(None, logp)
+        token = torch.multinomial(allowed.exp() if top_p >= 1 else allowed.softmax(-1), 1)
+    return token[:, 0], logp.gather(-1, token)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------

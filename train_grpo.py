@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import inspect
 import json
-import math
 import os
 import pickle
 import re
@@ -25,10 +24,12 @@ from collections import Counter
 
 import numpy as np
 
+import card
 import evaluate
 import faults
 import methods
 import toy
+import trackers
 from checkpoints import best, holds_run, is_due, newest_state, open_run, save_checkpoint
 from data import (
     BadInput,
@@ -144,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
     choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
+    worst = "the longest prompt and response through one update before training (default: on CUDA)"
+    add("--check-memory", action=argparse.BooleanOptionalAction, help=worst)
     choice("--objective", "policy drpo", "drpo: right answers against wrong ones, without advantages")
     constants("--objective-args", "its constants: lam, tau, l_max, kl_coef, kl_delta")
     choice("--ratio", "token sequence cispo", "importance ratio: GRPO, GSPO or CISPO")
@@ -164,6 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
     number("--eval-n", 1, "samples per problem and budget")
     number("--save-every", 50, "checkpoint every N steps; 0: only at the end")
     number("--keep", 2, "newest checkpoints to keep, beside the one with the best mean reward")
+    choice("--log-with", " ".join(trackers.TRACKERS), "send metrics and pictures to a tracker, too")
+    number("--log-seconds", 0.0, "without a terminal: a line every N seconds at most; 0: every step")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the last checkpoint, with a model card")
     return parser
 
 
@@ -187,6 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, (named_by, table) in KEYWORDS.items():
         words = getattr(args, flag + "_args")
         setattr(args, flag + "_args", keyword_args("--" + flag, getattr(args, named_by), table, words))
+    args.command = getattr(args, "command", argv)  # for the model card; a resumed run keeps its own
     check_args(args)
     return args
 
@@ -229,7 +236,7 @@ def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> 
 POSITIVE = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip".split()
 POSITIVE += "verify_timeout eval_n eval_limit dot_margin".split()
 ZERO_IS_FINE = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay".split()
-ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip".split()
+ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip log_seconds".split()
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -301,232 +308,12 @@ def check_args(args: argparse.Namespace) -> None:
         if wrong:
             raise BadInput(message)
     methods.check_flags(args)
+    trackers.check(args.log_with)
+    card.check_login(args.push_to_hub)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The update. A batch is a flat list of responses {"prompt_ids", "ids", "logps", "advantage", "weight"}; where
-# tokens were forced, "untrained" lists those without a loss, "mix" corrects the first one's old log-prob.
-
-
-def micro_batches(batch: list[dict], limit: int) -> list[list[dict]]:
-    """Longest first, as many as fit into `limit` tokens when padded to the longest: little is padding."""
-    # With budgets from 100 to 4000, batches in random order would be half padding. Longest first also means
-    # that the micro-batch which needs most memory is the first one: what fits once, fits to the end of the
-    # step.
-    parts = []
-    for r in sorted(batch, key=total_length, reverse=True):
-        if not parts or (len(parts[-1]) + 1) * total_length(parts[-1][0]) > limit:
-            parts.append([])
-        parts[-1].append(r)
-    return parts
-
-
-def total_length(r: dict) -> int:
-    """Tokens of prompt and response."""
-    return len(r["prompt_ids"]) + len(r["ids"])
-
-
-def trained_positions(r: dict):
-    """Places in r["ids"] of the tokens that the loss sees: all but those that were forced on the policy."""
-    untrained = r.get("untrained")
-    n = len(r["ids"])
-    return [t for t in range(n) if t not in untrained] if untrained else range(n)
-
-
-def share_of(batch: list[dict], rank: int, processes: int) -> list[dict]:
-    """This process's part of the batch: dealt out by length, back and forth, so that all get equally much."""
-    turns = [*range(processes), *reversed(range(processes))]
-    order = sorted(batch, key=total_length, reverse=True)
-    return [r for i, r in enumerate(order) if turns[i % len(turns)] == rank]
-
-
-def to_tensors(micro: list[dict], device) -> dict:
-    """Padded input ids [N, width], and flat [T] tensors of the response tokens: place, target, cargo."""
-    import torch
-
-    # Which tokens count follows from lengths alone: the end token is trained even if it is also the padding.
-    ids = np.zeros((len(micro), max(map(total_length, micro))), dtype=np.int64)
-    names = "row column target sampler_logp old_logp advantage weight mix_a mix_b".split()
-    flat = {name: [] for name in names}
-    for i, r in enumerate(micro):
-        p, kept = len(r["prompt_ids"]), trained_positions(r)
-        ids[i, : total_length(r)] = r["prompt_ids"] + r["ids"]
-        flat["row"] += [i] * len(kept)
-        flat["column"] += [p + t - 1 for t in kept]  # a token is predicted from the position before it
-        flat["target"] += [r["ids"][t] for t in kept]
-        flat["sampler_logp"] += [r["logps"][t] for t in kept]
-        flat["old_logp"] += r.get("old_logps", [])
-        flat["advantage"] += [r["advantage"]] * len(kept)
-        flat["weight"] += [r["weight"]] * len(kept)
-        a, b = r.get("mix", (-math.inf, 0.0))
-        flat["mix_a"] += [a, *[-math.inf] * (len(kept) - 1)][: len(kept)]
-        flat["mix_b"] += [b, *[0.0] * (len(kept) - 1)][: len(kept)]
-    tensors = {k: torch.tensor(v, device=device) for k, v in flat.items()}
-    return tensors | {"ids": torch.from_numpy(ids).to(device)}
-
-
-def model_logps(model, t: dict, args):
-    """Log-probs and entropies [T] of the response tokens of to_tensors' `t` under `model`."""
-    import torch
-
-    from losses import token_logps
-
-    with torch.autocast(t["ids"].device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        # No attention mask: padding is on the right, where no real token of a causal model can see it.
-        hidden = model.get_decoder()(input_ids=t["ids"], use_cache=False).last_hidden_state
-        hidden = hidden[t["row"], t["column"]]
-        head = model.get_output_embeddings().weight.to(hidden.dtype)
-        return token_logps(hidden, head, t["target"], args.temperature)
-
-
-def update(model, reference, optimizer, batch: list[dict], args, rank=0, processes=1, device="cpu") -> dict:
-    """Optimizer steps over the batch (the same list on every process); means of the diagnostics."""
-    import torch
-    import torch.distributed as dist
-
-    from losses import response_weights
-
-    # A response belongs to one minibatch (an optimizer step), there to one process, there to one micro-batch.
-    n, gap_max, norms = args.minibatches, torch.zeros(1, device=device), []
-    sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64))
-    parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
-    for part in parts:
-        # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
-        lengths = torch.tensor([len(trained_positions(r)) for r in part])
-        weights = response_weights(lengths, args.loss_reduction, args.max_tokens)
-        for r, weight in zip(part, weights.tolist(), strict=True):
-            r["weight"] = weight
-    shares = [share_of(part, rank, processes) for part in parts]
-    if n > 1:  # with one optimizer step a batch, the policy that is updated is the one that sampled
-        add_logps(model, sum(shares, []), args, device)
-    for part, mine in zip(parts, shares, strict=True):
-        if not part:  # fewer informative responses than optimizer steps
-            continue
-        optimizer.zero_grad(set_to_none=True)
-        if args.objective == "drpo":
-            for name, value in weigh_drpo(model, part, mine, args, processes, device).items():
-                sums[name] = sums[name] + value / processes
-        for micro in micro_batches(mine, args.micro_tokens):
-            gap_max = torch.maximum(gap_max, backward(model, reference, micro, args, device, sums))
-        if processes > 1:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)  # a sum, not a mean: the weights divide by the whole batch already
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item())
-        optimizer.step()
-    if processes > 1:
-        total = torch.stack(list(sums.values())).to(device)
-        dist.all_reduce(total)
-        dist.all_reduce(gap_max, dist.ReduceOp.MAX)
-        sums = dict(zip(sums, total.cpu(), strict=True))
-    sums = {k: v.item() for k, v in sums.items()}
-    means = {
-        "loss": sums["loss"] / n,
-        "logp_gap_max": gap_max.item(),
-        "grad_norm": float(np.mean(norms or [0])),
-    }
-    per_token = ["entropy", "clip_fraction", *(["kl"] if reference is not None else []), "logp_gap"]
-    means |= {k: sums[k] / max(sums["tokens"], 1) for k in per_token}
-    if args.objective == "drpo":
-        means["drpo_kl"] = sums["drpo_kl"] / n
-    return means | {"padding": 1 - sums["real"] / max(sums["padded"], 1)}
-
-
-SUMMED = "clip_fraction kl loss entropy logp_gap tokens padded real drpo_kl".split()
-
-
-def backward(model, reference, micro: list[dict], args, device, sums: dict):
-    """Adds a micro-batch's gradient to p.grad and its diagnostics to `sums`; its largest log-prob gap."""
-    import torch
-
-    from losses import mixture_logp, policy_loss
-
-    t = to_tensors(micro, device)
-    logp, entropy = model_logps(model, t, args)
-    old, ref = t["old_logp"] if args.minibatches > 1 else logp.detach(), None
-    if any("mix" in r for r in micro):
-        old = mixture_logp(old, t["mix_a"], t["mix_b"])
-    sampled = torch.where(t["sampler_logp"].isnan(), old, t["sampler_logp"])
-    if reference is not None:
-        with torch.no_grad():
-            ref, _ = model_logps(reference, t, args)
-    if args.objective == "drpo":  # linear: its gradient is the objective's, its value says nothing
-        loss, stats = (t["weight"] * logp).sum(), {}
-    else:
-        loss, stats = policy_loss(
-            logp, old, t["advantage"], t["weight"], t["row"], ratio=args.ratio, clip_low=args.clip_low,
-            clip_high=args.clip_high, dual_clip=args.dual_clip or None, sampler_logp=sampled,
-            tis_cap=args.tis_cap or None, ref_logp=ref, kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
-        )  # fmt: skip
-        stats["loss"] = loss.detach()
-    # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the minibatch.
-    loss.backward()
-    gap = (old - sampled).abs()
-    stats |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "tokens": torch.tensor(len(logp))}
-    stats |= {"padded": torch.tensor(t["ids"].numel()), "real": torch.tensor(sum(map(total_length, micro)))}
-    sums |= {k: sums[k] + v.double().cpu() for k, v in stats.items()}
-    return gap.max()
-
-
-def weigh_drpo(model, part: list[dict], mine: list[dict], args, processes: int, device) -> dict:
-    """Sets the token weights of this process's responses to DRPO's gradient; its loss and its KL."""
-    import torch
-    import torch.distributed as dist
-
-    from losses import drpo_weights
-
-    # An answer's pull depends on all answers to its prompt, so a pass without gradient comes first.
-    add_logps(model, mine, args, device, "new_logps")
-    table = torch.zeros(len(part), 3, dtype=torch.float64)  # score, tokens, sum of old - new
-    places = {id(r): i for i, r in enumerate(part)}
-    for r in mine:
-        new = np.array(r["new_logps"])
-        moved = float(np.sum(np.array(r.get("old_logps", new)) - new))
-        table[places[id(r)]] = torch.tensor([new.mean() if len(new) else 0.0, len(new), moved])
-    if processes > 1:
-        table = table.to(device)
-        dist.all_reduce(table)
-    score, length, moved = table.cpu().T
-    kl = moved.sum() / length.sum().clamp(min=1)
-    group, right = (torch.tensor([r[k] for r in part]) for k in ("group", "correct"))
-    loss, weights = drpo_weights(score, length, group, right, kl, **args.objective_args)
-    for r in mine:
-        r["weight"] = weights[places[id(r)]].item()
-    return {"loss": loss, "drpo_kl": kl}
-
-
-def add_logps(model, batch: list[dict], args, device, name: str = "old_logps") -> None:
-    """r[name]: log-probs of the trained tokens of every response under the policy as it is now."""
-    import torch
-
-    # Not the sampler's log-probs: a ratio compares two policies, and is 1 where the policy has not changed.
-    with torch.no_grad():
-        for micro in micro_batches(batch, args.micro_tokens):
-            flat = model_logps(model, to_tensors(micro, device), args)[0].tolist()
-            for r in micro:
-                n = len(trained_positions(r))
-                r[name], flat = flat[:n], flat[n:]
-
-
-def learning_rate(step: int, args) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or cosine / linear down to 0 at the end."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    factors = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
-    return args.lr * factors[args.lr_schedule]
-
-
-def make_optimizer(model, args):
-    """AdamW over all parameters; with --optim adamw8bit its moments take 2 bytes a parameter instead of 8."""
-    import torch
-
-    options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
-    if args.optim == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options)
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(model.parameters(), **options)
+# The sampler's check
 
 
 def gap_limit(args, device) -> float:
@@ -537,6 +324,8 @@ def gap_limit(args, device) -> float:
 
 def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     """Mean log-prob gap between sampler and trainer on a probe, in nats; a stale engine stops the run."""
+    from update import add_logps
+
     probe = sampler.generate([prompt_ids], 4, min(32, args.max_tokens), args.temperature, seed=args.seed)[0]
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
     add_logps(model, batch, args, device)
@@ -562,9 +351,11 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     import torch
 
     from sampler import load_model, make_sampler, pick_sampler
+    from update import make_optimizer
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
     s.seconds, s.clock, s.conciseness, s.unwritten = Counter(), time.monotonic(), None, []
+    s.tracker = None
     check_reward(s.rows, args)
     s.folder, saved = newest_state(args, log)
     s.path = args.model
@@ -584,7 +375,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
         raise BadInput("--count thinking needs a tokenizer in which </think> is one token; this splits it")
     context = load_config(s.path, s.tokenizer).max_position_embeddings
-    longest = check_prompts(s.rows, s.tokenizer, args, context)
+    longest = s.longest = check_prompts(s.rows, s.tokenizer, args, context)
     # Not kept for their own sake: a resumed run is the same run only where these are the same.
     s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
     kind = pick_sampler(args.sampler, log)
@@ -615,7 +406,8 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         torch.set_rng_state(saved["torch_rng"])
     if state.is_main_process:
         open_run(args, s.start)
-    s.saved = s.start
+        s.tracker = trackers.start(args, s.start)
+    s.saved = s.done = s.start
     state.wait_for_everyone()
     log(
         f"{s.model.num_parameters() / 1e6:.2f}M parameters on {state.device}, {state.num_processes} "
@@ -630,6 +422,8 @@ def train(args: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
+    from update import check_memory
+
     # Without `cpu` plain torchrun on a machine without GPU would run N single trainers side by side.
     state = PartialState(cpu=not torch.cuda.is_available())
     bar, log = make_log(args, state)
@@ -639,6 +433,11 @@ def train(args: argparse.Namespace) -> None:
     s.probe = encode_prompt(s.tokenizer, s.rows[0]["prompt"])
     s.sampler.sync(s.model)
     check_sync(s.sampler, s.model, s.probe, args, state.device)
+    if args.check_memory or (args.check_memory is None and state.device.type == "cuda"):
+        check_memory(s.model, s.reference, s.optimizer, s.longest, args, state.device)
+    if bar:  # the time left is that of steps: neither the set-up nor the steps before a --resume count
+        bar.initial = bar.n = bar.last_print_n = s.start
+        bar.unpause()
     done, before = s.start, pickle.dumps(s.memory)
     with faults.signals():
         try:
@@ -650,7 +449,8 @@ def train(args: argparse.Namespace) -> None:
                 m = take_step(s, args, state, done, log)
                 if state.is_main_process:
                     tell(m, args, s.unwritten, bar, log)
-                done += 1
+                    trackers.log_step(s.tracker, m)
+                done = s.done = done + 1
                 if done == args.steps or is_due(done, args):
                     save(s, args, state, done, log)
             log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}; {best(args.out)}")
@@ -660,12 +460,16 @@ def train(args: argparse.Namespace) -> None:
                 evaluate_toy(s, args, "eval", state, log)
                 if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
                     log(toy.summary(args.out))
+            if state.is_main_process:
+                last = os.path.join(args.out, "eval" if args.model is None else f"eval-{done}")
+                card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
         except faults.Stopped:
             if done < args.steps:  # the memory has seen prompts of the step that is dropped
                 s.memory = pickle.loads(before)
                 save(s, args, state, done, log)
                 must_be_saved(s, args, state, done)
             log(f"stopped by a signal after step {done}; to go on: {faults.resume_command(args, state)}")
+    trackers.finish(s.tracker)
     if bar:
         bar.close()
 
@@ -675,6 +479,8 @@ def take_step(s, args, state, step: int, log) -> dict:
 
     faults.Stopped comes before the weights are changed or not at all.
     """
+    from update import learning_rate, update
+
     rank, processes, device = state.process_index, state.num_processes, state.device
     # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ----------
     s.seconds.clear()
@@ -797,12 +603,13 @@ def run_evaluation(s, args, problems, budgets, mode, wording, n, name, state, lo
     try:
         # Of several processes none may leave alone: there a signal waits for the end of the evaluation.
         with faults.interruptible() if alone else contextlib.nullcontext():
-            evaluate.evaluate(
+            results = evaluate.evaluate(
                 s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
                 temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed,
                 count=args.count, require_think=args.require_think, trained_budgets=trained,
                 model=s.folder or s.path, log=log, state=state,
             )  # fmt: skip
+            trackers.log_evaluation(s.tracker, results, os.path.join(args.out, name), s.done)
     except OSError as error:
         if not alone:
             raise

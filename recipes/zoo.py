@@ -36,9 +36,9 @@ OWN = """
 INTRO = """# The toy study
 
 Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
-nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`, with 16 prompts per step
-where no budget is asked for (32 otherwise). 100 new problems, 4 samples each (with a budget: 4 to each of the
-four).
+nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`, with 16 prompts per
+step where no budget is asked for (32 otherwise). 100 new problems, 4 samples each (with a budget: 4 to each
+of the four).
 
 ![accuracy against mean length](zoo.png)
 """

@@ -3,19 +3,14 @@
 import contextlib
 import gzip
 import http.server
-import importlib.util
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
-import urllib.request
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -602,41 +597,3 @@ def test_servers_that_know_one_name_of_the_cap_and_count_their_thoughts(tmp_path
     same([cell["thinking_length"], cell["solution_length"]], [7.0, 2.0])
     assert api("http://127.0.0.1:9/v1", tmp_path / "c") == 2
     assert "is the server up" in capsys.readouterr().err and not (tmp_path / "c").exists()
-
-
-SERVER_NEEDS = ("vllm", "uvicorn", "watchfiles", "model_hosting_container_standards")
-
-
-@pytest.mark.slow  # a minute, most of it vLLM's start
-@pytest.mark.vllm
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, SERVER_NEEDS)), reason="no vLLM server installed")
-def test_a_real_vllm_server(model_folder, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder]
-    command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += ["--dtype", "float32", "--max-num-seqs", "16", "--max-model-len", "512"]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(240):
-            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            time.sleep(1)
-        assert api(f"http://127.0.0.1:{port}/v1", tmp_path / "out", "--max-tokens", "24") == 0
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)  # the engine is a child process of the server's
-        server.wait(30)
-    tokenizer, ends = data.load_tokenizer(model_folder), Counter()
-    for row in map(json.loads, open(tmp_path / "out" / "samples.jsonl")):
-        ends[row["finish_reason"]] += 1
-        # The server leaves the end token out of the text and counts it, as the in-process samplers do.
-        most = len(tokenizer.encode(row["response"], add_special_tokens=False)) + (
-            row["finish_reason"] == "stop"
-        )
-        assert most <= row["length"] <= 24 and (row["finish_reason"] == "stop" or row["length"] == 24)
-    assert sum(ends.values()) == 16 and ends["length"] > 0

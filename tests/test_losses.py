@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import kl_estimate, policy_loss, response_weights, tis_weight, token_logps
+from losses import head_loss, kl_estimate, policy_loss, response_weights, tis_weight, token_logps
 
 
 def close(got, expected, tol=1e-6):
@@ -75,6 +75,77 @@ def test_chunked_logps_equal_full_logits(tokens, chunk, temperature):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, (hidden, head, targets), strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 23), chunk=st.integers(1, 9), temperature=st.sampled_from([0.6, 1.0, 1.7]),
+    tied=st.booleans(),
+)  # fmt: skip
+def test_gradient_formed_in_the_forward_pass(tokens, chunk, temperature, tied):
+    """Loss, log-probs, entropies and gradients of head_loss are those of the full logits."""
+    torch.manual_seed(tokens)
+    head = torch.randn(31, 8, requires_grad=True)
+    words, targets = torch.randint(0, 31, (2, tokens))
+    free = torch.randn(tokens, 8, requires_grad=True)
+    # tied: the rows of the head are the embeddings, too, so both ways of the gradient meet in one tensor
+    hidden = head[words].tanh() if tied else free * 1.0
+    old, advantage, weight = torch.randn(tokens) - 3, torch.randn(tokens), torch.rand(tokens)
+    row, leaves = torch.arange(tokens) // 4, [head] if tied else [head, free]
+
+    def loss_of(logp, part=slice(None)):
+        rest = old[part], advantage[part], weight[part], row[part]
+        return policy_loss(logp, *rest, ref_logp=old[part] - 0.3, kl_coef=0.1)[0]
+
+    full = (hidden @ head.T / temperature).log_softmax(-1)
+    want_loss = loss_of(full[torch.arange(tokens), targets])
+    want = torch.autograd.grad(3 * want_loss, leaves, retain_graph=True)
+    loss, logp, entropy = head_loss(hidden, head, targets, loss_of, temperature, chunk)
+    got = torch.autograd.grad(3 * loss, leaves)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logp, full[torch.arange(tokens), targets].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1).detach(), rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm().clamp(min=1e-6)
+
+
+def test_head_loss_in_bfloat16_and_with_a_frozen_head():
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(40, 64), torch.randn(501, 64) * 0.3, torch.randint(0, 501, (40,))
+    linear = lambda logp, part: (logp * torch.linspace(-1, 1, 40)[part]).sum()  # noqa: E731
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        loss, logp, entropy = head_loss(leaves[0].to(dtype), leaves[1], targets, linear, 1.0, 7)
+        loss.backward()
+        assert leaves[1].grad.dtype == torch.float32
+        runs.append([logp, entropy, *[leaf.grad for leaf in leaves]])
+    for exact, rough in zip(*runs, strict=True):
+        assert (exact - rough).norm() < 0.01 * exact.norm()
+    frozen = hidden.clone().requires_grad_()
+    head_loss(frozen, head, targets, linear, 1.0, 7)[0].backward()
+    torch.testing.assert_close(frozen.grad, runs[0][2])
+
+
+def test_logits_never_exist_as_a_whole():
+    """The largest tensor made by head_loss, forward and backward, is a chunk's logits or the head itself."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.most = max(self.most, tensor.numel())
+            return out
+
+    hidden, head = torch.randn(300, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    with Largest() as seen:
+        loss, *_ = head_loss(hidden, head, torch.randint(0, 1000, (300,)), lambda lp, _: lp.sum(), 1.0, 10)
+        loss.backward()
+    assert seen.most == 10 * 1000 and head.grad.shape == head.shape
 
 
 @settings(max_examples=30, deadline=None)

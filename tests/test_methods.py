@@ -19,6 +19,7 @@ import rollouts
 import sampler as samplers
 import toy
 import train_grpo
+import update as updates
 from data import load_tokenizer
 
 MATH = os.path.join(DATA, "math_train_small.jsonl.gz")
@@ -167,6 +168,10 @@ def test_requests_of_subgroups(tiny):
     a, b = ask("--subgroups", "hbpo", "--subgroup-args", "budgets=[8,16]", "prefix=At most {}.")
     assert a["prompt_ids"] == plain + tokenizer.encode("At most 8.", add_special_tokens=False)
     assert (a["n"], b["n"], b["tags"]) == (4, 4, {"subgroup_budget": 16})
+    a, _ = ask(
+        "--subgroups", "hbpo", "--subgroup-args", "budgets=[8,16]", "prefix=At most {}.", "in_prompt=true"
+    )
+    assert a["prompt_ids"] == methods.encode_prompt(tokenizer, row["prompt"] + "\nAt most 8.")
     a, b = ask("--subgroups", "adaptthink", "--subgroup-args", "think_word=w", "no_think_tokens=5")
     assert a["forced"] == end and a["cap"] == 5 and a["tags"] == {"no_think": 1}
     assert b["forced"] == tokenizer.encode("w") and b["mix"] == {None: (math.log(0.5), -math.inf)}
@@ -193,9 +198,9 @@ def test_adaptthink_first_token(tiny):
     assert all(r["ids"][0] == end and math.isnan(r["logps"][0]) for r in quick)
     assert all(len(r["ids"]) == len(r["logps"]) <= 40 and "untrained" not in r for r in group)
     batch = [r | {"advantage": 1.0, "weight": 1.0} for r in group]
-    t = train_grpo.to_tensors(batch, "cpu")
+    t = updates.to_tensors(batch, "cpu")
     with torch.no_grad():
-        logp, _ = train_grpo.model_logps(sampler.model, t, args)
+        logp, _ = updates.model_logps(sampler.model, t, args)
     behaviour = losses.mixture_logp(logp, t["mix_a"], t["mix_b"])
     first = [i for i in range(len(t["row"])) if i == 0 or t["row"][i] != t["row"][i - 1]]
     pi = logp.exp()
@@ -221,8 +226,8 @@ def test_adaptthink_ratio_pulls_a_rare_token_up(tiny):
         batch = [r | {"advantage": 1.0, "weight": 1.0}]
         after, stats = weights_after_update(model, batch, arguments("--grad-clip", "1e9", "--tis-cap", "0"))
         change.append(after - before)
-    t = train_grpo.to_tensors([forced | {"advantage": 1.0, "weight": 1.0}], "cpu")
-    pi = train_grpo.model_logps(model, t, arguments())[0].exp().item()
+    t = updates.to_tensors([forced | {"advantage": 1.0, "weight": 1.0}], "cpu")
+    pi = updates.model_logps(model, t, arguments())[0].exp().item()
     torch.testing.assert_close(change[0], change[1] * pi / 0.5, rtol=1e-3, atol=1e-7)
 
 
@@ -246,16 +251,16 @@ def test_elastic_two_budgets(tiny, think, solution):
         if r["finish_reason"] == "length":
             assert len(r["ids"]) == at + 1 + solution
     assert forced > 6
-    t = train_grpo.to_tensors([r | {"advantage": 0.0, "weight": 0.0} for r in group], "cpu")
+    t = updates.to_tensors([r | {"advantage": 0.0, "weight": 0.0} for r in group], "cpu")
     assert len(t["target"]) == sum(len(r["ids"]) for r in group) - forced
     with torch.no_grad():  # the second half continues the first: the trainer sees the same log-probs
-        logp, _ = train_grpo.model_logps(sampler.model, t, args)
+        logp, _ = updates.model_logps(sampler.model, t, args)
     torch.testing.assert_close(t["sampler_logp"], logp, rtol=1e-4, atol=1e-4)
 
 
 def test_untrained_tokens_are_context_only(tiny):
     r = {"prompt_ids": [5, 6], "ids": [7, 8, 9, 10], "logps": [-1.0, 0.0, -3.0, -4.0], "untrained": [1]}
-    t = train_grpo.to_tensors([r | {"advantage": 1.0, "weight": 0.5}], "cpu")
+    t = updates.to_tensors([r | {"advantage": 1.0, "weight": 0.5}], "cpu")
     assert t["target"].tolist() == [7, 9, 10] and t["column"].tolist() == [1, 3, 4]
     assert t["ids"].tolist() == [[5, 6, 7, 8, 9, 10]] and t["sampler_logp"].tolist() == [-1, -3, -4]
     model, batch = samplers.load_model(tiny), random_batch(4)

@@ -19,6 +19,7 @@ import rollouts
 import sampler as samplers
 import toy
 import train_grpo
+import update as updates
 from data import load_tokenizer
 
 DATA = os.path.join(ROOT, "tests", "data")
@@ -46,7 +47,7 @@ def weights_after_update(model, batch, args, **options):
     """Weights after plain gradient descent with step 1: their change IS the gradient."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stats = train_grpo.update(model, None, optimizer, copy.deepcopy(batch), args, **options)
+    stats = updates.update(model, None, optimizer, copy.deepcopy(batch), args, **options)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), stats
 
 
@@ -59,20 +60,20 @@ def test_end_token_is_trained_when_pad_is_eos(tiny_pad_is_eos):
     short = {"prompt_ids": [5, 6], "ids": [7, tokenizer.eos_token_id], "logps": [0.0, 0.0]}
     long = {"prompt_ids": [5, 6, 7], "ids": [8] * 9, "logps": [0.0] * 9}
     batch = [r | {"advantage": 1.0, "weight": 1.0} for r in (short, long)]
-    t = train_grpo.to_tensors(batch, "cpu")
+    t = updates.to_tensors(batch, "cpu")
     assert t["target"].tolist() == [7, tokenizer.eos_token_id] + [8] * 9
     # and its log-prob is pushed up: its row of the head has a gradient
-    logp, _ = train_grpo.model_logps(model, t, arguments())
+    logp, _ = updates.model_logps(model, t, arguments())
     logp[1].backward()
     assert model.get_output_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
 
 def test_logps_equal_a_plain_forward_pass_and_change_no_input(tiny):
     model, batch = samplers.load_model(tiny), random_batch()
-    t = train_grpo.to_tensors(batch, "cpu")
+    t = updates.to_tensors(batch, "cpu")
     before = {k: v.clone() for k, v in t.items()}
     for temperature in ("1.0", "0.6"):
-        got, _ = train_grpo.model_logps(model, t, arguments("--temperature", temperature))
+        got, _ = updates.model_logps(model, t, arguments("--temperature", temperature))
         want = []
         for r in batch:  # one response at a time, nothing padded
             logits = model(torch.tensor([r["prompt_ids"] + r["ids"]])).logits[0] / float(temperature)
@@ -83,10 +84,10 @@ def test_logps_equal_a_plain_forward_pass_and_change_no_input(tiny):
 
 
 def test_more_padding_changes_nothing(tiny):
-    model, t = samplers.load_model(tiny), train_grpo.to_tensors(random_batch(), "cpu")
-    want, _ = train_grpo.model_logps(model, t, arguments())
+    model, t = samplers.load_model(tiny), updates.to_tensors(random_batch(), "cpu")
+    want, _ = updates.model_logps(model, t, arguments())
     t["ids"] = torch.cat([t["ids"], torch.full((len(t["ids"]), 13), 3)], 1)
-    got, _ = train_grpo.model_logps(model, t, arguments())
+    got, _ = updates.model_logps(model, t, arguments())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -117,19 +118,19 @@ def test_two_processes_give_the_same_update_as_one(tiny, script, tmp_path):
 @given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 5))
 def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
     batch = random_batch(n, seed=n)
-    shares = [train_grpo.share_of(batch, rank, processes) for rank in range(processes)]
+    shares = [updates.share_of(batch, rank, processes) for rank in range(processes)]
     assert sorted(id(r) for share in shares for r in share) == sorted(map(id, batch))
-    parts = train_grpo.micro_batches(batch, limit)
+    parts = updates.micro_batches(batch, limit)
     assert sorted(id(r) for part in parts for r in part) == sorted(map(id, batch))
     for part in parts:
-        assert len(part) == 1 or len(part) * max(map(train_grpo.total_length, part)) <= limit
+        assert len(part) == 1 or len(part) * max(map(updates.total_length, part)) <= limit
 
 
 def test_learning_rate_by_hand():
     args = arguments("--lr", "1", "--warmup-steps", "2", "--steps", "6", "--lr-schedule", "linear")
-    assert [train_grpo.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [updates.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     args = arguments("--lr", "1", "--steps", "4", "--lr-schedule", "cosine")
-    assert train_grpo.learning_rate(2, args) == pytest.approx(0.5)
+    assert updates.learning_rate(2, args) == pytest.approx(0.5)
 
 
 # Data and samples -------------------------------------------------------------------------------------------
@@ -169,11 +170,9 @@ def test_hf_sampler(tiny, temperature):
         for r in group:
             assert len(r["ids"]) == len(r["logps"]) <= cap
             assert (r["ids"][-1] in sampler.stop_ids) == (r["finish_reason"] == "stop")
-            t = train_grpo.to_tensors([r | {"prompt_ids": prompt, "advantage": 0.0, "weight": 0.0}], "cpu")
+            t = updates.to_tensors([r | {"prompt_ids": prompt, "advantage": 0.0, "weight": 0.0}], "cpu")
             with torch.no_grad():
-                logp, _ = train_grpo.model_logps(
-                    sampler.model, t, arguments("--temperature", str(temperature))
-                )
+                logp, _ = updates.model_logps(sampler.model, t, arguments("--temperature", str(temperature)))
             torch.testing.assert_close(torch.tensor(r["logps"]), logp, rtol=1e-4, atol=1e-5)
 
 
@@ -349,3 +348,31 @@ def test_toy_learns_to_follow_budgets(script, tmp_path):
     with open(tmp_path / "toy" / "eval" / "results.json") as f:
         part = json.load(f)["datasets"]["toy"]
     assert part["mean_trained"]["abs_error"] <= 0.10 and part["budgets"]["64"]["accuracy"] >= 0.9
+
+
+# Memory -----------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_check_learns_nothing(tiny, tmp_path):
+    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    for name, flags in {"checked": ["--check-memory"], "plain": ["--no-check-memory"]}.items():
+        assert train_grpo.main([*common, *flags, "--steps", "2", "--out", str(tmp_path / name)]) == 0
+    a, b = ([timeless(m) for m in lines(tmp_path / name)] for name in ("checked", "plain"))
+    assert a == b
+
+
+LITTLE = """
+import resource, sys, train_grpo
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+sys.exit(train_grpo.main(sys.argv[1:]))
+"""
+
+
+def test_too_large_an_update_is_told_before_training(tiny, script, tmp_path):
+    flags = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    flags += ["--check-memory", "--micro-tokens", "20000000", "--steps", "1", "--out", tmp_path / "out"]
+    done = script("-c", LITTLE, *flags, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "--micro-tokens (20000000) does not fit" in last and "--gradient-checkpointing" in last
+    assert "Traceback" not in done.stderr
