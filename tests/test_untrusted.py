@@ -92,7 +92,7 @@ def test_files_without_a_usable_row(files, tiny, tmp_path, capsys, name):
 
 
 def test_odd_rows_among_good_ones(tmp_path, capsys):
-    """10 MB of text, ids that come twice, a byte-order mark: kept, or left out and counted; the file is whole."""
+    """10 MB of text, ids that come twice, a byte-order mark: kept, or left out and counted."""
     rows = [{"id": "same", "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
     rows += [{"id": 7, "problem": "x" * 10_000_000, "answer": "1"}, {"problem": "Q", "answer": None}]
     rows += [
@@ -145,7 +145,7 @@ QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped
     st.one_of(st.binary(max_size=200), RECORDS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
 )
 def test_any_file_ends_well(tmp_path, capsys, content):
-    """Any bytes and any JSON: whole rows and a count of the others, or one line; never a half-written file."""
+    """Any bytes, any JSON: whole rows and a count of the others, or one line; never half a file."""
     path, out = tmp_path / "any.jsonl", tmp_path / "rows.jsonl"
     path.write_bytes(content)
     out.unlink(missing_ok=True)
