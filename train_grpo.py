@@ -41,7 +41,7 @@ from data import (
     one_line_errors,
     parse_budgets,
 )
-from logbook import make_log, show_samples, step_metrics, tell
+from logbook import let_go_of_the_screen, make_log, show_samples, step_metrics, tell
 from rewards import ADVANTAGES, REWARDS
 from rollouts import (
     check_prompts,
@@ -668,6 +668,8 @@ def main(argv: list[str] | None = None) -> int:
             raise  # not known: the traceback says more than words could
         print(f"train_grpo.py: error: {told}", file=sys.stderr)
         return 1
+    finally:
+        let_go_of_the_screen()
     return 0
 
 
