@@ -5,7 +5,7 @@
 
 Reads local JSON / JSONL / CSV / Parquet files, the named sets of PRESETS, or any Hugging Face dataset id;
 draws a token budget for every problem; writes the budget sentence into the prompt and the same number into
-`budget`. Imports nothing else of this project, so that it can be copied alone.
+`budget`. Needs nothing else of this project (only --export does: hosts.py), so that it can be copied alone.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import numpy as np
 
 LETTERS = "ABCDEFGHIJ"
 MODES = ("exact", "max", "both", "none")
+EXPORTS = ("verl", "trl", "open-instruct")
 MAX_BUDGET = 10_000_000  # tokens; beyond any context, so a larger number is a typing error
 
 
@@ -265,10 +266,9 @@ STEPS_TAIL = re.compile(rf"\s*{re.escape(STEPS)}(?: \(eg, [A-J, ]+\))? within \\
 
 def split_turn(messages: list[dict], budget: int | None, mode: str | None) -> dict:
     """The last user turn -> problem, prompt, budget, mode; its text must name the budget of the metadata."""
-    turns = [turn for turn in messages or [] if isinstance(turn, dict) and turn.get("role") == "user"]
-    if not turns or not isinstance(turns[-1].get("content"), str):
+    content = user_text(messages or [])
+    if not isinstance(messages, list) or not isinstance(content, str):
         raise Skip("no user turn")
-    content = turns[-1]["content"]
     match = re.search(BUDGET_TAIL, content)
     plain = {"problem": STEPS_TAIL.sub("", content[: match.start()] if match else content)}
     said = int(match[2] or match[3]) if match else None
@@ -281,19 +281,44 @@ def split_turn(messages: list[dict], budget: int | None, mode: str | None) -> di
     return plain | {"prompt": content, "budget": budget, "mode": mode}
 
 
+def user_text(prompt):
+    """The text of the last user turn of a list of messages; anything else as it is."""
+    if not isinstance(prompt, list):
+        return prompt
+    turns = [turn for turn in prompt if isinstance(turn, dict) and turn.get("role") == "user"]
+    return turns[-1].get("content") if turns else None
+
+
+def from_plain(row: dict) -> dict:
+    """This project's files and most hub sets; for TRL the prompt is a list of messages."""
+    return row | {"prompt": user_text(row.get("prompt"))}
+
+
 def from_verl(row: dict) -> dict:
-    """verl (L1, Eurus-2): L1 puts the budget in reward_model.num_tokens; its sign is the mode, -1 is none."""
+    """verl (L1, Eurus-2): L1 puts the budget in reward_model.num_tokens; its sign is the mode, -1 is none.
+
+    Without num_tokens it is in extra_info, which stock verl gives to the scorer, or in the text alone.
+    """
     if row.get("ability") not in (None, "math"):
         raise Skip("not mathematics")
     tokens, budget, mode = row["reward_model"].get("num_tokens"), None, None
     if tokens not in (None, -1):
         budget, mode = abs(int(tokens)), "exact" if tokens > 0 else "max"
+    info = row.get("extra_info") or {}
+    if tokens is None and info.get("budget") is not None:
+        budget, mode = info["budget"], info.get("mode")
     golds = {"answers": row["reward_model"]["ground_truth"], "source": row.get("data_source")}
-    return split_turn(row["prompt"], budget, mode) | golds
+    # --export verl keeps the rest of a row there; L1 has the subject of MMLU.
+    kept = {
+        key: info[key] for key in ("id", "problem", "kind", "level", "subject", "choices") if info.get(key)
+    }
+    return split_turn(row["prompt"], budget, mode) | golds | kept
 
 
 def from_messages(row: dict) -> dict:
     """open-instruct: ground_truth and dataset are strings or parallel lists; a length is one of them."""
+    if isinstance(row.get("row"), str):
+        return json.loads(row["row"])  # --export open-instruct keeps the whole row
     golds, names = row["ground_truth"], row.get("dataset")
     # The old encoding joins both in one string: "42<sep>1234" with dataset "MATH,max_length".
     if isinstance(golds, str) and "<sep>" in golds:
@@ -326,7 +351,7 @@ LAYOUTS = {
     "omni": (("problem", "difficulty", "domain", "answer"),
              lambda r: r | {"level": r.get("difficulty"), "subject": str((r.get("domain") or [""])[0])}),
     # problem | question, answer | answers: this project's files, most hub sets, and Row files.
-    "plain": ((), dict),
+    "plain": ((), from_plain),
     # MATH has no answer column: the answer is the last box of the solution. `type` is the subject.
     "math": (("problem", "solution"),
              lambda r: r | {"answer": last_box(str(r["solution"])), "subject": r.get("type")}),
@@ -334,8 +359,9 @@ LAYOUTS = {
 
 TOPICS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 AI2 = "ai2-adapt-dev/"
-# name: (hub id, configs, split, layout). `?` marks a layout taken from a dataset card or from memory:
-# nobody has confirmed it by loading the set. A wrong guess ends in one line that names the columns.
+# name: (hub id, configs, split, layout). `?` marks a layout that nobody has confirmed, `~` one whose columns
+# and splits were only seen in other public code that loads the set; the others were seen on the hub or in the
+# papers' code. A wrong guess ends in one line that names the columns.
 PRESETS = {
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", (), "train", "plain"),
     "eurus2": ("PRIME-RL/Eurus-2-RL-Data", (), "train", "verl"),
@@ -348,14 +374,14 @@ PRESETS = {
     "deepscaler_ai2_4k": (AI2 + "deepscaler_gt_with_random_max_length", (), "train", "messages"),
     "deepscaler_ai2_8k": (AI2 + "deepscaler_gt_with_random_max_length_8192", (), "train", "messages"),
     "math500": ("HuggingFaceH4/MATH-500", (), "test", "plain"),
-    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train", "math"),  # ?
+    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train", "math"),  # ~
     "aime2022_2024": ("AI-MO/aimo-validation-aime", (), "train", "plain"),
-    "aime2024": ("HuggingFaceH4/aime_2024", (), "train", "plain"),  # ?
+    "aime2024": ("HuggingFaceH4/aime_2024", (), "train", "plain"),  # ~
     "aime2025": ("opencompass/AIME2025", ("AIME2025-I", "AIME2025-II"), "test", "plain"),
     "amc": ("AI-MO/aimo-validation-amc", (), "train", "plain"),
-    "amc23": ("math-ai/amc23", (), "test", "plain"),  # ?
+    "amc23": ("math-ai/amc23", (), "test", "plain"),  # ~
     "olympiadbench": ("Hothan/OlympiadBench", ("OE_TO_maths_en_COMP",), "train", "olympiad"),
-    "minerva": ("math-ai/minervamath", (), "test", "plain"),  # ?
+    "minerva": ("math-ai/minervamath", (), "test", "plain"),  # ~
     # Gated: accept its terms on the hub first.
     "gpqa": ("Idavidrein/gpqa", ("gpqa_diamond",), "train", "gpqa"),
     "lsat_ar": ("dmayhem93/agieval-lsat-ar", (), "test", "lsat"),
@@ -365,8 +391,8 @@ PRESETS = {
     "mmlu": ("cais/mmlu", ("all",), "test", "plain"),
     "gsm8k": ("openai/gsm8k", ("main",), "test", "plain"),
     "omni_math": ("KbsdJames/Omni-MATH", (), "test", "omni"),
-    "svamp": ("ChilleD/SVAMP", (), "test", "svamp"),  # ?
-    "gsm_plus": ("qintongli/GSM-Plus", (), "testmini", "plain"),  # ?
+    "svamp": ("ChilleD/SVAMP", (), "test", "svamp"),  # ~
+    "gsm_plus": ("qintongli/GSM-Plus", (), "testmini", "plain"),  # ~
 }
 
 
@@ -553,9 +579,17 @@ def read_hub(hub_id: str, configs: tuple, split: str | None):
     import datasets
 
     parts = []
+    saved = [os.path.join(hub_id, name) for name in ("state.json", "dataset_dict.json")]
     for config in configs or (None,):
         try:
-            part = datasets.load_dataset(hub_id, config, split=split)
+            if any(map(os.path.exists, saved)):  # what save_to_disk wrote
+                part = datasets.load_from_disk(hub_id)
+                part = part if isinstance(part, dict) else {"train": part}
+                if split and split not in part:
+                    raise ValueError(f"it has no split {split}, only {', '.join(part)}")
+                part = part[split] if split else part
+            else:
+                part = datasets.load_dataset(hub_id, config, split=split)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             told = f"dataset {hub_id} (config {config}, split {split})"
             raise BadInput(f"{told} could not be loaded: {first_line(error)}") from error
@@ -767,6 +801,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--wording", choices=WORDINGS, default="l1", help="how the budget is asked for (default l1)")
     add("--copies", type=int, default=1, help="rows per problem, each with its own budget (default 1)")
     add("--seed", type=int, default=0, help="one seed, one file, byte for byte (default 0)")
+    add("--export", choices=EXPORTS, help="write the columns of another trainer (default: of this one)")
     add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
     add("--split", help="split of a hub dataset (default: the preset's own, else train)")
     add("--limit", type=int, help="keep the first N problems")
@@ -817,7 +852,12 @@ def build(args: argparse.Namespace, dist: dict) -> str:
     rows = [row for row, length in zip(rows, lengths, strict=True) if length <= most]
     if not rows:
         raise BadInput(f"nothing left of {counts['read']} rows ({reasons(+counts)}): nothing was written")
-    write_rows(rows, args.out)
+    written = rows
+    if args.export:
+        from hosts import export
+
+        written = export(rows, args.export)
+    write_rows(written, args.out)
     lengths = [length for length in lengths if length <= most]
     text = summary(rows, +counts, lengths, "tokens" if tokenizer else "characters", dist)
     if 1 <= count_distinct(dist) < args.copies:

@@ -13,13 +13,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow (minutes each)")
+    parser.addoption(
+        "--runhosts", action="store_true", help="also run the tests that need requirements-hosts.txt"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--runslow"):
+    reasons = {"slow": "slow: run with --runslow"}
+    reasons["hosts"] = (
+        "verl has an environment of its own (requirements-hosts.txt): run there with --runhosts"
+    )
+    for name, reason in reasons.items():
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
+            if item.get_closest_marker(name) and not config.getoption(f"--run{name}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

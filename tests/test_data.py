@@ -723,6 +723,7 @@ CASES = [
     (f"{GOOD} --mode exact --budgets none {OUT}", "--mode exact does not go with --budgets none: use"),
     (f"{GOOD} --mode sometimes {OUT}", "invalid choice: 'sometimes'"),
     (f"{GOOD} --wording l2 {OUT}", "invalid choice: 'l2'"),
+    (f"{GOOD} --export ray {OUT}", "invalid choice: 'ray'.*verl.*trl.*open-instruct"),
     (f"{GOOD} --copies 0 {OUT}", r"--copies \(0\) must be 1 or more"),
     (f"{GOOD} --copies two {OUT}", "invalid int value: 'two'"),
     (f"{GOOD} --limit 0 {OUT}", r"--limit \(0\)"),

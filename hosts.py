@@ -1,0 +1,223 @@
+"""The rows and rewards of this project inside other trainers: TRL, verl, open-instruct.
+
+Copy this file together with rewards.py, which is used as it is. Rewards are those of REWARDS, lengths are
+counted from token ids with their end token, and a response without an end token is truncated and wrong, all
+as in the training loop here. Fields that a reward needs beyond the row (history, well_formed, ...) are not
+there: it says which one it misses. The README has the lines to copy ("Use it from").
+"""
+
+import json
+import os
+import sys
+from functools import lru_cache, partial
+
+import numpy as np
+
+# verl loads this file by its path, in Ray workers that do not know its folder.
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+from rewards import REWARDS, check_answers, response_length  # noqa: E402
+
+# Their reward of a response depends on the others to its prompt (grpo_lambda: on the whole batch).
+GROUP_REWARDS = (
+    "truncation_adaptive efficient_reasoning grpo_lambda kimi shorter_better laser_d laser_de".split()
+)
+GROUP_REWARDS += "alp grpo_lead prime_linear adaptive_deep gr3 dot_threshold".split()
+FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choices")  # what makes a row
+
+
+def score(
+    reward: str, rows: list[dict], responses: list, tokenizer, group_size: int = 1, step: int = 0,
+    count: str = "response", require_think: bool = False, timeout: float = 5.0, **options,
+) -> tuple[list[float], dict]:  # fmt: skip
+    """Rewards of responses (token ids) to `rows`, one a response; and the rollouts they were made from.
+
+    Rows are those of data.py: answer, budget, mode, kind, choices. The responses to one prompt stand side by
+    side, `group_size` of them; ValueError where a reward that compares them does not get them so.
+    """
+    if reward in GROUP_REWARDS and group_size < 2:
+        raise ValueError(
+            f"{reward} compares the responses to a prompt, and sees one at a time: set group_size"
+        )
+    rows = [{key: row.get(key) for key in FIELDS} for row in rows]
+    firsts = rows[::group_size]
+    if len(rows) % group_size or any(row != firsts[i // group_size] for i, row in enumerate(rows)):
+        raise ValueError(f"{len(rows)} responses are not whole groups of {group_size} to one prompt each")
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    responses = [[int(token) for token in ids] for ids in responses]
+    stopped = [bool(ids) and ids[-1] in ends for ids in responses]
+    # Special tokens stay: </think> is one in many models, and parts thinking from answer.
+    cut = [ids[:-1] if end else ids for ids, end in zip(responses, stopped, strict=True)]
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in cut]
+    kinds = [row["kind"] or "math" for row in rows]
+    answers, choices = [row["answer"] for row in rows], [row["choices"] for row in rows]
+    correct, _ = check_answers(texts, answers, kinds, choices, require_think, timeout)
+    think_end = tokenizer.encode("</think>", add_special_tokens=False) if count == "thinking" else ()
+    table = {"correct": correct, "truncated": np.logical_not(stopped)}
+    table["length"] = [response_length(ids, count, think_end) for ids in responses]
+    table = {key: np.array(values, dtype=np.int64).reshape(-1, group_size) for key, values in table.items()}
+    table["budget"] = np.array([row["budget"] or np.nan for row in firsts], dtype=np.float64)
+    table |= {"mode": [row["mode"] for row in firsts], "step": step}
+    return REWARDS[reward](table, **options).reshape(-1).tolist(), table
+
+
+def trl_reward(reward: str, tokenizer, group_size: int = 1, **options):
+    """A reward function for TRL's GRPOTrainer; the columns of its data set are those of --export trl.
+
+    `group_size`: its num_generations, for rewards that compare; each process must then hold whole groups.
+    """
+
+    def function(prompts, completions, completion_ids, trainer_state=None, **columns):
+        columns = {key: columns[key] for key in FIELDS if key in columns} | {"prompt": prompts}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        step = trainer_state.global_step if trainer_state else 0
+        return score(reward, rows, completion_ids, tokenizer, group_size, step, **options)[0]
+
+    function.__name__ = reward  # the name of its column in the log
+    return function
+
+
+@lru_cache
+def load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, reward="lcpo_exact", tokenizer=None, ids=None,
+    **options,
+):  # fmt: skip
+    """verl's custom_reward_function, one response a call: {"score", "acc", "length"}; extra_info has the row.
+
+    Stock managers pass text without special tokens: it is encoded again by `tokenizer` (a name or path, from
+    reward_kwargs) and taken for complete. VerlRewardManager passes the ids themselves.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "the length needs a tokenizer: set reward_kwargs.tokenizer, or use VerlRewardManager"
+        )
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if ids is None:
+        ids = [*tokenizer.encode(solution_str, add_special_tokens=False), tokenizer.eos_token_id]
+    row = {**(extra_info or {}), "answer": ground_truth}
+    total, table = score(reward, [row], [ids], tokenizer, **options)
+    return {"score": total[0], "acc": float(table["correct"][0, 0]), "length": int(table["length"][0, 0])}
+
+
+def compute_scores(
+    data_sources, solution_strs, ground_truths, extra_infos, reward="lcpo_exact", tokenizer=None, **options
+):
+    """The same for verl's BatchRewardManager: a list of scores, with the rewards that compare a group.
+
+    extra_info["index"] says which responses belong together. verl 0.9.1's own trainer has no batch manager.
+    """
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    ids = [[*tokenizer.encode(s, add_special_tokens=False), tokenizer.eos_token_id] for s in solution_strs]
+    rows = [{**info, "answer": gold} for info, gold in zip(extra_infos, ground_truths, strict=True)]
+    index = [row["index"] for row in rows]
+    order = np.argsort(index, kind="stable")
+    group_size = len(rows) // len(set(index))
+    found, _ = score(
+        reward, [rows[i] for i in order], [ids[i] for i in order], tokenizer, group_size, **options
+    )
+    scores = np.empty(len(rows))
+    scores[order] = found
+    return scores.tolist()
+
+
+@lru_cache
+def verl_reward_manager():
+    """The class that verl knows as VerlRewardManager: compute_score with the ids that were generated."""
+    from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+
+    class VerlRewardManager(RewardManagerBase):
+        def __init__(self, config, tokenizer, compute_score, **_):
+            super().__init__(config, tokenizer, compute_score)
+
+        async def run_single(self, data):
+            item = data[-1:][0]  # as the stock managers: the last sequence of a rollout
+            ids, row = item.batch["responses"], item.non_tensor_batch
+            ids = ids[: int(item.batch["attention_mask"][-len(ids) :].sum())].tolist()
+            gold, info = row["reward_model"]["ground_truth"], row["extra_info"]
+            known = {"tokenizer": self.tokenizer, "ids": ids}
+            call = partial(self.compute_score, row["data_source"], None, gold, info, **known)
+            result = await self.loop.run_in_executor(None, call)  # the check may wait for a worker process
+            return {"reward_score": result["score"], "reward_extra_info": result}
+
+    return VerlRewardManager
+
+
+def __getattr__(name: str):
+    # verl asks for the class by its name; nobody else needs verl to import this file.
+    if name == "VerlRewardManager":
+        return verl_reward_manager()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def open_instruct_score(ids, label: str, tokenizer, reward="lcpo_exact", **options) -> float:
+    """The score of an open-instruct verifier; `label` is the column `row` of --export open-instruct.
+
+    open-instruct multiplies it by the verifier's weight and by --verification_reward (10). It hands over one
+    response at a time, so rewards that compare a group raise ValueError.
+    """
+    row = json.loads(label)
+    if not isinstance(row, dict) or "answer" not in row:
+        raise ValueError(
+            f"label {label[:40]!r} is not a row: take the column `row` of --export open-instruct"
+        )
+    return score(reward, [row], [ids], tokenizer, **options)[0][0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows: what data.py --export writes. data.py reads all of them back.
+
+
+def user_turn(row: dict) -> list[dict]:
+    return [{"role": "user", "content": row["prompt"]}]
+
+
+def to_verl(row: dict, index: int) -> dict:
+    """verl's columns, L1's num_tokens (negative: a maximum, -1: none); the rest of the row in extra_info."""
+    tokens = -1 if row["budget"] is None else row["budget"] * (1 if row["mode"] == "exact" else -1)
+    keys = ("id", "problem", "kind", "budget", "mode", "level", "subject", "choices")
+    return {
+        "data_source": row["source"],
+        "prompt": user_turn(row),
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": row["answer"], "num_tokens": tokens},
+        "extra_info": {"split": "train", "index": index} | {key: row.get(key) for key in keys},
+    }
+
+
+def to_trl(row: dict, index: int) -> dict:
+    """The row with a conversational prompt; TRL's own accuracy_reward reads `solution`."""
+    first = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
+    return row | {"prompt": user_turn(row), "solution": f"\\boxed{{{first}}}"}
+
+
+def to_open_instruct(row: dict, index: int) -> dict:
+    """messages, and parallel lists of ground truths and verifiers for the stock ones (of several answers the
+    first); `row` is the label of open_instruct_score."""
+    first = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
+    lengths = {"exact": ["max_length"], "max": ["up_to_max_length"], None: []}  # max_length asks for EXACT
+    golds = [first] + [str(row["budget"])] * (row["budget"] is not None)
+    names = ["math", *lengths[row["mode"]]]
+    text = json.dumps(row, ensure_ascii=False)
+    return {"messages": user_turn(row), "ground_truth": golds, "dataset": names, "row": text}
+
+
+EXPORTS = {"verl": to_verl, "trl": to_trl, "open-instruct": to_open_instruct}
+
+
+def export(rows: list[dict], host: str) -> list[dict]:
+    """Rows in the columns of another trainer, every column of one type, as Parquet and `datasets` want it."""
+    if any(isinstance(row["answer"], list) for row in rows):
+        rows = [
+            row | {"answer": row["answer"] if isinstance(row["answer"], list) else [row["answer"]]}
+            for row in rows
+        ]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key) for key in keys} for row in rows]
+    if any(isinstance(row.get("level"), str) for row in rows):
+        rows = [row | {"level": None if row["level"] is None else str(row["level"])} for row in rows]
+    return [EXPORTS[host](row, i) for i, row in enumerate(rows)]
