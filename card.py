@@ -1,10 +1,11 @@
+# PYTHON_ARGCOMPLETE_OK
 """The model card of a trained checkpoint (README.md in its folder), and the way to the hub.
 
     python card.py out/run/checkpoint-500 --eval out/math500     its table from another evaluation
     python card.py out/run/checkpoint-500 --push-to-hub ME/NAME
 
 Training writes the card into its last checkpoint, and with --push-to-hub uploads that. The card says how to
-ask the model for a length, how well it obeys, and how it was made. Not uploaded: trainer_state.pt.
+ask the model for a length, how well it obeys, and how it was made. The trainer's state stays here.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 
 from data import BadInput, first_line, one_line_errors
 
+STATE = ["trainer_state.pt", "checksums.json"]  # of use to --resume only
 BEGIN, END = "<!-- length control -->", "<!-- end of length control -->"
 NO_BUDGETS = "(The prompts of this run asked for no length.)"
 CARD = """---
@@ -184,7 +186,7 @@ def push(folder: str, repo: str, log=print) -> None:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repo, folder_path=folder, ignore_patterns=["trainer_state.pt"],
+            repo_id=repo, folder_path=folder, ignore_patterns=STATE,
             commit_message=f"{os.path.basename(folder)}, trained with nanoL1",
         )  # fmt: skip
     except (HfHubHTTPError, OSError) as error:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Problems in, budget-annotated training rows out.
 
     python data.py deepscaler --budgets uniform:100:4000 --mode exact --wording l1 --out l1_exact.jsonl
@@ -34,12 +35,22 @@ class BadInput(ValueError):
 
 
 def one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Let argparse complain through BadInput: one line, instead of the whole usage."""
+    """Errors of a complete parser become BadInput, one line instead of the usage; serves tab-completion."""
 
     def fail(message: str):
         raise BadInput(f"{message} (python {parser.prog} --help lists the flags)")
 
     parser.error = fail
+    # A shell that has argcomplete asks what may come next; a subcommand's parser is a part of its parent's.
+    if "_ARGCOMPLETE" in os.environ and " " not in parser.prog:
+        import argcomplete
+
+        if parser.fromfile_prefix_chars:  # @FILE stands for no argument of its own
+            files = argcomplete.completers.FilesCompleter()
+            parser.add_argument("recipe", nargs="*").completer = lambda prefix, **known: [
+                "@" + name for name in files(prefix.removeprefix("@"))
+            ]
+        argcomplete.autocomplete(parser)
     return parser
 
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Does the model think for as many tokens as it was asked to, and is it still right?
 
     python evaluate.py --model DIR --data math500 --budgets 512,1024,2048,3600 --n 16 --out out/eval

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Train a language model to think for as many tokens as the prompt asks: GRPO, sampler in the same process.
 
     python train_grpo.py                                            the toy: warm-up, training, evaluation
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags, grouped; `@FILE` reads flags from a recipe (several a line, # starts a comment)."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "fromfile_prefix_chars": "@"}
     parser = argparse.ArgumentParser("train_grpo.py", description=__doc__, allow_abbrev=False, **options)
-    one_line_errors(parser).convert_arg_line_to_args = split_line
+    parser.convert_arg_line_to_args = split_line
 
     def number(name, default, help):
         add(name, type=type(default), default=default, help=f"{help} (default {default:g})", metavar="N")
@@ -172,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice("--log-with", " ".join(trackers.TRACKERS), "send metrics and pictures to a tracker, too")
     number("--log-seconds", 0.0, "without a terminal: a line every N seconds at most; 0: every step")
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the last checkpoint, with a model card")
-    return parser
+    return one_line_errors(parser)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,15 +1,20 @@
 """At home among its users' tools: trackers, the hub, learning curves, progress, everyday files."""
 
+import ast
 import base64
 import contextlib
 import http.server
 import importlib.util
 import json
 import os
+import pty
 import re
+import sys
+import termios
 import threading
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +25,7 @@ from hypothesis import strategies as st
 import card
 import curves
 import evaluate
+import logbook
 import toy
 import trackers
 import train_grpo
@@ -189,7 +195,7 @@ def test_a_run_that_ends_on_the_hub(tiny, script, tmp_path):
     assert f"uploaded: {url}/me/short/commit/1" in done.stdout
     assert {token for path, token in seen if "commit" in path} == {"Bearer hf_secret"}
     folder = tmp_path / "run" / "checkpoint-1"
-    assert set(files) == {p.name for p in folder.iterdir()} - {"trainer_state.pt"}
+    assert set(files) == {p.name for p in folder.iterdir()} - set(card.STATE)
     assert {"README.md", "violins.png", "model.safetensors", "tokenizer.json"} <= set(files)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     text = files["README.md"].decode()
@@ -308,3 +314,140 @@ def test_smoothing_stays_between_the_extremes(values, width):
     assert min(values) - 1e-6 <= line.min() and line.max() <= max(values) + 1e-6
     if width <= 1:
         assert line == pytest.approx(values, abs=1e-6)
+
+
+# Progress ---------------------------------------------------------------------------------------------------
+
+
+def test_a_line_every_n_seconds(tmp_path, monkeypatch):
+    now, lines = [100.0], []
+    monkeypatch.setattr(logbook.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(logbook.show_step, "quiet_until", 0.0)
+    m = {"reward": 0.5, "accuracy": 0.5, "length": 9.0, "truncated": 0.0, "entropy": 0.1, "grad_norm": 1.0,
+         "logp_gap_max": 0.0, "seconds_sample": 1.0}  # fmt: skip
+    for step in range(10):  # 4 seconds a step
+        logbook.show_step(m | {"step": step}, Namespace(log_seconds=10.0, steps=10), None, lines.append)
+        now[0] += 4.0
+    # The first one, one whenever ten seconds have passed, and the last.
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 4, 7, 10]
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    """What tqdm writes on a real terminal: reward, length error, time left."""
+    code = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+import logbook
+bar, log = logbook.make_log(Namespace(steps=4), Namespace(is_main_process=True))
+bar.initial = bar.n = bar.last_print_n = 2
+bar.unpause()
+m = {"step": 2, "reward": 0.5, "accuracy": 0.25, "length": 9.0, "abs_error": 0.125}
+logbook.show_step(m, Namespace(steps=4), bar, log)
+bar.refresh()
+"""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        termios.tcsetwinsize(0, (24, 160))
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+    with contextlib.suppress(OSError):  # its end, on Linux
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.waitpid(pid, 0)
+    text = shown.decode()
+    assert (
+        "3/4" in text
+        and "reward +0.500" in text
+        and "12.5%" in text
+        and re.search(r"\d\d:\d\d<\d\d:\d\d", text)
+    )
+
+
+# Everyday ---------------------------------------------------------------------------------------------------
+
+SCRIPTS = ["train_grpo.py", "evaluate.py", "data.py", "baselines.py", "card.py"]
+
+
+@pytest.mark.skipif(not installed("argcomplete"), reason="argcomplete is not installed")
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("train_grpo.py --log-w", {"--log-with"}),
+        ("train_grpo.py --kl-estimator k", {"k1", "k2", "k3"}),
+        (
+            "train_grpo.py --data tests/data/ma",
+            {"tests/data/math500_small.jsonl", "tests/data/math_train_small.jsonl.gz"},
+        ),
+        ("train_grpo.py @recipes/l1_", {"recipes/l1_exact.args", "recipes/l1_max.args"}),
+        ("evaluate.py --samples tests/data/sam", {"tests/data/samples_small.jsonl"}),
+        ("baselines.py merge --ke", {"--keep"}),
+    ],
+)
+def test_tab_completion(line, found, tmp_path, script):
+    """As bash asks for it through argcomplete; a word that begins with @ comes back without it."""
+    reply = tmp_path / "reply"
+    reply.touch()
+    env = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    env |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(reply), "_ARGCOMPLETE_SHELL": "bash"}
+    env |= {"_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'@><=;|&(:", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    script(line.split()[0], env=os.environ | env)
+    assert set(reply.read_text().split("\v")) == found
+
+
+def code_lines() -> dict[str, int]:
+    """{"file.function": lines of code} of the scripts, without comments, docstrings and blank lines."""
+    counts = {}
+    for path in sorted(Path(ROOT).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                first, skip = node.body[0], set()
+                if ast.get_docstring(node) is not None:
+                    skip = set(range(first.lineno, first.end_lineno + 1))
+                at = [i for i in range(node.lineno, node.end_lineno + 1) if i not in skip]
+                code = [i for i in at if lines[i - 1].strip() and not lines[i - 1].strip().startswith("#")]
+                counts[f"{path.stem}.{node.name}"] = len(code)
+    return counts
+
+
+def test_counts_of_what_is_written_by_hand():
+    counts, rows = code_lines(), 0
+    with open(os.path.join(ROOT, "docs", "dependencies.md"), encoding="utf-8") as f:
+        for line in f:
+            names, told = re.findall(r"`(\w+\.\w+)`", line), re.search(r"\| (\d+) \|", line)
+            if line.startswith("| ") and told:
+                scripts = {name.removesuffix(".py") for name in os.listdir(ROOT) if name.endswith(".py")}
+                names = [
+                    n for n in names if n.split(".")[0] in scripts and not n.endswith((".py", ".ADVANTAGES"))
+                ]
+                counted = sum(counts[name] for name in names)  # a KeyError names a function that is gone
+                assert abs(counted - int(told[1])) <= max(2, 0.2 * counted), (names, counted)
+                rows += 1
+    assert rows > 20
+
+
+def test_every_piece_of_test_data_is_in_the_notice():
+    with open(os.path.join(ROOT, "NOTICE"), encoding="utf-8") as f:
+        notice = f.read()
+    files = {name for name in os.listdir(os.path.join(ROOT, "tests", "data")) if name != "README.md"}
+    assert not [name for name in files if name not in notice]
+
+
+def test_one_version_of_ruff():
+    texts = {}
+    for name in ("requirements-test.txt", ".pre-commit-config.yaml"):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+            texts[name] = set(re.findall(r"ruff==([\d.]+)", f.read()))
+    assert len(set.union(*texts.values())) == 1, texts
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_groups_and_what_the_script_is_for(name, script):
+    text = script(name, "--help").stdout
+    assert text.startswith(f"usage: {name}") and len(text) > 500
+    if name in ("train_grpo.py", "evaluate.py"):
+        groups = re.findall(r"^(\S.+):$", text, re.M)
+        assert len(groups) >= 5, groups
