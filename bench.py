@@ -89,6 +89,9 @@ SETTINGS = {
         "small": {
             "budgets": [4096, 8192, 16384], "gpu_gib": 80, "prompt": 1024, "layers": 4, "width": 256,
             "vocab": 32_768, "sequences": 16, "low": 16, "high": 160, "dtype": "float32", "rounds": 1,
+            "checks": [
+                "--micro-tokens 1024", "--micro-tokens 2048", "--micro-tokens 2048 --gradient-checkpointing",
+            ],
         },
         "full": {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512},
     },
@@ -122,40 +125,44 @@ def go(worker: subprocess.Popen) -> None:
 
 
 def hear(worker: subprocess.Popen, folder: str) -> dict:
-    """What the worker measured in its turn."""
-    line = worker.stdout.readline()
-    if line:
+    """What the worker measured in its turn; {"failed": its last words} where it died."""
+    if line := worker.stdout.readline():
         return json.loads(line)
     with open(os.path.join(folder, f"{worker.name}.log")) as log:
         words = [w for w in log.read().splitlines() if w.strip()] or ["no word of why"]
-    raise SystemExit(f"bench.py: error: {worker.name} died (exit code {worker.wait()}): {words[-1]}")
+    return {"failed": f"exit code {worker.wait()}: {words[-1]}"}
 
 
-def race(command: str, variants: list[str], s: dict, folder: str, env: dict | None = None) -> dict:
+def race(command: str, variants: list, s: dict, folder: str, env: dict | None = None) -> dict:
     """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
 
     A variant of several processes is a tuple of names: they take their turn together, the first one reports.
-    `env` holds environment variables for single names.
+    `env` holds environment variables for single names. A worker that dies ends the command, save TRL's other
+    ways (trl_*), which may need more memory than there is: {"failed": why}.
     """
     named = [(v,) if isinstance(v, str) else v for v in variants]
-    reports, teams = {names[0]: [] for names in named}, []
+    turns, teams, failed = {names[0]: [] for names in named}, [], {}
     try:
         for names in named:
             teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
-        for i in range(1 + s["rounds"]):
-            for team in teams:
+        for _ in range(1 + s["rounds"]):
+            for team in [t for t in teams if t[0].name not in failed]:
                 for worker in team:
                     go(worker)
                 found = [hear(worker, folder) for worker in team]
-                if i:  # in its first turn a worker loads, allocates and warms up
-                    reports[team[0].name].append(found[0])
+                turns[team[0].name].append(found[0])
+                failed |= {team[0].name: f["failed"] for f in found if "failed" in f}
+                if any(not name.startswith("trl_") for name in failed):
+                    raise SystemExit(f"bench.py: error: {command}: a process died: {failed}")
     finally:
         for worker in sum(teams, []):
             worker.stdin.close()
             worker.wait()
-    times = {name: [f["seconds"] for f in found] for name, found in reports.items()}
+    # In its first turn a worker loads, allocates and warms up: it does not count.
+    times = {name: [f["seconds"] for f in found[1:]] for name, found in turns.items() if name not in failed}
     medians = {name: np.median(found, axis=0).tolist() for name, found in times.items()}
-    return {n: f[-1] | {"seconds": medians[n], "all": times[n]} for n, f in reports.items()}
+    found = {name: turns[name][-1] | {"seconds": medians[name], "all": times[name]} for name in times}
+    return found | {name: {"failed": why} for name, why in failed.items()}
 
 
 def tell(**report) -> None:
@@ -450,12 +457,14 @@ def bench_step(s: dict) -> dict:
         variants.append("trl_liger")
     with tempfile.TemporaryDirectory() as folder:
         found = race("step", [*variants, "floor"], s, folder)
-        gradients = {v: gradient_distance(folder, v) for v in variants[1:]}
+        gradients = {v: gradient_distance(folder, v) for v in variants[1:] if "failed" not in found[v]}
     tokens = sum(len(r["prompt_ids"]) + len(r["ids"]) for r in step_rollouts(s))
     floor, ours = found["floor"], found["ours"]
     rows = []
-    for v in variants:
-        f = found[v]
+    for v, f in ((v, found[v]) for v in variants):
+        if "failed" in f:
+            print(f"{v} failed: {f['failed']}")
+            continue
         f |= {"net": f["peak"] - f["imports"], "tokens_per_second": tokens / f["seconds"]}
         f |= {"speedup": f["seconds"] / ours["seconds"], "floor_share": floor["seconds"] / f["seconds"]}
         f["gradient_difference"] = gradients.get(v, 0.0)
@@ -883,6 +892,8 @@ def worker(command: str, variant: str, s: dict, folder: str) -> None:
     global ANSWERS
     ANSWERS = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if command != "scale":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several visible ones would make TRL refuse
     if command == "step":
         work = {"ours": step_ours, "floor": step_floor}.get(variant, step_trl)
     else:
