@@ -119,13 +119,14 @@ class _HeadLoss(torch.autograd.Function):
                     d_head.addmm_(p.T, g, alpha=-1)
                 else:
                     d_head -= p.T @ g
-        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
+        # Handed over, not saved: autograd may keep them as they are instead of copying.
+        ctx.gradients = d_hidden, None if d_head is None else d_head.to(head.dtype)
         ctx.mark_non_differentiable(logps, entropies)
         return loss, logps, entropies
 
     @staticmethod
     def backward(ctx, slope, *_):
-        d_hidden, d_head = ctx.saved_tensors
+        (d_hidden, d_head), ctx.gradients = ctx.gradients, None
         d_head = None if d_head is None else d_head.mul_(slope.to(d_head.dtype))
         return d_hidden.mul_(slope.to(d_hidden.dtype)), d_head, None, None, None, None
 
