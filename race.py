@@ -1,7 +1,7 @@
-"""Processes that take turns (A B A B ...), one for each variant of a comparison, and what each of them weighs.
+"""Processes that take turns (A B A B ...), one for each variant of a comparison, and what each weighs.
 
-The parent calls race(). A worker calls be_worker(), then takes a turn for every line on stdin and answers with
-tell(). A machine that slows down slows all variants down alike; peak memory is that of one variant only.
+The parent calls race(). A worker calls be_worker(), then takes a turn for every line on stdin and answers
+with tell(). A machine that slows down slows all variants down alike; peak memory is that of one variant only.
 """
 
 import json

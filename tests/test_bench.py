@@ -1,4 +1,4 @@
-"""bench.py in sizes so small that its figures say nothing: that they are measured, and come out, is tested here."""
+"""bench.py in sizes so small that its figures say nothing: tested is that they are measured and come out."""
 
 import importlib.util
 import json
