@@ -25,11 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import plan
 from data import BadInput, one_line_errors
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TRL = "1.16.0"
 
@@ -166,7 +172,7 @@ def tell(**report) -> None:
 ANSWERS = sys.stdout
 
 
-def timed(work, device: str, **extra) -> None:
+def timed(work: Callable, device: str, **extra) -> None:
     """A worker's loop: for every turn does `work()` and tells seconds and peak memory (see `peak_bytes`)."""
     for _ in sys.stdin:
         before = clock(device)
@@ -228,7 +234,7 @@ def held_bytes(device: str) -> int:
 # TRL makes its advantages from rewards: their mean is 0 in each group of 8, and scale_rewards is "none".
 
 
-def step_config(s: dict):
+def step_config(s: dict) -> "PretrainedConfig":
     """Qwen2 with heads of 64; 8 layers of width 256 have 7.9M parameters beside the (tied) embedding."""
     from transformers import Qwen2Config
 
@@ -241,7 +247,7 @@ def step_config(s: dict):
     )  # fmt: skip
 
 
-def step_model(s: dict):
+def step_model(s: dict) -> "PreTrainedModel":
     """The model with random weights, the same in every process."""
     import torch
     from transformers import Qwen2ForCausalLM
@@ -271,7 +277,7 @@ def step_rollouts(s: dict, spread: bool = False) -> list[dict]:
     return batch
 
 
-def step_args(s: dict):
+def step_args(s: dict) -> argparse.Namespace:
     """The trainer's flags for this update; those in s["train_args"] win."""
     import train_grpo
 
@@ -374,7 +380,7 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
     trainer.train()
 
 
-def step_flops(config, batch: list[dict]) -> list[tuple]:
+def step_flops(config: "PretrainedConfig", batch: list[dict]) -> list[tuple]:
     """[(kind, in, out, FLOPs)] of one update without any waste: no padding, nothing computed twice.
 
     A matrix [in, out] costs 2 in out per token forward, as much for the gradient of its input and again for
@@ -499,7 +505,7 @@ def gradient_distance(folder: str, variant: str) -> float:
 # logprobs: values and gradients of log-probs from hidden states
 
 
-def full_logps(hidden, weight, targets):
+def full_logps(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor") -> tuple:
     """The naive version: all logits [T, V] at once; log-probs and entropies [T]."""
     import torch
 
@@ -716,7 +722,7 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
         tell(seconds=(clock(device) - after) / found["tokens"], sync=after - before, **found)
 
 
-def sampler_model(s: dict):
+def sampler_model(s: dict) -> tuple:
     """(tokenizer of the toy, a Llama with random weights of the wanted size)."""
     import torch
     from transformers import LlamaForCausalLM
