@@ -29,7 +29,8 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,6 +39,9 @@ import rewards
 import toy
 from data import BadInput
 from sampler import load_sampler, think_token
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    import torch
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale", "majority")
 BATCH = 1024  # responses sampled between two writes
@@ -55,8 +59,9 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def think_then_answer(
-    sampler, prompts, n, think, total, *, waits=0, wait=(), final=(), force=True, stop_scale=1.0,
-    temperature=0.6, top_p=0.95, seed=0,
+    sampler, prompts: list, n: int, think: int, total: int, *, waits: int = 0, wait: Sequence[int] = (),
+    final: Sequence[int] = (), force: bool = True, stop_scale: float = 1.0, temperature: float = 0.6,
+    top_p: float = 0.95, seed: int = 0,
 ) -> list[list[dict]]:  # fmt: skip
     """n responses per prompt that think for at most `think` tokens and are at most `total` tokens long.
 
@@ -97,7 +102,9 @@ def resume(sampler, rows: list[dict], caps: list[int], rng, **options) -> list[d
     return [group[0] for group in sampler.generate(prompts, 1, caps, seed=seed, **options)]
 
 
-def add_thinking(row: dict, completion: dict, think: int, end: int, wait, final, force: bool) -> None:
+def add_thinking(
+    row: dict, completion: dict, think: int, end: int, wait: Sequence[int], final: Sequence[int], force: bool
+) -> None:
     """Append what was thought; then go on after `wait`, or end the thinking (`done`)."""
     ids, stopped = list(completion["ids"]), completion["finish_reason"] == "stop"
     stop = ids.pop() if stopped else None
@@ -120,7 +127,9 @@ def add_thinking(row: dict, completion: dict, think: int, end: int, wait, final,
         row["finish_reason"] = completion["finish_reason"]
 
 
-def majority(sampler, prompts, n, votes, think, share, **options) -> list[list[dict]]:
+def majority(
+    sampler, prompts: list, n: int, votes: int, think: int, share: int, **options
+) -> list[list[dict]]:
     """n votes per prompt, each of `votes` hard-truncated responses of at most `share` tokens.
 
     A completion is that of the first response with the winning answer, but `length` is that of all of them
@@ -152,7 +161,9 @@ def spoken_answer(tokenizer, completion: dict) -> str | None:
     return re.sub(r"\s+", "", text).strip(".$").lower() or None
 
 
-def calibrate(mean_length: Callable, budget: int, tries=10, bound=8.0, tolerance=0.02) -> dict:
+def calibrate(
+    mean_length: Callable, budget: int, tries: int = 10, bound: float = 8.0, tolerance: float = 0.02
+) -> dict:
     """The k whose mean_length(k) (tokens; falls as k grows) is nearest to `budget`, searched from log k = 0.
 
     Ends within `tolerance` of the budget, at +-bound or after `tries` calls: {"k", "mean_length", "tries"}.
@@ -226,8 +237,9 @@ def respond(method: str, sampler, prompts: list[list[int]], n: int, budget: int 
 
 
 def settings(
-    tokenizer, room: int, methods=METHODS, *, waits=100, reserve=0, votes=4, max_tokens=None,
-    answer_tokens=512, wait_text=None, final_text=None, temperature=0.6, top_p=0.95, seed=0,
+    tokenizer, room: int, methods: Sequence[str] = METHODS, *, waits: int = 100, reserve: int = 0,
+    votes: int = 4, max_tokens: int | None = None, answer_tokens: int = 512, wait_text: str | None = None,
+    final_text: str | None = None, temperature: float = 0.6, top_p: float = 0.95, seed: int = 0,
 ) -> dict:  # fmt: skip
     """What plan() and respond() need; `room` is what the longest prompt leaves of the context (tokens)."""
     if think_token(tokenizer) is None and set(methods) - {"none", "cut"}:
@@ -240,7 +252,15 @@ def settings(
     return s | {"sampling": {"temperature": temperature, "top_p": top_p, "seed": seed}}
 
 
-def to_rows(method, problem, prompt, budget, completions, tokenizer, think_end) -> Iterator[dict]:
+def to_rows(
+    method: str,
+    problem: dict,
+    prompt: str,
+    budget: int | None,
+    completions: list[dict],
+    tokenizer,
+    think_end: int | None,
+) -> Iterator[dict]:
     """Completions as samples of the Sample contract, not yet graded, with the field `baseline`."""
     for i, completion in enumerate(completions):
         ids, finish = list(completion["ids"]), completion["finish_reason"]
@@ -276,7 +296,9 @@ def fit_scale(sampler, prompts: list[list[int]], budget: int, s: dict) -> dict:
     return calibrate(mean_length, budget)
 
 
-def run_method(method, sampler, problems, prompts, budgets, args, s, log=print) -> dict:
+def run_method(
+    method: str, sampler, problems: list[dict], prompts: list, budgets: list, args, s, log=print
+) -> dict:
     """Sample, grade and write one baseline; returns what it did, {budget: means over the samples}."""
     folder, did = os.path.join(args.out, method), {}
     end, size = think_token(sampler.tokenizer), args.n * (s["votes"] if method == "majority" else 1)
@@ -408,7 +430,7 @@ def weight_files(folder: str, flag: str) -> dict[str, str]:
     raise BadInput(f"{flag} {folder} holds no model.safetensors: give a local folder of a Hugging Face model")
 
 
-def read_tensor(files: dict[str, str], name: str):
+def read_tensor(files: dict[str, str], name: str) -> "torch.Tensor":
     """One tensor: nothing else of its file is read."""
     from safetensors import safe_open
 
@@ -504,7 +526,9 @@ def merge(base: str, tuned: str, out: str, keep: float = 0.25, scale: float = 0.
     return total, kept
 
 
-def thinking_samples(samples, tokenizer, long: int, short: int, limit: int | None) -> tuple[list, list]:
+def thinking_samples(
+    samples: Iterable[dict], tokenizer, long: int, short: int, limit: int | None
+) -> tuple[list, list]:
     """(long, short): [(ids of prompt and thinking, where the thinking starts)] by tokens of thinking."""
     found = ([], [])
     for sample in samples:
@@ -519,7 +543,7 @@ def thinking_samples(samples, tokenizer, long: int, short: int, limit: int | Non
     return found
 
 
-def thinking_means(model, groups: tuple[list, list]):
+def thinking_means(model, groups: tuple[list, list]) -> tuple:
     """Means over thinking tokens, then over samples: residuals [2, layers, d] of long and short responses
     behind the attention, and the heads' outputs before W_o on the short ones [layers, heads x d_head]."""
     import torch
@@ -547,7 +571,7 @@ def thinking_means(model, groups: tuple[list, list]):
     return torch.stack([residual for residual, _ in means]), means[1][1]
 
 
-def remove_direction(weight, direction, w: float = 1.0):
+def remove_direction(weight: "torch.Tensor", direction: "torch.Tensor", w: float = 1.0) -> "torch.Tensor":
     """W - w (W v) v^T for the unit vector v along `direction`; W is [d_head, d], its columns the output."""
     import torch
 

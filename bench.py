@@ -23,12 +23,22 @@ import shlex
 import socket
 import sys
 import tempfile
+<<<<<<< HEAD
+=======
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
 
 import numpy as np
 
 import plan
 from data import BadInput, one_line_errors
 from race import be_worker, clock, held_bytes, peak_bytes, pick_device, race, tell, timed
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TRL = "1.16.0"
 
@@ -98,6 +108,133 @@ SETTINGS = {
 
 
 # ------------------------------------------------------------------------------------------------------------
+<<<<<<< HEAD
+=======
+# Processes that take turns. A worker reads a line per turn from stdin and answers with one JSON line.
+
+
+def start(command: str, variant: str, s: dict, folder: str, env: dict | None = None) -> subprocess.Popen:
+    """A worker process for one variant; its error messages go to a file in `folder`."""
+    words = [sys.executable, os.path.join(HERE, "bench.py"), command, "--worker", variant]
+    words += [json.dumps(s), folder]
+    with open(os.path.join(folder, f"{variant}.log"), "a") as log:
+        worker = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            env=os.environ | (env or {}),
+        )  # fmt: skip
+    worker.name = variant
+    return worker
+
+
+def go(worker: subprocess.Popen) -> None:
+    """Lets the worker take its turn."""
+    try:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died: hear() tells why
+
+
+def hear(worker: subprocess.Popen, folder: str) -> dict:
+    """What the worker measured in its turn."""
+    line = worker.stdout.readline()
+    if line:
+        return json.loads(line)
+    with open(os.path.join(folder, f"{worker.name}.log")) as log:
+        words = [w for w in log.read().splitlines() if w.strip()] or ["no word of why"]
+    raise SystemExit(f"bench.py: error: {worker.name} died (exit code {worker.wait()}): {words[-1]}")
+
+
+def race(command: str, variants: list[str], s: dict, folder: str, env: dict | None = None) -> dict:
+    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
+
+    A variant of several processes is a tuple of names: they take their turn together, the first one reports.
+    `env` holds environment variables for single names.
+    """
+    named = [(v,) if isinstance(v, str) else v for v in variants]
+    reports, teams = {names[0]: [] for names in named}, []
+    try:
+        for names in named:
+            teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
+        for i in range(1 + s["rounds"]):
+            for team in teams:
+                for worker in team:
+                    go(worker)
+                found = [hear(worker, folder) for worker in team]
+                if i:  # in its first turn a worker loads, allocates and warms up
+                    reports[team[0].name].append(found[0])
+    finally:
+        for worker in sum(teams, []):
+            worker.stdin.close()
+            worker.wait()
+    times = {name: [f["seconds"] for f in found] for name, found in reports.items()}
+    medians = {name: np.median(found, axis=0).tolist() for name, found in times.items()}
+    return {n: f[-1] | {"seconds": medians[n], "all": times[n]} for n, f in reports.items()}
+
+
+def tell(**report) -> None:
+    """The worker's answer to a turn."""
+    print(json.dumps(report), file=ANSWERS, flush=True)
+
+
+ANSWERS = sys.stdout
+
+
+def timed(work: Callable, device: str, **extra) -> None:
+    """A worker's loop: for every turn does `work()` and tells seconds and peak memory (see `peak_bytes`)."""
+    for _ in sys.stdin:
+        before = clock(device)
+        found = work() or {}
+        tell(**{"seconds": clock(device) - before, "peak": peak_bytes(device)} | extra | found)
+
+
+def clock(device: str) -> float:
+    """Seconds, after all that was started on the device is done."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def pick_device() -> str:
+    """cuda where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def status_bytes(name: str) -> int:
+    """VmRSS (resident now) or VmHWM (most ever) of this process, bytes."""
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
+    except OSError:  # no Linux. (There, ru_maxrss would include what the parent held when it started us.)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory so far: allocated on the GPU, or resident, the imported libraries included."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return status_bytes("VmHWM")
+
+
+def held_bytes(device: str) -> int:
+    """Memory held now; called after the imports it is the part that is not the variant's own."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return status_bytes("VmRSS")
+
+
+# ------------------------------------------------------------------------------------------------------------
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
 # step: the same update by update.update and by TRL's GRPOTrainer.
 #
 # Settings in which both are the same mathematics: loss a mean over all response tokens of the batch (TRL's
@@ -106,7 +243,7 @@ SETTINGS = {
 # TRL makes its advantages from rewards: their mean is 0 in each group of 8, and scale_rewards is "none".
 
 
-def step_config(s: dict):
+def step_config(s: dict) -> "PretrainedConfig":
     """Qwen2 with heads of 64; 8 layers of width 256 have 7.9M parameters beside the (tied) embedding."""
     from transformers import Qwen2Config
 
@@ -119,7 +256,7 @@ def step_config(s: dict):
     )  # fmt: skip
 
 
-def step_model(s: dict):
+def step_model(s: dict) -> "PreTrainedModel":
     """The model with random weights, the same in every process."""
     import torch
     from transformers import Qwen2ForCausalLM
@@ -149,7 +286,7 @@ def step_rollouts(s: dict, spread: bool = False) -> list[dict]:
     return batch
 
 
-def step_args(s: dict):
+def step_args(s: dict) -> argparse.Namespace:
     """The trainer's flags for this update; those in s["train_args"] win."""
     import train_grpo
 
@@ -252,7 +389,7 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
     trainer.train()
 
 
-def step_flops(config, batch: list[dict]) -> list[tuple]:
+def step_flops(config: "PretrainedConfig", batch: list[dict]) -> list[tuple]:
     """[(kind, in, out, FLOPs)] of one update without any waste: no padding, nothing computed twice.
 
     A matrix [in, out] costs 2 in out per token forward, as much for the gradient of its input and again for
@@ -377,7 +514,7 @@ def gradient_distance(folder: str, variant: str) -> float:
 # logprobs: values and gradients of log-probs from hidden states
 
 
-def full_logps(hidden, weight, targets):
+def full_logps(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor") -> tuple:
     """The naive version: all logits [T, V] at once; log-probs and entropies [T]."""
     import torch
 
@@ -594,7 +731,7 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
         tell(seconds=(clock(device) - after) / found["tokens"], sync=after - before, **found)
 
 
-def sampler_model(s: dict):
+def sampler_model(s: dict) -> tuple:
     """(tokenizer of the toy, a Llama with random weights of the wanted size)."""
     import torch
     from transformers import LlamaForCausalLM

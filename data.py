@@ -20,9 +20,13 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LETTERS = "ABCDEFGHIJ"
 MODES = ("exact", "max", "both", "none")
@@ -73,7 +77,12 @@ def option_letters(problem: str) -> str:
 
 
 def budget_prompt(
-    problem: str, budget: int | None, mode: str | None, kind: str = "math", wording: str = "l1", apart=False
+    problem: str,
+    budget: int | None,
+    mode: str | None,
+    kind: str = "math",
+    wording: str = "l1",
+    apart: bool = False,
 ) -> str:
     """The user turn: the problem and, where `budget` (tokens) is not None, the sentence that asks for it.
 
@@ -108,7 +117,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub id; BadInput where there is none."""
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if os.path.isdir(name):
@@ -125,8 +134,13 @@ def load_tokenizer(name: str):
         raise BadInput(f"tokenizer {name!r} could not be loaded: {first_line(error)}") from error
 
 
+<<<<<<< HEAD
 def load_config(path: str, tokenizer=None):
     """Configuration of a model folder or hub id; BadInput where it is missing or unfit for `tokenizer`."""
+=======
+def load_config(path: str, tokenizer=None) -> "PretrainedConfig":
+    """Configuration of a model folder or hub id; BadInput where none is, or it does not fit `tokenizer`."""
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
     from transformers import AutoConfig
 
     try:
@@ -281,7 +295,7 @@ def split_turn(messages: list[dict], budget: int | None, mode: str | None) -> di
     return plain | {"prompt": content, "budget": budget, "mode": mode}
 
 
-def user_text(prompt):
+def user_text(prompt: str | list[dict]) -> str | None:
     """The text of the last user turn of a list of messages; anything else as it is."""
     if not isinstance(prompt, list):
         return prompt
@@ -400,14 +414,14 @@ PRESETS = {
 # From a record to a problem
 
 
-def clean_text(value) -> str | None:
+def clean_text(value: object) -> str | None:
     """A stripped, non-empty string, or None; JSON may carry half a surrogate pair, which no file can hold."""
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         return None
     return value.strip() or None
 
 
-def clean_answer(value) -> str | list[str] | None:
+def clean_answer(value: object) -> str | list[str] | None:
     """One gold answer or a list of which any may match; None where there is none."""
     if isinstance(value, (list, tuple)):
         answers = list(dict.fromkeys(a for a in map(clean_answer, value) if isinstance(a, str)))
@@ -426,7 +440,7 @@ def clean_answer(value) -> str | list[str] | None:
     return None if text in (None, "", "None", "null", "nan", "NaN") else text
 
 
-def answer_letter(value, choices: list[str] | None) -> str | None:
+def answer_letter(value: object, choices: list[str] | None) -> str | None:
     """The letter of a gold that is a letter, an index from 0 (as in MMLU) or the whole text of an option."""
     letters = LETTERS[: len(choices)] if choices else LETTERS
     text = clean_answer(value)
@@ -441,7 +455,7 @@ def answer_letter(value, choices: list[str] | None) -> str | None:
     return readings.pop() if len(readings) == 1 else None
 
 
-def clean_choices(value) -> list[str]:
+def clean_choices(value: object) -> list[str]:
     """The option texts without their "(A)" or "A." labels, in order."""
     if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(LETTERS):
         raise Skip(f"choices are not a list of 2 to {len(LETTERS)}")
@@ -467,7 +481,7 @@ def show_problem(row: dict, choices: list[str] | None) -> str | None:
     return "\n".join([text, *round_] if passage else [text, "", "Options:", *dotted])
 
 
-def clean_level(value) -> int | float | str | None:
+def clean_level(value: object) -> int | float | str | None:
     """5, 5.0 and "Level 5" are one level."""
     text = str(value).strip().removeprefix("Level ")
     if not re.fullmatch(r"\d+(\.\d+)?", text):
@@ -574,7 +588,7 @@ def json_lists(row: dict) -> dict:
     return lists
 
 
-def read_hub(hub_id: str, configs: tuple, split: str | None):
+def read_hub(hub_id: str, configs: tuple, split: str | None) -> tuple:
     """A dataset of the Hugging Face hub, or a local folder laid out like one: (rows, columns)."""
     import datasets
 
@@ -600,7 +614,7 @@ def read_hub(hub_id: str, configs: tuple, split: str | None):
     return (row for part in parts for row in part), parts[0].column_names
 
 
-def open_source(name: str, split: str | None):
+def open_source(name: str, split: str | None) -> tuple:
     """A file, preset, folder or hub id -> (records, columns, layout or None, short name)."""
     stem = re.sub(SUFFIX, "", os.path.basename(name.rstrip("/")))
     if os.path.isfile(name):
@@ -625,7 +639,7 @@ def open_source(name: str, split: str | None):
     return *read_hub(hub_id, (config,) if config else (), split), None, stem
 
 
-def draw_1000(records) -> list:
+def draw_1000(records: Iterable) -> list:
     """The 1,000 rows that L1 drew: the first of numpy's old shuffle with seed 42."""
     records = list(records)
     order = np.arange(len(records))
@@ -633,7 +647,7 @@ def draw_1000(records) -> list:
     return [records[i] for i in order[:1000]]
 
 
-def find_layout(columns: list[str], layout: str | None, name: str, need_answer: bool = True):
+def find_layout(columns: list[str], layout: str | None, name: str, need_answer: bool = True) -> Callable:
     """The function that reads these columns; BadInput with the columns found and those wanted."""
     has_text = "problem" in columns or "question" in columns
     is_plain = has_text and ("answer" in columns or "answers" in columns or not need_answer)
@@ -645,7 +659,9 @@ def find_layout(columns: list[str], layout: str | None, name: str, need_answer: 
     raise BadInput(f"{name} has the columns {', '.join(map(str, columns)) or '(none)'}; wanted: {wanted}")
 
 
-def to_problems(records, function: Callable, name: str, tally: Counter, need_answer=True) -> Iterator[dict]:
+def to_problems(
+    records: Iterable, function: Callable, name: str, tally: Counter, need_answer: bool = True
+) -> Iterator[dict]:
     """The records that are problems; `tally` counts all as "read" and the others by reason."""
     for index, record in enumerate(records):
         tally["read"] += 1
@@ -666,7 +682,11 @@ def reasons(counts: Counter) -> str:
 
 
 def load_problems(
-    name_or_path: str, split: str | None = None, limit: int | None = None, counts=None, need_answer=True
+    name_or_path: str,
+    split: str | None = None,
+    limit: int | None = None,
+    counts: Counter | None = None,
+    need_answer: bool = True,
 ) -> list[dict]:
     """The first `limit` problems of a file, a preset, a hub id (owner/name[:config]) or a folder."""
     records, columns, layout, name = open_source(name_or_path, split)

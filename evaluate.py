@@ -58,7 +58,7 @@ PROTOCOLS = {
 # Reading samples
 
 
-def check_sample(sample, need: tuple) -> dict:
+def check_sample(sample: object, need: tuple) -> dict:
     """The sample, token counts as int; BadInput (without the line's number) if it breaks the contract."""
     if not isinstance(sample, dict):
         raise BadInput(f"it is a {type(sample).__name__}, not an object with the fields {', '.join(need)}")
@@ -123,7 +123,13 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def plan(
-    problems: list[dict], budgets: list, mode: str, wording: str, tokenizer, context: int, max_tokens=None
+    problems: list[dict],
+    budgets: list,
+    mode: str,
+    wording: str,
+    tokenizer,
+    context: int,
+    max_tokens: int | None = None,
 ) -> Iterator[dict]:
     """One request per budget and problem: {"problem", "budget", "prompt", "ids", "max_tokens"}.
 

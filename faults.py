@@ -15,6 +15,7 @@ import shlex
 import signal
 import time
 import traceback
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -33,7 +34,7 @@ ASKED = {"signal": 0, "when": 0.0, "at_once": False}
 
 
 @contextlib.contextmanager
-def signals():
+def signals() -> Iterator[None]:
     """From here on SIGTERM and SIGINT only ask for an end; a second Ctrl-C, a second later, forces it."""
 
     def ask(number, frame):
@@ -56,7 +57,7 @@ def signals():
 
 
 @contextlib.contextmanager
-def interruptible():
+def interruptible() -> Iterator[None]:
     """What runs in here is broken off by a signal, with Stopped; one that came before is heeded first."""
     ASKED["at_once"] = True
     try:

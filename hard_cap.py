@@ -9,8 +9,10 @@ has the rest up to `max_tokens`. A model trained for "up to N tokens" mostly sta
 the guarantee for the rest. Requests without `think_cap` are left alone.
 """
 
+from collections.abc import Callable
 from functools import partial
 
+import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -18,7 +20,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
-def force_close(close: list[int], cap: int, output_ids: list[int], logits):
+def force_close(close: list[int], cap: int, output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
     """`logits` [vocabulary] of the next token: nothing but its part of `close` where the cap asks for it."""
     start = cap - len(close)  # of the forced tokens: the last one is number `cap` of the response
     at = len(output_ids) - start
@@ -50,7 +52,7 @@ class HardCap(AdapterLogitsProcessor):
         """False: greedy decoding has to see the forced tokens, too."""
         return False
 
-    def new_req_logits_processor(self, params: SamplingParams):
+    def new_req_logits_processor(self, params: SamplingParams) -> Callable | None:
         """The function for one request, or None: no cap was asked for."""
         cap = (params.extra_args or {}).get("think_cap")
         return cap and partial(force_close, self.close, max(cap, len(self.close)))

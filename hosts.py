@@ -9,13 +9,18 @@ there: it says which one it misses. The README has the lines to copy ("Use it fr
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 # verl loads this file by its path, in Ray workers that do not know its folder.
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 from rewards import REWARDS, check_answers, response_length  # noqa: E402
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    from transformers import PreTrainedTokenizerBase
 
 # Their reward of a response depends on the others to its prompt (grpo_lambda: on the whole batch).
 GROUP_REWARDS = (
@@ -61,7 +66,7 @@ def score(
     return REWARDS[reward](table, **options).reshape(-1).tolist(), table
 
 
-def trl_reward(reward: str, tokenizer, group_size: int = 1, **options):
+def trl_reward(reward: str, tokenizer, group_size: int = 1, **options) -> Callable:
     """A reward function for TRL's GRPOTrainer; the columns of its data set are those of --export trl.
 
     `group_size`: its num_generations, for rewards that compare; each process must then hold whole groups.
@@ -78,16 +83,17 @@ def trl_reward(reward: str, tokenizer, group_size: int = 1, **options):
 
 
 @lru_cache
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder or hub id, loaded once."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
 
 
 def compute_score(
-    data_source, solution_str, ground_truth, extra_info=None, reward="lcpo_exact", tokenizer=None, ids=None,
-    **options,
-):  # fmt: skip
+    data_source: str, solution_str: str, ground_truth: str | list, extra_info: dict | None = None,
+    reward: str = "lcpo_exact", tokenizer=None, ids: list[int] | None = None, **options,
+) -> dict:  # fmt: skip
     """verl's custom_reward_function, one response a call: {"score", "acc", "length"}; extra_info has the row.
 
     Stock managers pass text without special tokens: it is encoded again by `tokenizer` (a name or path, from
@@ -106,8 +112,14 @@ def compute_score(
 
 
 def compute_scores(
-    data_sources, solution_strs, ground_truths, extra_infos, reward="lcpo_exact", tokenizer=None, **options
-):
+    data_sources: list,
+    solution_strs: list,
+    ground_truths: list,
+    extra_infos: list,
+    reward: str = "lcpo_exact",
+    tokenizer=None,
+    **options,
+) -> list:
     """The same for verl's BatchRewardManager: a list of scores, with the rewards that compare a group.
 
     extra_info["index"] says which responses belong together. verl 0.9.1's own trainer has no batch manager.
@@ -127,7 +139,7 @@ def compute_scores(
 
 
 @lru_cache
-def verl_reward_manager():
+def verl_reward_manager() -> type:
     """The class that verl knows as VerlRewardManager: compute_score with the ids that were generated."""
     from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
@@ -155,7 +167,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def open_instruct_score(ids, label: str, tokenizer, reward="lcpo_exact", **options) -> float:
+def open_instruct_score(
+    ids: list[int], label: str, tokenizer, reward: str = "lcpo_exact", **options
+) -> float:
     """The score of an open-instruct verifier; `label` is the column `row` of --export open-instruct.
 
     open-instruct multiplies it by the verifier's weight and by --verification_reward (10). It hands over one
@@ -174,6 +188,7 @@ def open_instruct_score(ids, label: str, tokenizer, reward="lcpo_exact", **optio
 
 
 def user_turn(row: dict) -> list[dict]:
+    """The prompt as a list of one message."""
     return [{"role": "user", "content": row["prompt"]}]
 
 

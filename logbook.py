@@ -49,7 +49,9 @@ def length_metrics(rollouts: dict) -> dict:
     return out
 
 
-def step_metrics(step: int, rollouts: dict, total, parts: dict, trained: dict, seconds: dict) -> dict:
+def step_metrics(
+    step: int, rollouts: dict, total: np.ndarray, parts: dict, trained: dict, seconds: dict
+) -> dict:
     """All that metrics.jsonl holds of a step; `trained` is what update() and the others measured."""
     m = {"step": step, "reward": total.mean(), "reward_std": total.std(-1).mean()}
     m |= {f"reward_{name}": part.mean() for name, part in parts.items()}
@@ -75,7 +77,7 @@ def peak_memory() -> float:
 # Where it is told
 
 
-def make_log(args, state):
+def make_log(args, state) -> tuple:
     """(tqdm bar or None, function that prints a line): bar on a terminal, lines elsewhere, one rank only."""
     from tqdm import tqdm
 
@@ -153,7 +155,7 @@ def show_step(m: dict, args, bar, log) -> None:
 show_step.quiet_until = 0.0  # of time.monotonic
 
 
-def show_samples(groups, rows, total, log) -> None:
+def show_samples(groups: list, rows: list[dict], total: np.ndarray, log) -> None:
     """Three decoded responses of the first step and what they earned: most mistakes can be seen here."""
     for row, group, line in list(zip(rows, groups, total, strict=True))[:3]:
         r, text = group[0], group[0]["text"]

@@ -187,7 +187,9 @@ def sequence_ratio(logp: torch.Tensor, old_logp: torch.Tensor, row: torch.Tensor
     return (row_sum(logp - old_logp, row, n) / tokens).exp()[row]
 
 
-def tis_weight(old_logp, sampler_logp, cap: float, row=None) -> torch.Tensor:
+def tis_weight(
+    old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float, row: torch.Tensor | None = None
+) -> torch.Tensor:
     """Truncated importance weight min(exp(old - sampler), cap) per token [T], without gradient.
 
     It corrects for a sampler whose numerics differ from the trainer's. With `row`: one weight per response,
@@ -270,14 +272,28 @@ def drpo_objective(
     return loss + kl_coef / 2 * (kl - kl_delta).clamp(min=0).square()
 
 
-def drpo_loss(logp, old_logp, row, group, correct, **constants) -> torch.Tensor:
+def drpo_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    row: torch.Tensor,
+    group: torch.Tensor,
+    correct: torch.Tensor,
+    **constants,
+) -> torch.Tensor:
     """drpo_objective from the token values [T] of one batch; its KL is the mean of old_logp - logp."""
     length = row_sum(torch.ones_like(logp), row, len(group))
     score = row_sum(logp, row, len(group)) / length.clamp(min=1)
     return drpo_objective(score, length, group, correct, (old_logp - logp).mean(), **constants)
 
 
-def drpo_weights(score, length, group, correct, kl, **constants) -> tuple[torch.Tensor, torch.Tensor]:
+def drpo_weights(
+    score: torch.Tensor,
+    length: torch.Tensor,
+    group: torch.Tensor,
+    correct: torch.Tensor,
+    kl: torch.Tensor,
+    **constants,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, its derivative [N] by each token's logp) at the given scores: sum(weight logp) has its gradient.
 
     A question's answers may so lie in different micro-batches: only the N scores are needed all at once.

@@ -15,6 +15,7 @@ lists and dicts. A response is a dict {"prompt_ids", "ids", "logps", "text", "le
 import inspect
 import math
 import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -112,17 +113,17 @@ def key(row: dict) -> str:
 # Before sampling: budgets of a curriculum, caps
 
 
-def linear(t, start: float = 256, end: float = 87, steps: int = 600) -> float:
+def linear(t: int, start: float = 256, end: float = 87, steps: int = 600) -> float:
     """From start to end tokens in equal differences; then it stays. Train Long, Think Short, 2508.08940."""
     return start + (end - start) * min(1, t / steps)
 
 
-def exponential(t, start: float = 256, end: float = 87, steps: int = 600) -> float:
+def exponential(t: int, start: float = 256, end: float = 87, steps: int = 600) -> float:
     """From start to end tokens in equal ratios; then it stays."""
     return start * (end / start) ** min(1, t / steps)
 
 
-def staircase(t, start: float = 256, gamma: float = 0.7, period: int = 150) -> float:
+def staircase(t: int, start: float = 256, gamma: float = 0.7, period: int = 150) -> float:
     """max(1, start gamma^floor(t / period)): the paper's own schedule, 2508.08940."""
     return float(curriculum_budget(t, start, gamma, period))
 
@@ -163,14 +164,14 @@ def response_cap(row: dict, args, memory: dict) -> int:
 HBPO_BUDGETS = (512, 1024, 2048, 2560)
 
 
-def plain(row, n, tokenizer) -> list[dict]:
+def plain(row: dict, n: int, tokenizer) -> list[dict]:
     """n responses to the prompt as it is."""
     return [{"prompt_ids": encode_prompt(tokenizer, row["prompt"]), "n": n}]
 
 
 def hbpo(
-    row, n, tokenizer, budgets=HBPO_BUDGETS, prefix="I will answer the question within {} tokens.",
-    in_prompt=False,
+    row: dict, n: int, tokenizer, budgets: Sequence[int] = HBPO_BUDGETS,
+    prefix: str = "I will answer the question within {} tokens.", in_prompt: bool = False,
 ) -> list[dict]:  # fmt: skip
     """n/K responses for each of K budgets, named by the first sentence of the thinking. 2507.15844.
 
@@ -185,7 +186,9 @@ def hbpo(
     return made
 
 
-def adaptthink(row, n, tokenizer, think_word: str | None = "Alright", no_think_tokens: int | None = None):
+def adaptthink(
+    row: dict, n: int, tokenizer, think_word: str | None = "Alright", no_think_tokens: int | None = None
+) -> list[dict]:
     """Half of the group begins with a forced </think>, the other half with `think_word`. 2505.13417.
 
     The first token is trained: its behaviour probability is 1/2, whatever the policy's is. With think_word
@@ -203,7 +206,7 @@ def adaptthink(row, n, tokenizer, think_word: str | None = "Alright", no_think_t
     return [quick | {"mix": {None: fixed}}, slow | {"forced": word, "mix": {None: fixed}}]
 
 
-def elastic(row, n, tokenizer, think: int = 1024, solution: int = 1024) -> list[dict]:
+def elastic(row: dict, n: int, tokenizer, think: int = 1024, solution: int = 1024) -> list[dict]:
     """At most `think` tokens of thinking, a forced </think>, `solution` tokens after it. 2505.05315."""
     end = tuple(tokenizer.encode("</think>", add_special_tokens=False))
     return [plain(row, n, tokenizer)[0] | {"cap": think, "solution": (end, solution)}]
@@ -213,7 +216,7 @@ LEVELS = ("short", "medium", "long")
 LEVEL_TEXTS = ("Keep the reasoning short.", "Reason at medium length.", "Reason at length.")
 
 
-def levels(row, n, tokenizer, texts=LEVEL_TEXTS) -> list[dict]:
+def levels(row: dict, n: int, tokenizer, texts: Sequence[str] = LEVEL_TEXTS) -> list[dict]:
     """A line of the prompt asks for short, medium or long reasoning: the levels take turns. 2505.07961."""
     at = row.get("position", 0) % 3
     ids = encode_prompt(tokenizer, row["prompt"] + "\n" + texts[at])
@@ -223,7 +226,7 @@ def levels(row, n, tokenizer, texts=LEVEL_TEXTS) -> list[dict]:
 MODE_TEXTS = ("[Please answer with Short CoT]", "[Please answer with Long CoT]")
 
 
-def modes(row, n, tokenizer, texts=MODE_TEXTS) -> list[dict]:
+def modes(row: dict, n: int, tokenizer, texts: Sequence[str] = MODE_TEXTS) -> list[dict]:
     """Half of the group is told to think short, the other half long. 2505.20101."""
     prompts = [encode_prompt(tokenizer, row["prompt"] + "\n" + text) for text in texts]
     return [{"prompt_ids": ids, "n": n // 2, "tags": {"long_mode": k}} for k, ids in enumerate(prompts)]
@@ -302,6 +305,7 @@ def sample(
     return groups
 
 
+<<<<<<< HEAD
 def add_forced(r: dict, q: dict) -> None:
     """Makes a response whole: forced tokens, prompt, notes, and what the policy would have begun with."""
     r |= {"prompt_ids": q["prompt_ids"], "ids": q["forced"] + r["ids"], **q["tags"]}
@@ -313,6 +317,11 @@ def add_forced(r: dict, q: dict) -> None:
 
 
 def add_solutions(sampler, responses: list[dict], end: tuple, solution: int, temperature, seed) -> None:
+=======
+def add_solutions(
+    sampler, responses: list[dict], end: tuple, solution: int, temperature: float, seed: int
+) -> None:
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
     """Elastic Reasoning's second budget: </think> where the first one is used up, then `solution` tokens."""
     unfinished = []
     for r in responses:
@@ -362,7 +371,16 @@ def monitor_rows(rows: list[dict], step: int, args) -> list[dict]:
     return [rows[i] for i in np.random.default_rng([args.seed, 77]).choice(len(rows), size, replace=False)]
 
 
-def laser_targets(correct, length, l_max, every=20, size=500, samples=8, low=1024, step=1024) -> dict:
+def laser_targets(
+    correct: np.ndarray,
+    length: np.ndarray,
+    l_max: int,
+    every: int = 20,
+    size: int = 500,
+    samples: int = 8,
+    low: int = 1024,
+    step: int = 1024,
+) -> dict:
     """LASER-D's targets {"easy", "medium", "hard"} in tokens from a monitor set [M, n]. 2505.15612 (code).
 
     Class by the share of right answers, borders 1/3 and 2/3. Target: the least T = low, low + step, ...
@@ -390,7 +408,14 @@ def set_targets(groups: list[list[dict]], args, memory: dict) -> None:
     memory["laser"] = laser_targets(correct, length, args.max_tokens, **args.method_args)
 
 
-def palu_budget(target, correct, length, l_max: int, c: float = 0.8, tau: float = 0.5) -> int:
+def palu_budget(
+    target: float | None,
+    correct: np.ndarray,
+    length: np.ndarray,
+    l_max: int,
+    c: float = 0.8,
+    tau: float = 0.5,
+) -> int:
     """PALU's next budget of a prompt from its group of this epoch [G]. 2510.10168, second-hand.
 
     Pass rate >= c: less by Q_1 - Q_(1 - tau) of the right answers' lengths (at least 1 is left); else l_max.
@@ -401,7 +426,7 @@ def palu_budget(target, correct, length, l_max: int, c: float = 0.8, tau: float 
     return max(1, int(target - (right.max() - np.quantile(right, 1 - tau))))
 
 
-def word_range(budget, width: float = 0.1) -> list[float]:
+def word_range(budget: int | None, width: float = 0.1) -> list[float]:
     """LongWriter-Zero's range around a budget, for rows that bring no "range" of their own."""
     return [budget * (1 - width), budget * (1 + width)]
 
@@ -435,7 +460,7 @@ def cut_outliers(groups: list[list[dict]], rows: list[dict], tokenizer, args) ->
         r["correct"] = int(right)
 
 
-def load_conciseness(path: str, device):
+def load_conciseness(path: str, device) -> Callable:
     """A function texts -> scores in [0, 1]: the sigmoid of a one-label classifier's logit on each text."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -464,7 +489,7 @@ def load_conciseness(path: str, device):
     return score
 
 
-def score_conciseness(groups: list[list[dict]], score) -> None:
+def score_conciseness(groups: list[list[dict]], score: Callable | None) -> None:
     """CRF's r["conciseness"] from the reward model; nothing without one."""
     flat = sum(groups, []) if score else []
     for r, value in zip(flat, score([r["text"] for r in flat]) if score else [], strict=True):
@@ -523,7 +548,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def option(name: str, args):
+def option(name: str, args) -> object:
     """A constant of --method-args, or its default."""
     return args.method_args.get(name, inspect.signature(METHODS[args.reward]).parameters[name].default)
 

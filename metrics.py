@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 import rewards
 
@@ -37,7 +38,7 @@ PATTERN = re.compile(rf"\b(?:{PATTERN})\b")
 # 1. Metrics: pure functions of numbers
 
 
-def length_error(length, budget) -> dict:
+def length_error(length: ArrayLike, budget: ArrayLike) -> dict:
     """Mean, mean absolute and root mean square of (length - budget) / budget; one budget or one each."""
     budget = np.asarray(budget, float)
     error = (np.asarray(length, float) - budget) / budget
@@ -45,23 +46,23 @@ def length_error(length, budget) -> dict:
     return {"signed": error.mean(), "mean_abs": np.abs(error).mean(), "rmse": np.sqrt((error**2).mean())}
 
 
-def over_budget(length, budget) -> dict:
+def over_budget(length: ArrayLike, budget: ArrayLike) -> dict:
     """Shares longer than the budget ("hard") and longer by more than 500 tokens ("soft500"), as in L1."""
     excess = np.asarray(length) - np.asarray(budget)
     return {"hard": (excess > 0).mean(), "soft500": (excess > 500).mean()}
 
 
-def exceed(length, limit: int = EXCEED) -> dict:
+def exceed(length: ArrayLike, limit: int = EXCEED) -> dict:
     """Share of responses above a fixed number of tokens: "Exceed" of GDPO (arXiv 2601.05242)."""
     return {"share": (np.asarray(length) > limit).mean()}
 
 
-def within10(length, budget) -> dict:
+def within10(length: ArrayLike, budget: ArrayLike) -> dict:
     """Share of lengths at most 10% away from the budget; in integers, so that exactly 10% is inside."""
     return {"share": (10 * np.abs(np.asarray(length) - budget) <= np.asarray(budget)).mean()}
 
 
-def log_linear_fit(tokens, accuracy) -> dict:
+def log_linear_fit(tokens: ArrayLike, accuracy: ArrayLike) -> dict:
     """Least squares accuracy = intercept + slope * log(tokens), both bases; nan without two token counts."""
     x, y = np.log(np.asarray(tokens, float)), np.asarray(accuracy, float)
     if len(x) < 2 or np.ptp(x) == 0:
@@ -73,7 +74,9 @@ def log_linear_fit(tokens, accuracy) -> dict:
     return {"slope_ln": slope, "slope_log10": slope * math.log(10), "intercept": intercept, "r2": r2}
 
 
-def area_under_curve(tokens, accuracy, low: float | None = None, high: float | None = None) -> dict:
+def area_under_curve(
+    tokens: ArrayLike, accuracy: ArrayLike, low: float | None = None, high: float | None = None
+) -> dict:
     """Mean height of the accuracy-length curve over the LOGARITHM of the tokens from `low` to `high`.
 
     Points are joined by straight lines; the ends default to the shortest and the longest point. An area in
@@ -96,7 +99,7 @@ def pass_one(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def pass_at_k(n, c, k) -> dict:
+def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> dict:
     """Unbiased pass@k, 1 - C(n-c, k) / C(n, k), of problems with c right among n samples; k <= every n."""
     each = [pass_one(ni, ci, k) for ni, ci in zip(n, c, strict=True)]
     return {"per_problem": each, "mean": sum(each) / len(each)}
@@ -117,17 +120,17 @@ def majority_at_k(answers: list, correct: list, k: int) -> float:
     return sum(won) / len(won)
 
 
-def trimmed_quantiles(values, probs=QUANTILES) -> list[float]:
+def trimmed_quantiles(values: ArrayLike, probs: ArrayLike = QUANTILES) -> list[float]:
     """Quantiles with linear interpolation; the outer two of the default are where the violins are cut."""
     return np.quantile(np.asarray(values, float), probs).tolist()
 
 
-def standard_error(means) -> float:
+def standard_error(means: ArrayLike) -> float:
     """Standard error of the mean over problems (ddof 1); nan for a single problem."""
     return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
 
 
-def correlation(requested, produced) -> float:
+def correlation(requested: ArrayLike, produced: ArrayLike) -> float:
     """Pearson correlation of requested and produced length; nan where one of them does not vary."""
     x, y = np.asarray(requested, float), np.asarray(produced, float)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -135,7 +138,7 @@ def correlation(requested, produced) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def castillo(lengths) -> dict:
+def castillo(lengths: ArrayLike) -> dict:
     """Statistics of the lengths of one prompt's responses, as CASTILLO stores them (arXiv 2505.16881).
 
     Its kind of standard deviation is not stated; here the population's (divided by n).
@@ -154,7 +157,7 @@ def pattern_counts(text: str) -> list[int]:
     return [found[group] for group in PATTERNS]
 
 
-def pattern_rates(texts: list[str], tokens) -> dict:
+def pattern_rates(texts: list[str], tokens: ArrayLike) -> dict:
     """Occurrences per 1,000 tokens of each group of PATTERNS, over all texts together."""
     total = np.sum([pattern_counts(text) for text in texts], 0)
     return dict(zip(PATTERNS, 1000 * total / np.sum(tokens), strict=True))
@@ -175,7 +178,7 @@ def ruler_pm_fm(target: list, count: list[int]) -> dict:
     return {"pm": pm, "fm": fm, "pm_share": np.mean(pm), "fm_share": np.mean(fm)}
 
 
-def yapscore(chars, baseline) -> list[int]:
+def yapscore(chars: ArrayLike, baseline: ArrayLike) -> list[int]:
     """Characters beyond the shortest sufficient answer, never below 0 (YapBench, arXiv 2601.00624)."""
     return np.maximum(0, np.asarray(chars) - np.asarray(baseline)).tolist()
 
@@ -185,7 +188,15 @@ def yapindex(scores: dict[str, list]) -> float:
     return float(np.mean([np.median(values) for values in scores.values()]))
 
 
-def length_controlled_winrate(len_baseline, len_model, gamma, theta, phi, psi, std) -> dict:
+def length_controlled_winrate(
+    len_baseline: ArrayLike,
+    len_model: ArrayLike,
+    gamma: ArrayLike,
+    theta: float,
+    phi: float,
+    psi: float,
+    std: float,
+) -> dict:
     """Win rates in percent under AlpacaEval's model, as it is and with its length term left out.
 
     P(model preferred) = sigmoid(theta + phi tanh((len_baseline - len_model) / std) + psi gamma), lengths in
@@ -197,7 +208,13 @@ def length_controlled_winrate(len_baseline, len_model, gamma, theta, phi, psi, s
     return {"raw": 100 * raw.mean(), "lc": 100 * controlled.mean()}
 
 
-def fit_length_control(len_baseline, len_model, gamma, preference, ridge: float = 1e-3) -> dict:
+def fit_length_control(
+    len_baseline: ArrayLike,
+    len_model: ArrayLike,
+    gamma: ArrayLike,
+    preference: ArrayLike,
+    ridge: float = 1e-3,
+) -> dict:
     """theta, phi, psi and std of the model above by Newton's method; `preference` from 0 to 1.
 
     A light ridge keeps it finite where one side always wins. AlpacaEval chooses an L1 penalty by cross-
@@ -235,14 +252,14 @@ def resamples(problems: int, draws: int | None = None, seed: int = 0) -> Iterato
         yield np.bincount(drawn.ravel(), minlength=rows * problems).reshape(rows, -1).astype(np.float32)
 
 
-def interval(replicas) -> list[float]:
+def interval(replicas: ArrayLike) -> list[float]:
     """95% percentile interval; draws in which the figure has no meaning are left out."""
     known = np.asarray(replicas, float)
     known = known[np.isfinite(known)]
     return np.quantile(known, [0.025, 0.975]).tolist() if len(known) else [math.nan, math.nan]
 
 
-def ratio(top, bottom) -> np.ndarray:
+def ratio(top: ArrayLike, bottom: ArrayLike) -> np.ndarray:
     """top / bottom; nan, without a warning, where nothing was counted."""
     top, bottom = np.asarray(top, float), np.asarray(bottom, float)
     return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, math.nan), where=bottom > 0)
@@ -531,7 +548,9 @@ def curve(points: list[tuple], drawn: list[dict] = ()) -> dict:
     return out
 
 
-def summarise(table: dict, trained=None, limit: int = EXCEED, seed: int = 0) -> tuple[dict, dict]:
+def summarise(
+    table: dict, trained: list[int] | None = None, limit: int = EXCEED, seed: int = 0
+) -> tuple[dict, dict]:
     """({data set: {"budgets": {"512": figures, "none": figures}, "mean", ...}}, {data set: {budget: draws}}).
 
     Budgets beyond 64 (a uniform draw) get no intervals of their own.
@@ -575,7 +594,7 @@ def mean_over_sets(datasets: dict, draws: dict) -> dict:
     return {keys[b]: mean_of(sets[b], rows[b]) | {"n": sum(c["n"] for c in sets[b])} for b in shared}
 
 
-def shortest(draws: dict, budget) -> int:
+def shortest(draws: dict, budget: int | None) -> int:
     """Fewest bootstrap draws that any data set has at this budget (large sets have fewer)."""
     return min(len(d[budget].get("accuracy", ())) for d in draws.values())
 
@@ -606,7 +625,7 @@ def problem_records(table: dict, limit: int = EXCEED) -> Iterator[dict]:
                     yield record | ({"length": castillo(groups[row])} if many else {})
 
 
-def jsonable(value):
+def jsonable(value: object) -> object:
     """The same value for json: numpy scalars become Python numbers, nan and infinity become null."""
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}

@@ -13,6 +13,7 @@ response that never ends would flatten all others. Figures in results.json alway
 
 import os
 import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def density(values: np.ndarray, least: float, points: int = 120) -> tuple[np.nda
     return grid, height / height.max()
 
 
-def plain_ticks(axis, values) -> None:
+def plain_ticks(axis, values: Sequence[float]) -> None:
     """Ticks at these values, written as plain numbers whatever the scale (no 2^10)."""
     axis.set_ticks(values, [f"{v:g}" for v in values])
     axis.set_ticks([], minor=True)
@@ -94,7 +95,7 @@ def error_bar(figures: dict, key: str, value: float) -> tuple[float, float]:
     return max(0.0, value - low), max(0.0, high - value)
 
 
-def length_axis(ax, lengths) -> None:
+def length_axis(ax, lengths: Sequence[float]) -> None:
     """A logarithmic length axis where lengths lie far apart: accuracy grows with the logarithm, if at all."""
     if max(lengths) > 8 * min(lengths) > 0:
         ax.set_xscale("log", base=2)
@@ -157,7 +158,16 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
     legend(ax)
 
 
-def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back, color) -> None:
+def violin(
+    ax,
+    budget: int,
+    length: np.ndarray,
+    cut: np.ndarray,
+    half: float,
+    to: Callable,
+    back: Callable,
+    color: str,
+) -> None:
     """One violin with its median; `half` its half width on the axis, `to` and `back` the axis' scale."""
     low, median, high = cut
     kept = length[(length >= low) & (length <= high)]

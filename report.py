@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Sequence
 
 import metrics
 import plots
@@ -20,12 +21,12 @@ TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_page
 LONGEST = 20_000  # characters of a response that are shown; what is left out of its middle is said
 
 
-def number(value, form: str = "{:.1%}") -> str:
+def number(value: float | None, form: str = "{:.1%}") -> str:
     """A figure as text; "-" where it is not known."""
     return "-" if value is None else form.format(value)
 
 
-def with_interval(value, ends, form: str = "{:.1%}") -> str:
+def with_interval(value: float | None, ends: Sequence[float] | None, form: str = "{:.1%}") -> str:
     """ "61.0% [58.2%, 63.9%]"; without the brackets where there is no interval."""
     if value is None or not ends or ends[0] is None:
         return number(value, form)

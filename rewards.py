@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import combinations
@@ -472,10 +473,18 @@ def check_answers(
 
 
 def is_correct(
-    response: str, gold: str | list[str], kind: str = "math", choices=None, require_think: bool = False
+    response: str,
+    gold: str | list[str],
+    kind: str = "math",
+    choices: list[str] | int | None = None,
+    require_think: bool = False,
 ) -> bool:
     """Whether one response, a whole completion or a bare answer, is right: check_answers for one."""
     return check_answers([response], [gold], [kind], [choices], require_think)[0][0]
+
+
+# What a reward that is a sum returns: [P, G], or with parts=True its terms by name.
+Parts = np.ndarray | dict[str, np.ndarray]
 
 
 def response_length(ids: list[int], count: str = "response", think_end: tuple[int, ...] = ()) -> int:
@@ -543,7 +552,7 @@ def correct(rollouts: dict) -> np.ndarray:
     return _c(rollouts)
 
 
-def lcpo_exact(rollouts: dict, alpha: float = 3e-4, parts: bool = False):
+def lcpo_exact(rollouts: dict, alpha: float = 3e-4, parts: bool = False) -> Parts:
     """c - alpha |budget - L|, alpha per token; wrong answers pay for length too. L1, 2503.04697 Eq. 1.
 
     No budget: c. The authors' first commit has alpha = 1/3000.
@@ -565,7 +574,9 @@ def lcpo_max(rollouts: dict, alpha: float = 3e-4, delta: float = 0.5, additive: 
     return _c(rollouts) * np.where(np.isnan(budget), 1.0, factor)
 
 
-def lcpo_dual(rollouts: dict, alpha_exact: float = 3e-4, alpha_max: float = 3e-4, delta: float = 0.5):
+def lcpo_dual(
+    rollouts: dict, alpha_exact: float = 3e-4, alpha_max: float = 3e-4, delta: float = 0.5
+) -> Parts:
     """lcpo_exact where the prompt's mode is "exact", lcpo_max where it is "max", else c. 2503.04697 (L1-Max).
 
     The authors' later code has one multiplier flag for both modes: exact prompts earn 0. Not copied.
@@ -575,7 +586,7 @@ def lcpo_dual(rollouts: dict, alpha_exact: float = 3e-4, alpha_max: float = 3e-4
     return np.where(mode == "exact", lcpo_exact(rollouts, alpha_exact), rest)
 
 
-def tulu_exact(rollouts: dict, scale: float = 8192, parts: bool = False):
+def tulu_exact(rollouts: dict, scale: float = 8192, parts: bool = False) -> Parts:
     """c + 1 - |L - budget| / scale tokens, not clamped; wrong answers keep the length term. No budget: c.
 
     AI2 blog "Results Replicating L1 for Tulu". open-instruct: scale 32768, everything times 10.
@@ -584,7 +595,7 @@ def tulu_exact(rollouts: dict, scale: float = 8192, parts: bool = False):
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(term)}, parts)
 
 
-def tulu_upto(rollouts: dict, scale: float = 8192, parts: bool = False):
+def tulu_upto(rollouts: dict, scale: float = 8192, parts: bool = False) -> Parts:
     """c + 1 - max(L - budget, 0) / scale tokens; wrong answers keep the length term. No budget: c. AI2 blog.
 
     The blog reports that it collapses to short answers: nothing pays for using the budget.
@@ -593,7 +604,7 @@ def tulu_upto(rollouts: dict, scale: float = 8192, parts: bool = False):
     return _sum({"correct": _c(rollouts), "length": np.nan_to_num(term)}, parts)
 
 
-def peaked_exact(rollouts: dict, tau: float = 6.0, parts: bool = False):
+def peaked_exact(rollouts: dict, tau: float = 6.0, parts: bool = False) -> Parts:
     """c + exp(-|L - budget| / tau), tau in tokens; wrong answers keep the length term. No budget: c. Ours.
 
     Steep near the target, where the linear rewards are flat; nearly 0 far away: tau must suit the budgets.
@@ -613,7 +624,9 @@ def longwriter_range(rollouts: dict, l_max: float = 14000) -> np.ndarray:
     return np.where(length < low, length / np.maximum(low, 1), np.where(length > high, above, 1.0))
 
 
-def gdpo_conditioned(rollouts: dict, limit: float = 4000, threshold: float = 1.0, parts: bool = False):
+def gdpo_conditioned(
+    rollouts: dict, limit: float = 4000, threshold: float = 1.0, parts: bool = False
+) -> Parts:
     """1 if L <= limit and c >= threshold: GDPO's conditioned LENGTH reward, 2601.05242 Eq. 8. Wrong 0.
 
     `parts` adds correctness, its companion under ADVANTAGES["gdpo"].
@@ -623,15 +636,16 @@ def gdpo_conditioned(rollouts: dict, limit: float = 4000, threshold: float = 1.0
     return {"correct": c, "length": term} if parts else term
 
 
-def curriculum_budget(step, b0: float = 256, gamma: float = 0.7, period: int = 150) -> np.ndarray:
+def curriculum_budget(step: int, b0: float = 256, gamma: float = 0.7, period: int = 150) -> np.ndarray:
     """max(1, b0 gamma^floor(step / period)) tokens, not rounded. Train Long, Think Short, 2508.08940."""
     return np.maximum(1.0, b0 * gamma ** np.floor(np.asarray(step, dtype=np.float64) / period))
 
 
 def curriculum_triangular(
-    rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256, gamma=0.7, period=150,
+    rollouts: dict, lam_c: float = 0.6, lam_l: float = 0.3, lam_f: float = 0.1, r_cor: float = 1.0,
+    r_max: float = 1.0, r_fmt: float = 1.0, b0: float = 256, gamma: float = 0.7, period: int = 150,
     parts: bool = False, band: bool = False,
-):  # fmt: skip
+) -> Parts:  # fmt: skip
     """lam_c r_cor c + lam_l R_len + lam_f r_fmt well_formed; R_len = r_max L/B to B, then down to 0 at 2B.
 
     B = curriculum_budget(step). Wrong answers keep R_len. 2508.08940; length-heavy weights are 0.3 / 0.6.
@@ -643,9 +657,10 @@ def curriculum_triangular(
 
 
 def curriculum_band(
-    rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256, gamma=0.7, period=150,
+    rollouts: dict, lam_c: float = 0.6, lam_l: float = 0.3, lam_f: float = 0.1, r_cor: float = 1.0,
+    r_max: float = 1.0, r_fmt: float = 1.0, b0: float = 256, gamma: float = 0.7, period: int = 150,
     parts: bool = False,
-):  # fmt: skip
+) -> Parts:  # fmt: skip
     """As curriculum_triangular, but R_len = r_max for every L <= B. 2508.08940: shorter, less right."""
     weights = (lam_c, lam_l, lam_f, r_cor, r_max, r_fmt, b0, gamma, period)
     return curriculum_triangular(rollouts, *weights, parts, band=True)
@@ -706,7 +721,7 @@ def crf(rollouts: dict, alpha: float = 0.2, s: float = 0.5) -> np.ndarray:
     return _c(rollouts) * (1 + bonus)
 
 
-def hapo_cosine(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool = False):
+def hapo_cosine(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool = False) -> Parts:
     """c + w r; f = cos(pi L / 2h) below 2h, then -1; right: r = max(clip, f), wrong: r = min(0, f).
 
     HAPO, 2505.11225. h = `history` [P]: the prompt's shortest correct length so far; None: r = 0.
@@ -717,7 +732,7 @@ def hapo_cosine(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool 
     return _sum({"correct": c, "length": w * term}, parts)
 
 
-def hapo_linear(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool = False):
+def hapo_linear(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool = False) -> Parts:
     """c + w r; right: r = 1 - L/h below h, 0 to 1.1h, then max(clip, 1.1 - L/h).
 
     Wrong: 0 to 1.1h, then max(-1, 1.1 - L/h). HAPO's linear variant, 2505.11225; h as in hapo_cosine.
@@ -730,7 +745,9 @@ def hapo_linear(rollouts: dict, w: float = 1.0, clip: float = -0.7, parts: bool 
     return _sum({"correct": c, "length": w * term}, parts)
 
 
-def surrogate_format_length(rollouts: dict, p: float = 0.5, l_max: float = 3072, parts: bool = False):
+def surrogate_format_length(
+    rollouts: dict, p: float = 0.5, l_max: float = 3072, parts: bool = False
+) -> Parts:
     """Well formed: 1 + R, else min(0, R). x = L/l_max; R = 1 - (1-x/p)^2 to p, then 1 - 2((x-p)/(1-p))^2.
 
     2505.19439; label-free: correctness is not used. The code's format reward also has steps of 0.5.
@@ -747,8 +764,13 @@ def palu(rollouts: dict, l_max: float = 4096) -> np.ndarray:
 
 
 def dapo_overlong(
-    rollouts: dict, l_max=20480, l_cache=4096, reward_correct=1.0, reward_wrong=-1.0, parts: bool = False
-):
+    rollouts: dict,
+    l_max: int = 20480,
+    l_cache: int = 4096,
+    reward_correct: float = 1.0,
+    reward_wrong: float = -1.0,
+    parts: bool = False,
+) -> Parts:
     """reward_correct or reward_wrong, and 0 to -1 over the last l_cache tokens before l_max, right or wrong.
 
     DAPO's soft overlong punishment, 2503.14476 Eq. 13: flat -1 above l_max (verl's code keeps falling).
@@ -757,7 +779,7 @@ def dapo_overlong(
     return _sum({"correct": np.where(_c(rollouts) > 0, reward_correct, reward_wrong), "length": term}, parts)
 
 
-def kimi(rollouts: dict, weight: float = 1.0, parts: bool = False):
+def kimi(rollouts: dict, weight: float = 1.0, parts: bool = False) -> Parts:
     """c + weight r; lam = 0.5 - (L - min)/(max - min) over the group; right: r = lam, wrong: min(0, lam).
 
     Kimi k1.5, 2501.12599; one length in the whole group: r = 0. The weight is not given in the paper.
@@ -768,7 +790,7 @@ def kimi(rollouts: dict, weight: float = 1.0, parts: bool = False):
     return _sum({"correct": c, "length": weight * np.where(c > 0, lam, np.minimum(0, lam))}, parts)
 
 
-def shorter_better(rollouts: dict, alpha: float = 2.0, beta: float = 1e-3, parts: bool = False):
+def shorter_better(rollouts: dict, alpha: float = 2.0, beta: float = 1e-3, parts: bool = False) -> Parts:
     """alpha c - beta |L - SOL|; SOL: shortest correct length of the group, or mean of all. 2504.21370."""
     c, length = _c(rollouts), _get(rollouts, "length")
     shortest = np.where(c > 0, length, np.inf).min(1, keepdims=True)
@@ -780,14 +802,14 @@ LASER_TARGETS = {"easy": 1024, "medium": 2048, "hard": 4096}
 
 
 def laser(
-    rollouts,
-    target=2048,
-    bonus=0.5,
-    reward_correct=1.0,
-    reward_wrong=-0.5,
-    reward_malformed=-1.0,
-    parts=False,
-):
+    rollouts: dict,
+    target: int = 2048,
+    bonus: float = 0.5,
+    reward_correct: float = 1.0,
+    reward_wrong: float = -0.5,
+    reward_malformed: float = -1.0,
+    parts: bool = False,
+) -> Parts:
     """1 right, -0.5 wrong, -1 malformed or truncated; + bonus if right and L <= target tokens. 2505.15612.
 
     Needs `well_formed` [P, G], which overrides correctness.
@@ -807,18 +829,18 @@ def laser_target(rollouts: dict, targets: dict = LASER_TARGETS) -> np.ndarray:
 
 
 def laser_d(
-    rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5, reward_malformed=-1.0,
-    parts: bool = False,
-):  # fmt: skip
+    rollouts: dict, targets: dict = LASER_TARGETS, bonus: float = 0.5, reward_correct: float = 1.0,
+    reward_wrong: float = -0.5, reward_malformed: float = -1.0, parts: bool = False,
+) -> Parts:  # fmt: skip
     """laser at the target of the prompt's class. 2505.15612, where a monitor set moves the targets."""
     target = laser_target(rollouts, targets)
     return laser(rollouts, target, bonus, reward_correct, reward_wrong, reward_malformed, parts)
 
 
 def laser_de(
-    rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5, reward_malformed=-1.0,
-    parts: bool = False,
-):  # fmt: skip
+    rollouts: dict, targets: dict = LASER_TARGETS, bonus: float = 0.5, reward_correct: float = 1.0,
+    reward_wrong: float = -0.5, reward_malformed: float = -1.0, parts: bool = False,
+) -> Parts:  # fmt: skip
     """laser_d; bonus also for a wrong, well-formed answer above the target, unless `repetitive` [P, G]."""
     terms = laser_d(rollouts, targets, bonus, reward_correct, reward_wrong, reward_malformed, parts=True)
     wrong = _get(rollouts, "well_formed") * _finished(rollouts) * (1 - _c(rollouts)) > 0
@@ -826,7 +848,7 @@ def laser_de(
     return _sum({**terms, "exploration": bonus * (wrong & long & (_get(rollouts, "repetitive") == 0))}, parts)
 
 
-def alp(rollouts: dict, beta: float = 1e-7, normaliser: float = 1.0, parts: bool = False):
+def alp(rollouts: dict, beta: float = 1e-7, normaliser: float = 1.0, parts: bool = False) -> Parts:
     """c - beta/normaliser max(mean_G c, 1/G) L: easy prompts pay more; wrong answers pay. 2506.05256 Eq. 2.
 
     Second-hand; both defaults are unverified (the normaliser may be the maximum length).
@@ -837,7 +859,12 @@ def alp(rollouts: dict, beta: float = 1e-7, normaliser: float = 1.0, parts: bool
 
 
 def cosine(
-    rollouts: dict, l_max=14336, correct_range=(2.0, 1.0), wrong_range=(-10.0, 0.0), exceed=-10.0, margin=0
+    rollouts: dict,
+    l_max: int = 14336,
+    correct_range: tuple[float, float] = (2.0, 1.0),
+    wrong_range: tuple[float, float] = (-10.0, 0.0),
+    exceed: float = -10.0,
+    margin: int = 0,
 ) -> np.ndarray:
     """Half a cosine from a value at L = 0 to one at l_max, one range for right, one for wrong. 2502.03373.
 
@@ -849,7 +876,7 @@ def cosine(
     return np.where(length + margin >= l_max, exceed, curve)
 
 
-def adaptthink(rollouts: dict, delta: float = 0.05, parts: bool = False):
+def adaptthink(rollouts: dict, delta: float = 0.05, parts: bool = False) -> Parts:
     """c - ref_accuracy + delta no_think. 2505.13417; the paper uses it as the advantage itself ("raw").
 
     Needs `ref_accuracy` [P] of the reference model and `no_think` [P, G] (1: forced to start so).
@@ -868,7 +895,7 @@ def grpo_lead(
     return np.where(_c(rollouts) > 0, np.exp(-alpha * _z_correct(rollouts, eps, ddof)), wrong_reward)
 
 
-def prime_linear(rollouts: dict, w_out: float = 0.25, parts: bool = False):
+def prime_linear(rollouts: dict, w_out: float = 0.25, parts: bool = False) -> Parts:
     """c - mean_G c w_out L / max_G L; wrong answers pay too. prime-rl's penalty, less inputs and turns."""
     c, length = _c(rollouts), _get(rollouts, "length")
     share = length / np.maximum(length.max(1, keepdims=True), 1)
@@ -898,7 +925,9 @@ def dot_threshold(rollouts: dict, a: float = 3.0) -> np.ndarray:
 # --- reconstructions: the mechanism is published, the formula was not found; every constant is a guess ----
 
 
-def tldr(rollouts: dict, short: float = 0.5, medium: float = 0.2, long: float = 0.05, l_max: float = 8192):
+def tldr(
+    rollouts: dict, short: float = 0.5, medium: float = 0.2, long: float = 0.05, l_max: float = 8192
+) -> Parts:
     """RECONSTRUCTION of TLDR, 2505.07961: c (1 - alpha L / l_max), alpha by the prompt's `level`; wrong 0.
 
     `level` [P]: "short", "medium" or "long", asked for in the prompt; all three are trained together.
@@ -909,7 +938,7 @@ def tldr(rollouts: dict, short: float = 0.5, medium: float = 0.2, long: float = 
 
 def adaptive_deep(
     rollouts: dict, d: float = 0.2, l_max: float = 8192, l_cache: float = 2048, parts: bool = False
-):
+) -> Parts:
     """RECONSTRUCTION of Adaptive Deep Reasoning, 2505.20101: c +- d for the mode, + DAPO's overlong term.
 
     `long_mode` [P, G] 0/1. Short is favoured (+d) in a group where it is at least as accurate, else long.
@@ -921,7 +950,7 @@ def adaptive_deep(
     return _sum({"correct": c, "mode": np.where(favoured, d, -d), "length": overlong}, parts)
 
 
-def affectgpt(rollouts: dict, k_max: float = 8, weight: float = 1.0, parts: bool = False):
+def affectgpt(rollouts: dict, k_max: float = 8, weight: float = 1.0, parts: bool = False) -> Parts:
     """RECONSTRUCTION of AffectGPT-R1's list penalty, 2508.01318: c - weight clip((k - k_max) / k_max, 0, 1).
 
     k = `labels` [P, G], the number of emotion words given, not tokens; wrong answers pay too.
@@ -962,29 +991,35 @@ def _standard(x: np.ndarray, axis, eps: float, ddof: int, std: bool = True) -> n
     return centred / (np.sqrt((centred**2).sum(axis=axis, keepdims=True) / max(count - ddof, 1)) + eps)
 
 
-def grpo(rewards, rollouts=None, eps: float = 1e-6, std: bool = True, ddof: int = 1) -> np.ndarray:
+def grpo(
+    rewards: np.ndarray, rollouts: dict | None = None, eps: float = 1e-6, std: bool = True, ddof: int = 1
+) -> np.ndarray:
     """(r - mean_G) / (std_G + eps). 2402.03300; eps 1e-6 as verl, TRL has 1e-4."""
     return _standard(np.asarray(rewards, dtype=np.float64), 1, eps, ddof, std)
 
 
-def dr_grpo(rewards, rollouts=None) -> np.ndarray:
+def dr_grpo(rewards: np.ndarray, rollouts: dict | None = None) -> np.ndarray:
     """r - mean_G: without the division, a small spread stays small. Dr. GRPO, 2503.20783."""
     return grpo(rewards, std=False)
 
 
-def rloo(rewards, rollouts=None) -> np.ndarray:
+def rloo(rewards: np.ndarray, rollouts: dict | None = None) -> np.ndarray:
     """r - mean of the OTHER rollouts of the group = G/(G-1) (r - mean_G). 2402.14740."""
     size = np.shape(rewards)[1]
     return grpo(rewards, std=False) * size / max(size - 1, 1)
 
 
-def raw(rewards, rollouts=None) -> np.ndarray:
+def raw(rewards: np.ndarray, rollouts: dict | None = None) -> np.ndarray:
     """The reward itself, for rewards that bring their baseline (AdaptThink, 2505.13417)."""
     return np.array(rewards, dtype=np.float64)
 
 
 def batch_norm(
-    rewards, rollouts=None, eps: float = 1e-8, ddof: int = 1, weighting: str = "rollout"
+    rewards: np.ndarray,
+    rollouts: dict | None = None,
+    eps: float = 1e-8,
+    ddof: int = 1,
+    weighting: str = "rollout",
 ) -> np.ndarray:
     """A = r - mean_G, then (A - mean) / (std + eps) over the batch. REINFORCE++-baseline, DLER 2510.15110.
 
@@ -1000,7 +1035,12 @@ def batch_norm(
 
 
 def gdpo(
-    rewards, rollouts=None, weights=None, eps: float = 1e-4, ddof: int = 1, whiten: bool = True
+    rewards: np.ndarray,
+    rollouts: dict | None = None,
+    weights: Sequence[float] | None = None,
+    eps: float = 1e-4,
+    ddof: int = 1,
+    whiten: bool = True,
 ) -> np.ndarray:
     """rewards [K, P, G], each standardised in its groups; weighted sum; standardised over the batch.
 
@@ -1011,7 +1051,14 @@ def gdpo(
     return _standard(total, None, eps, ddof) if whiten else total
 
 
-def hbpo_advantage(rewards, rollouts, beta=4.0, l_max=4096, eps: float = 1e-6, ddof: int = 1) -> np.ndarray:
+def hbpo_advantage(
+    rewards: np.ndarray,
+    rollouts: dict,
+    beta: float = 4.0,
+    l_max: int = 4096,
+    eps: float = 1e-6,
+    ddof: int = 1,
+) -> np.ndarray:
     """grpo + (mean reward of the rollout's subgroup - beta cos(pi b / (2 l_max))). 2507.15844.
 
     The authors' code adds the second term twice; the paper once.
@@ -1023,7 +1070,12 @@ def hbpo_advantage(rewards, rollouts, beta=4.0, l_max=4096, eps: float = 1e-6, d
 
 
 def gfpo(
-    rewards, rollouts, k: int = 8, metric: str = "shortest", eps: float = 1e-6, ddof: int = 1
+    rewards: np.ndarray,
+    rollouts: dict,
+    k: int = 8,
+    metric: str = "shortest",
+    eps: float = 1e-6,
+    ddof: int = 1,
 ) -> np.ndarray:
     """grpo among the k kept rollouts of each group (shortest, or highest reward / length), 0 for the others.
 

@@ -88,7 +88,9 @@ def resampled(rows: list[dict], args, epoch: int) -> list[dict]:
 # From responses to advantages
 
 
-def roll_out(s, args, state, rows: list[dict], n: int, key: list[int], plain=False) -> tuple[list, dict]:
+def roll_out(
+    s, args, state, rows: list[dict], n: int, key: list[int], plain: bool = False
+) -> tuple[list, dict]:
     """n checked responses to each row, drawn from `key`: each process samples its share, every one gets all.
 
     `plain`: prompts as they are, without subgroups or cuts (monitor sets, reference samples).

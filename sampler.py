@@ -12,13 +12,18 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data import BadInput, first_line, load_config, load_tokenizer
 
+if TYPE_CHECKING:  # libraries that are loaded late
+    import torch
+    from transformers import PreTrainedModel
 
-def stop_tokens(model_config, tokenizer) -> list[int]:
+
+def stop_tokens(model_config: object, tokenizer) -> list[int]:
     """Ids that end a response: the tokenizer's end token and those of the model's generation settings."""
     if tokenizer.eos_token_id is None:
         raise BadInput(
@@ -77,9 +82,22 @@ class HFSampler:
             own[name].data.copy_(weight)
 
     def generate(
+<<<<<<< HEAD
         self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, stop_ids=None, stop_scale=1.0,
         finished=None, expected=None,
     ) -> list[list[dict]]:  # fmt: skip
+=======
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_tokens: int | list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: list[int] | None = None,
+        stop_scale: float = 1.0,
+    ) -> list[list[dict]]:
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
         """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible.
 
         `stop_ids` end a response in place of the sampler's own; `stop_scale` multiplies the odds of these and
@@ -164,7 +182,7 @@ class HFSampler:
         return out.logits[:, -1].float()
 
 
-def draw_token(logits, temperature: float, top_p: float, bias: dict):
+def draw_token(logits: "torch.Tensor", temperature: float, top_p: float, bias: dict) -> tuple:
     """(next tokens [N], their log-probs [N] with temperature and bias, without top_p) from logits [N, V]."""
     import torch
     from transformers import TopPLogitsWarper
@@ -189,7 +207,17 @@ class VLLMSampler:
 
     name = "vllm"
 
-    def __init__(self, path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, sequences):
+    def __init__(
+        self,
+        path: str,
+        tokenizer,
+        stop_ids: list[int],
+        max_model_len: int,
+        dtype: str,
+        seed: int,
+        memory: float,
+        sequences: int,
+    ):
         # In-process engine: only then can weights be handed over without a copy through disk or sockets.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -224,7 +252,7 @@ class VLLMSampler:
         )
         set_threads(threads)  # vLLM's CPU worker changes it for the whole process and disables the setter
 
-    def engine_model(self):
+    def engine_model(self) -> "torch.nn.Module":
         """The engine's torch module: the one place that reaches into vLLM (checked with 0.32.0)."""
         try:
             return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
@@ -253,9 +281,22 @@ class VLLMSampler:
         return [name for name, a, b in both if not (a[: len(b)] == b.to(a.device, a.dtype)).all()]
 
     def generate(
+<<<<<<< HEAD
         self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, stop_ids=None, stop_scale=1.0,
         finished=None, expected=None,
     ) -> list[list[dict]]:  # fmt: skip
+=======
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_tokens: int | list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: list[int] | None = None,
+        stop_scale: float = 1.0,
+    ) -> list[list[dict]]:
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
         """As HFSampler.generate; one request a prompt: its prefix is computed once for all n responses."""
         import torch
 
@@ -315,7 +356,7 @@ def keep_cpu_weights_unpacked() -> None:
 # Building one
 
 
-def load_model(path: str, device="cpu"):
+def load_model(path: str, device="cpu") -> "PreTrainedModel":
     """A causal language model in float32 (in training: the master weights) on `device`."""
     import torch
     import transformers
@@ -355,7 +396,17 @@ def pick_sampler(name: str, log=print) -> str:
     return name
 
 
-def make_sampler(kind, model, path, tokenizer, max_model_len, dtype="float32", seed=0, memory=0.35, rows=256):
+def make_sampler(
+    kind: str,
+    model,
+    path: str,
+    tokenizer,
+    max_model_len: int,
+    dtype: str = "float32",
+    seed: int = 0,
+    memory: float = 0.35,
+    rows: int = 256,
+) -> "HFSampler | VLLMSampler":
     """An HFSampler on `model`, or a VLLMSampler built from `path` for `rows` responses at once."""
     if kind == "hf":
         return HFSampler(model, tokenizer, stop_tokens(model.generation_config, tokenizer), max_model_len)
@@ -369,7 +420,9 @@ def make_sampler(kind, model, path, tokenizer, max_model_len, dtype="float32", s
     return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, rows)
 
 
-def load_sampler(path: str, sampler: str = "auto", max_model_len: int | None = None, seed: int = 0):
+def load_sampler(
+    path: str, sampler: str = "auto", max_model_len: int | None = None, seed: int = 0
+) -> "HFSampler | VLLMSampler":
     """A sampler for a finished model, as evaluate.py needs it: made by the same code as the trainer's."""
     import torch
 

@@ -18,10 +18,15 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data import BadInput
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DIGITS = 3, 6  # a problem has between 3 and 6 digits (both included)
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
@@ -95,7 +100,7 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
 # The tokenizer and the model
 
 
-def make_tokenizer():
+def make_tokenizer() -> "PreTrainedTokenizerBase":
     """Tokenizer of 67 tokens; numbers are spelled digit by digit, so any budget can be written."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -124,7 +129,7 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(tokenizer, seed: int):
+def make_model(tokenizer, seed: int) -> "PreTrainedModel":
     """A 2-layer Llama with random weights; heads of 32 because vLLM's CPU attention takes no smaller ones.
 
     Not a Qwen2: transformers 5 opens every Qwen2 folder with Qwen's own tokenizer class, whatever it holds.
@@ -144,7 +149,7 @@ def make_model(tokenizer, seed: int):
     return LlamaForCausalLM(config)
 
 
-def warmup_examples(seed: int):
+def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     """Endless (prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
     rng = np.random.default_rng(seed)
     form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
@@ -157,7 +162,7 @@ def warmup_examples(seed: int):
         yield f"<user> {problem} {ask} <think>", response + " <eos>"
 
 
-def warmup_batch(tokenizer, examples, batch_size: int):
+def warmup_batch(tokenizer, examples: Iterator[tuple[str, str]], batch_size: int) -> tuple:
     """(input ids, labels), each [batch_size, T]; only the responses are taught."""
     import torch
 

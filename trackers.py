@@ -12,9 +12,13 @@ import glob
 import importlib.metadata
 import os
 import uuid
+from typing import TYPE_CHECKING
 
 import metrics
 from data import BadInput, first_line
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    from accelerate.tracking import GeneralTracker
 
 TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 
@@ -29,7 +33,7 @@ def check(name: str) -> None:
         raise BadInput(f"--log-with {name}: the package {name} is not installed: {way_out}") from None
 
 
-def start(args, start: int):
+def start(args, start: int) -> "GeneralTracker | None":
     """The tracker of --log-with, started (None for none); `start`: the step from which a run is resumed."""
     if args.log_with == "none":
         return None

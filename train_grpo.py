@@ -631,7 +631,19 @@ def evaluate_toy(s, args, name: str, state, log) -> None:
     run_evaluation(s, args, problems, budgets, mode, args.wording, n, name, state, log, max_tokens=cap)
 
 
-def run_evaluation(s, args, problems, budgets, mode, wording, n, name, state, log, max_tokens=None) -> None:
+def run_evaluation(
+    s,
+    args,
+    problems: list[dict],
+    budgets: list,
+    mode: str,
+    wording: str,
+    n: int,
+    name: str,
+    state,
+    log,
+    max_tokens: int | None = None,
+) -> None:
     """evaluate.py on the live sampler, shared by all processes; sampled as in training."""
     trained = sorted({row["budget"] for row in s.rows if row.get("budget")})
     alone = state.num_processes == 1

@@ -7,6 +7,8 @@ micro-batch (a forward and backward pass). Logits of a whole micro-batch never e
 """
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ import torch.distributed as dist
 from data import BadInput, first_line
 from losses import drpo_weights, head_loss, mixture_logp, policy_loss, response_weights, token_logps
 from weights import is_sharded, whole
+
+if TYPE_CHECKING:  # libraries that are loaded late
+    from transformers import PreTrainedModel
 
 SUMMED = "clip_fraction kl loss entropy logp_gap tokens padded real drpo_kl".split()
 
@@ -48,7 +53,7 @@ def total_length(r: dict) -> int:
     return len(r["prompt_ids"]) + len(r["ids"])
 
 
-def trained_positions(r: dict):
+def trained_positions(r: dict) -> Sequence[int]:
     """Places in r["ids"] of the tokens that the loss sees: all but those that were forced on the policy."""
     untrained = r.get("untrained")
     n = len(r["ids"])
@@ -92,7 +97,7 @@ def to_tensors(micro: list[dict], device) -> dict:
 # Forward and backward
 
 
-def hidden_states(model, t: dict, args):
+def hidden_states(model, t: dict, args) -> torch.Tensor:
     """Last hidden states [T, d] from which the response tokens of to_tensors' `t` are predicted."""
     with torch.autocast(t["ids"].device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         # No attention mask: padding is on the right, where no real token of a causal model can see it.
@@ -101,6 +106,7 @@ def hidden_states(model, t: dict, args):
     return hidden.bfloat16() if args.dtype == "bfloat16" else hidden
 
 
+<<<<<<< HEAD
 def run(model, t: dict, args, loss_of=None):
     """token_logps of the response tokens of to_tensors' `t` under `model`; with `loss_of` head_loss."""
     hidden, head = hidden_states(model, t, args), model.get_output_embeddings().weight
@@ -112,9 +118,17 @@ def run(model, t: dict, args, loss_of=None):
 def model_logps(model, t: dict, args, loss_of=None):
     """run(); a sharded model is called as a module, so that its weights are gathered around it."""
     return model(t, args, loss_of) if is_sharded(model) else run(model, t, args, loss_of)
+=======
+def model_logps(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies [T] of the response tokens of to_tensors' `t` under `model`."""
+    head = model.get_output_embeddings().weight
+    return token_logps(hidden_states(model, t, args), head, t["target"], args.temperature)
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
 
 
-def loss_of_tokens(logp, t: dict, ref, args, part=slice(None)):
+def loss_of_tokens(
+    logp: torch.Tensor, t: dict, ref: torch.Tensor | None, args, part: slice = slice(None)
+) -> tuple:
     """(loss, diagnostics, old and sampler's log-probs) of the tokens `part` of `t`; all that --flags say."""
     # With one optimizer step a batch, and in the first of several, the policy is still the one that sampled.
     old = t["old_logp"][part] if len(t["old_logp"]) else logp.detach()
@@ -131,7 +145,9 @@ def loss_of_tokens(logp, t: dict, ref, args, part=slice(None)):
     return loss, stats | {"loss": loss.detach()}, old, sampled
 
 
-def backward(model, reference, micro: list[dict], args, device, sums: dict):
+def backward(
+    model, reference: "PreTrainedModel | None", micro: list[dict], args, device, sums: dict
+) -> torch.Tensor:
     """Adds a micro-batch's gradient to p.grad and its diagnostics to `sums`; its largest log-prob gap."""
     t, ref = to_tensors(micro, device), None
     if reference is not None:
@@ -153,7 +169,16 @@ def backward(model, reference, micro: list[dict], args, device, sums: dict):
     return gap.max()
 
 
-def update(model, reference, optimizer, batch: list[dict], args, rank=0, processes=1, device="cpu") -> dict:
+def update(
+    model,
+    reference: "PreTrainedModel | None",
+    optimizer,
+    batch: list[dict],
+    args,
+    rank: int = 0,
+    processes: int = 1,
+    device="cpu",
+) -> dict:
     """Optimizer steps over the batch (the same list on every process); means of the diagnostics."""
     n, gap_max, norms = args.minibatches, torch.zeros(1, device=device), []
     sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64))
@@ -204,7 +229,9 @@ def update(model, reference, optimizer, batch: list[dict], args, rank=0, process
     return means | {"padding": 1 - sums["real"] / max(sums["padded"], 1)}
 
 
-def weigh_drpo(model, part: list[dict], mine: list[dict], args, processes: int, device, count=0) -> dict:
+def weigh_drpo(
+    model, part: list[dict], mine: list[dict], args, processes: int, device, count: int = 0
+) -> dict:
     """Sets the token weights of this process's responses to DRPO's gradient; its loss and its KL."""
     # An answer's pull depends on all answers to its prompt, so a pass without gradient comes first.
     add_logps(model, mine, args, device, "new_logps", count)
@@ -246,8 +273,13 @@ def learning_rate(step: int, args) -> float:
     return args.lr * factors[args.lr_schedule]
 
 
+<<<<<<< HEAD
 def make_optimizer(model, args):
     """AdamW over all that learns; --optim adamw8bit: its moments take 2 bytes a parameter instead of 8."""
+=======
+def make_optimizer(model, args) -> torch.optim.Optimizer:
+    """AdamW over all parameters; with --optim adamw8bit its moments take 2 bytes a parameter instead of 8."""
+>>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
     options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
     learned = [p for p in model.parameters() if p.requires_grad]
     if args.optim == "adamw":
@@ -257,7 +289,7 @@ def make_optimizer(model, args):
     return bitsandbytes.optim.AdamW8bit(learned, **options)
 
 
-def check_memory(model, reference, optimizer, prompt: int, args, device) -> None:
+def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: int, args, device) -> None:
     """One update as large as any will be: BadInput, now and not in hour ten, where it does not fit.
 
     Its responses have `prompt` tokens of prompt and reach the cap. Nothing is learned: the weights of the
