@@ -23,12 +23,7 @@ import shlex
 import socket
 import sys
 import tempfile
-<<<<<<< HEAD
-=======
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
 
 import numpy as np
 
@@ -108,133 +103,6 @@ SETTINGS = {
 
 
 # ------------------------------------------------------------------------------------------------------------
-<<<<<<< HEAD
-=======
-# Processes that take turns. A worker reads a line per turn from stdin and answers with one JSON line.
-
-
-def start(command: str, variant: str, s: dict, folder: str, env: dict | None = None) -> subprocess.Popen:
-    """A worker process for one variant; its error messages go to a file in `folder`."""
-    words = [sys.executable, os.path.join(HERE, "bench.py"), command, "--worker", variant]
-    words += [json.dumps(s), folder]
-    with open(os.path.join(folder, f"{variant}.log"), "a") as log:
-        worker = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            env=os.environ | (env or {}),
-        )  # fmt: skip
-    worker.name = variant
-    return worker
-
-
-def go(worker: subprocess.Popen) -> None:
-    """Lets the worker take its turn."""
-    try:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        pass  # it died: hear() tells why
-
-
-def hear(worker: subprocess.Popen, folder: str) -> dict:
-    """What the worker measured in its turn."""
-    line = worker.stdout.readline()
-    if line:
-        return json.loads(line)
-    with open(os.path.join(folder, f"{worker.name}.log")) as log:
-        words = [w for w in log.read().splitlines() if w.strip()] or ["no word of why"]
-    raise SystemExit(f"bench.py: error: {worker.name} died (exit code {worker.wait()}): {words[-1]}")
-
-
-def race(command: str, variants: list[str], s: dict, folder: str, env: dict | None = None) -> dict:
-    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
-
-    A variant of several processes is a tuple of names: they take their turn together, the first one reports.
-    `env` holds environment variables for single names.
-    """
-    named = [(v,) if isinstance(v, str) else v for v in variants]
-    reports, teams = {names[0]: [] for names in named}, []
-    try:
-        for names in named:
-            teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
-        for i in range(1 + s["rounds"]):
-            for team in teams:
-                for worker in team:
-                    go(worker)
-                found = [hear(worker, folder) for worker in team]
-                if i:  # in its first turn a worker loads, allocates and warms up
-                    reports[team[0].name].append(found[0])
-    finally:
-        for worker in sum(teams, []):
-            worker.stdin.close()
-            worker.wait()
-    times = {name: [f["seconds"] for f in found] for name, found in reports.items()}
-    medians = {name: np.median(found, axis=0).tolist() for name, found in times.items()}
-    return {n: f[-1] | {"seconds": medians[n], "all": times[n]} for n, f in reports.items()}
-
-
-def tell(**report) -> None:
-    """The worker's answer to a turn."""
-    print(json.dumps(report), file=ANSWERS, flush=True)
-
-
-ANSWERS = sys.stdout
-
-
-def timed(work: Callable, device: str, **extra) -> None:
-    """A worker's loop: for every turn does `work()` and tells seconds and peak memory (see `peak_bytes`)."""
-    for _ in sys.stdin:
-        before = clock(device)
-        found = work() or {}
-        tell(**{"seconds": clock(device) - before, "peak": peak_bytes(device)} | extra | found)
-
-
-def clock(device: str) -> float:
-    """Seconds, after all that was started on the device is done."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def pick_device() -> str:
-    """cuda where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def status_bytes(name: str) -> int:
-    """VmRSS (resident now) or VmHWM (most ever) of this process, bytes."""
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
-    except OSError:  # no Linux. (There, ru_maxrss would include what the parent held when it started us.)
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_bytes(device: str) -> int:
-    """Most memory so far: allocated on the GPU, or resident, the imported libraries included."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return status_bytes("VmHWM")
-
-
-def held_bytes(device: str) -> int:
-    """Memory held now; called after the imports it is the part that is not the variant's own."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.memory_allocated()
-    return status_bytes("VmRSS")
-
-
-# ------------------------------------------------------------------------------------------------------------
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
 # step: the same update by update.update and by TRL's GRPOTrainer.
 #
 # Settings in which both are the same mathematics: loss a mean over all response tokens of the batch (TRL's

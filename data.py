@@ -134,13 +134,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise BadInput(f"tokenizer {name!r} could not be loaded: {first_line(error)}") from error
 
 
-<<<<<<< HEAD
-def load_config(path: str, tokenizer=None):
-    """Configuration of a model folder or hub id; BadInput where it is missing or unfit for `tokenizer`."""
-=======
 def load_config(path: str, tokenizer=None) -> "PretrainedConfig":
-    """Configuration of a model folder or hub id; BadInput where none is, or it does not fit `tokenizer`."""
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
+    """Configuration of a model folder or hub id; BadInput where it is missing or unfit for `tokenizer`."""
     from transformers import AutoConfig
 
     try:

@@ -305,7 +305,6 @@ def sample(
     return groups
 
 
-<<<<<<< HEAD
 def add_forced(r: dict, q: dict) -> None:
     """Makes a response whole: forced tokens, prompt, notes, and what the policy would have begun with."""
     r |= {"prompt_ids": q["prompt_ids"], "ids": q["forced"] + r["ids"], **q["tags"]}
@@ -316,12 +315,9 @@ def add_forced(r: dict, q: dict) -> None:
             r["logps"][0] = float(np.logaddexp(a, b + r["logps"][0]))
 
 
-def add_solutions(sampler, responses: list[dict], end: tuple, solution: int, temperature, seed) -> None:
-=======
 def add_solutions(
     sampler, responses: list[dict], end: tuple, solution: int, temperature: float, seed: int
 ) -> None:
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
     """Elastic Reasoning's second budget: </think> where the first one is used up, then `solution` tokens."""
     unfinished = []
     for r in responses:

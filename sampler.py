@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,11 +83,6 @@ class HFSampler:
             own[name].data.copy_(weight)
 
     def generate(
-<<<<<<< HEAD
-        self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, stop_ids=None, stop_scale=1.0,
-        finished=None, expected=None,
-    ) -> list[list[dict]]:  # fmt: skip
-=======
         self,
         prompts: list[list[int]],
         n: int,
@@ -96,8 +92,9 @@ class HFSampler:
         seed: int | None = None,
         stop_ids: list[int] | None = None,
         stop_scale: float = 1.0,
+        finished: Callable | None = None,
+        expected: list[int] | None = None,
     ) -> list[list[dict]]:
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
         """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible.
 
         `stop_ids` end a response in place of the sampler's own; `stop_scale` multiplies the odds of these and
@@ -281,11 +278,6 @@ class VLLMSampler:
         return [name for name, a, b in both if not (a[: len(b)] == b.to(a.device, a.dtype)).all()]
 
     def generate(
-<<<<<<< HEAD
-        self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, stop_ids=None, stop_scale=1.0,
-        finished=None, expected=None,
-    ) -> list[list[dict]]:  # fmt: skip
-=======
         self,
         prompts: list[list[int]],
         n: int,
@@ -295,8 +287,9 @@ class VLLMSampler:
         seed: int | None = None,
         stop_ids: list[int] | None = None,
         stop_scale: float = 1.0,
+        finished: Callable | None = None,
+        expected: list[int] | None = None,
     ) -> list[list[dict]]:
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
         """As HFSampler.generate; one request a prompt: its prefix is computed once for all n responses."""
         import torch
 

@@ -106,7 +106,6 @@ def hidden_states(model, t: dict, args) -> torch.Tensor:
     return hidden.bfloat16() if args.dtype == "bfloat16" else hidden
 
 
-<<<<<<< HEAD
 def run(model, t: dict, args, loss_of=None):
     """token_logps of the response tokens of to_tensors' `t` under `model`; with `loss_of` head_loss."""
     hidden, head = hidden_states(model, t, args), model.get_output_embeddings().weight
@@ -118,12 +117,6 @@ def run(model, t: dict, args, loss_of=None):
 def model_logps(model, t: dict, args, loss_of=None):
     """run(); a sharded model is called as a module, so that its weights are gathered around it."""
     return model(t, args, loss_of) if is_sharded(model) else run(model, t, args, loss_of)
-=======
-def model_logps(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [T] of the response tokens of to_tensors' `t` under `model`."""
-    head = model.get_output_embeddings().weight
-    return token_logps(hidden_states(model, t, args), head, t["target"], args.temperature)
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
 
 
 def loss_of_tokens(
@@ -273,13 +266,8 @@ def learning_rate(step: int, args) -> float:
     return args.lr * factors[args.lr_schedule]
 
 
-<<<<<<< HEAD
-def make_optimizer(model, args):
-    """AdamW over all that learns; --optim adamw8bit: its moments take 2 bytes a parameter instead of 8."""
-=======
 def make_optimizer(model, args) -> torch.optim.Optimizer:
-    """AdamW over all parameters; with --optim adamw8bit its moments take 2 bytes a parameter instead of 8."""
->>>>>>> 201d8605a9df57e58808ff7b329fe3d0e72a0cde
+    """AdamW over all that learns; --optim adamw8bit: its moments take 2 bytes a parameter instead of 8."""
     options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
     learned = [p for p in model.parameters() if p.requires_grad]
     if args.optim == "adamw":
