@@ -1,6 +1,6 @@
-"""Processes that take turns (A B A B ...), one for each variant of a comparison, and what each of them weighs.
+"""Processes that take turns (A B A B ...), one for each variant of a comparison, and what each one weighs.
 
-The parent calls race(). A worker calls be_worker(), then takes a turn for every line on stdin and answers with
+The parent calls race(). A worker calls be_worker(), takes a turn for every line on stdin and answers with
 tell(). A machine that slows down slows all variants down alike; peak memory is that of one variant only.
 """
 
@@ -143,3 +143,27 @@ def held_bytes(device: str) -> int:
 
         return torch.cuda.memory_allocated()
     return status_bytes("VmRSS")
+
+
+def mib(n: float) -> str:
+    """Bytes as MiB."""
+    return f"{n / 2**20:,.0f}"
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their widest cell, numbers to the right."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        first, *rest = (str(cell) for cell in row)
+        cells = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    import torch
+    import transformers
+
+    threads = f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
