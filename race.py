@@ -47,20 +47,20 @@ def hear(worker: subprocess.Popen, folder: str) -> dict:
     return {"failed": f"exit code {worker.wait()}: {words[-1]}"}
 
 
-def race(command: str, variants: list, s: dict, folder: str, env: dict | None = None) -> dict:
+def race(command: str, variants: list, s: dict, folder: str, env: dict | None = None, few=()) -> dict:
     """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
 
     A variant of several processes is a tuple of names: they take their turn together, the first one reports.
-    `env` holds environment variables for single names. A worker that dies ends the command, save TRL's other
-    ways (trl_*), which may need more memory than there is: {"failed": why}.
+    `env` holds environment variables for single names; the variants in `few` take one counted turn only. A
+    worker that dies ends the command, save TRL's other ways (trl_*), which may not fit: {"failed": why}.
     """
     named = [(v,) if isinstance(v, str) else v for v in variants]
     turns, teams, failed = {names[0]: [] for names in named}, [], {}
     try:
         for names in named:
             teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
-        for _ in range(1 + s["rounds"]):
-            for team in [t for t in teams if t[0].name not in failed]:
+        for i in range(1 + s["rounds"]):
+            for team in [t for t in teams if t[0].name not in failed and (i < 2 or t[0].name not in few)]:
                 for worker in team:
                     go(worker)
                 found = [hear(worker, folder) for worker in team]
