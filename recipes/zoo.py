@@ -44,11 +44,13 @@ of the four).
 
 How to read it:
 
-- Asked for no length, nearly all end at the shortest chain of thought that there is, and plain correctness (`dr_grpo`,
-  `gspo`, `cispo`) with them: in this world every further token is a chance to err, so what is shorter is righter, too.
-  The table says that these methods learn and keep the answers right, not which of them is better.
-- AI2's up-to reward ends at short answers whatever it is asked for, as the blog says. So does L1-Max, additive or not;
-  the collapse that L1 reports of the additive form cannot show here, where the shortest chains are right.
+- Asked for no length, nearly all end at the shortest chain of thought that there is, and plain
+  correctness (`dr_grpo`, `gspo`, `cispo`) with them: in this world every further token is a chance to
+  err, so what is shorter is righter, too. The table says that these methods learn and keep the answers
+  right, not which of them is better.
+- AI2's up-to reward ends at short answers whatever it is asked for, as the blog says. So does L1-Max,
+  additive or not; the collapse that L1 reports of the additive form cannot show here, where the shortest
+  chains are right.
 - `longwriter_range` and `surrogate_format_length` pay for length and format only, so the answers go.
 - `tldr`, `hbpo` and `adaptive_deep` were trained with a sentence in the prompt that is missing here.
 """
