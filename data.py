@@ -115,7 +115,7 @@ def load_tokenizer(name: str):
 
 
 def load_config(path: str, tokenizer=None):
-    """The configuration of a model folder or hub id; BadInput where none is, or it does not fit `tokenizer`."""
+    """The configuration of a model folder or hub id; BadInput where none is, or `tokenizer` is another's."""
     from transformers import AutoConfig
 
     try:
