@@ -159,7 +159,7 @@ def watch(m: dict, counts: dict, groups: list, tokenizer, args, memory: dict, ga
     accuracy = m.get("sampled_accuracy", m["accuracy"])
     w |= {"steps": w["steps"] + 1, "last": float(m["reward"]), "constant": w["constant"] + 1 if same else 0}
     for name, value in (("reward", m["reward"]), ("accuracy", accuracy)):
-        # Over the first ten steps it is their plain mean: a lucky first one has no more weight than the others.
+        # Of the first ten steps it is the plain mean: a lucky first one weighs no more than the others.
         w[name] = float(w.get(name, 0) + max(1 - SLOW, 1 / w["steps"]) * (value - w.get(name, 0)))
     if w["steps"] >= 20:
         w["best"] = max(w["best"], w["accuracy"])
