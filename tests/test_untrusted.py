@@ -110,8 +110,8 @@ def test_odd_rows_among_good_ones(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_prompt_of_ten_megabytes_is_refused_by_the_trainer(tiny, tmp_path, capsys):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1 " * 1_000_000, "answer": "1"}))
+def test_a_prompt_longer_than_the_context_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1 " * 20_000, "answer": "1"}))
     flags = [
         "--model",
         tiny,
