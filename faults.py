@@ -156,11 +156,13 @@ def watch(m: dict, counts: dict, groups: list, tokenizer, args, memory: dict, ga
     memory["watch"] keeps the running means: "reward" is also what says which checkpoint is the best.
     """
     w = memory.setdefault("watch", {"steps": 0, "constant": 0, "best": 0.0, "told": {}})
-    accuracy, same = m.get("sampled_accuracy", m["accuracy"]), abs(w.get("last", np.inf) - m["reward"]) < 1e-9
+    same = abs(w.get("last", np.inf) - m["reward"]) < 1e-9
+    accuracy = m.get("sampled_accuracy", m["accuracy"])
     w |= {"steps": w["steps"] + 1, "last": float(m["reward"]), "constant": w["constant"] + 1 if same else 0}
     for name, value in (("reward", m["reward"]), ("accuracy", accuracy)):
-        w[name] = float(SLOW * w.get(name, value) + (1 - SLOW) * value)
-    if w["steps"] >= 20:  # before, a lucky step would be the best for ever
+        # Of the first ten steps it is the plain mean: a lucky first one weighs no more than the others.
+        w[name] = float(w.get(name, 0) + max(1 - SLOW, 1 / w["steps"]) * (value - w.get(name, 0)))
+    if w["steps"] >= 20:
         w["best"] = max(w["best"], w["accuracy"])
     found = (
         ("truncated", m["truncated"] > 0.9,

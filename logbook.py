@@ -97,7 +97,8 @@ def say(text: str) -> None:
 def let_go_of_the_screen() -> None:
     """What cannot be printed at the end is dropped: the interpreter would make an error of it."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed before the start
+            sys.stdout.flush()
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

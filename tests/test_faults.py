@@ -389,17 +389,19 @@ def metrics_exist(out):
 @pytest.mark.parametrize("what", ["loss", "grad_norm"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(eager, tmp_path, monkeypatch, what):
     """nan comes into the loss of step 3, or into its gradient alone; the checkpoint of step 2 stays good."""
-    real, now = update.policy_loss, []
-    sabotage(monkeypatch, {3: lambda: now.append(3)})
+    real, real_step, now = update.policy_loss, train_grpo.take_step, []
 
     def poisoned(*words, **options):
         loss, stats = real(*words, **options)
-        if now and what == "loss":
-            loss = loss * float("nan")
-        elif now:
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss, stats
+        return (loss * float("nan") if now and what == "loss" else loss), stats
 
+    def step(s, args, state, step, log):
+        now[:] = [step] * (step == 2)
+        if now and what == "grad_norm":
+            s.model.get_output_embeddings().weight.register_hook(lambda g: g * float("inf"))
+        return real_step(s, args, state, step, log)
+
+    monkeypatch.setattr(train_grpo, "take_step", step)
     monkeypatch.setattr(update, "policy_loss", poisoned)
     out = str(tmp_path / "run")
     flags = ["--model", eager, *FLAGS, *BUDGETS, "--steps", "4", "--save-every", "1", "--out", out]

@@ -103,14 +103,15 @@ def test_odd_rows_among_good_ones(tmp_path, capsys):
     path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert data.main([str(path), "--budgets", "fixed:8", "--mode", "exact", "--out", str(out)]) == 0
     written = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(written) == 5 and "1 no answer" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert len(written) == 5 and "dropped 1: no answer" in told and "dropped 1: no problem text" in told
     assert [row["answer"] for row in written[-1:]] == [["1", "2"]]
-    assert len({row["problem"] for row in written}) == 5, "equal ids are not equal problems"
+    assert len({row["id"] for row in written}) == 5, "equal ids are not equal problems"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_prompt_of_ten_megabytes_is_refused_by_the_trainer(tiny, tmp_path, capsys):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1 " * 1_000_000, "answer": "1"}))
+def test_a_prompt_longer_than_the_context_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1 " * 20_000, "answer": "1"}))
     flags = [
         "--model",
         tiny,
@@ -153,7 +154,7 @@ def test_any_file_ends_well(tmp_path, capsys, content):
     told = capsys.readouterr()
     if code == 0:
         rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-        assert f"wrote {len(rows)} " in told.out and all(row["budget"] == 8 for row in rows) and rows
+        assert f"wrote {len(rows)}\n" in told.out and all(row["budget"] == 8 for row in rows) and rows
     else:
         assert code == 2 and told.err.count("\n") == 1 and "data.py: error: " in told.err
         assert not out.exists()
