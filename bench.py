@@ -21,17 +21,15 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import plan
 from data import BadInput, one_line_errors
+from race import be_worker, clock, held_bytes, peak_bytes, pick_device, race, tell, timed
 
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch
@@ -95,134 +93,13 @@ SETTINGS = {
         "small": {
             "budgets": [4096, 8192, 16384], "gpu_gib": 80, "prompt": 1024, "layers": 4, "width": 256,
             "vocab": 32_768, "sequences": 16, "low": 16, "high": 160, "dtype": "float32", "rounds": 1,
+            "checks": [
+                "--micro-tokens 1024", "--micro-tokens 2048", "--micro-tokens 2048 --gradient-checkpointing",
+            ],
         },
         "full": {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512},
     },
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes that take turns. A worker reads a line per turn from stdin and answers with one JSON line.
-
-
-def start(command: str, variant: str, s: dict, folder: str, env: dict | None = None) -> subprocess.Popen:
-    """A worker process for one variant; its error messages go to a file in `folder`."""
-    words = [sys.executable, os.path.join(HERE, "bench.py"), command, "--worker", variant]
-    words += [json.dumps(s), folder]
-    with open(os.path.join(folder, f"{variant}.log"), "a") as log:
-        worker = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            env=os.environ | (env or {}),
-        )  # fmt: skip
-    worker.name = variant
-    return worker
-
-
-def go(worker: subprocess.Popen) -> None:
-    """Lets the worker take its turn."""
-    try:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        pass  # it died: hear() tells why
-
-
-def hear(worker: subprocess.Popen, folder: str) -> dict:
-    """What the worker measured in its turn."""
-    line = worker.stdout.readline()
-    if line:
-        return json.loads(line)
-    with open(os.path.join(folder, f"{worker.name}.log")) as log:
-        words = [w for w in log.read().splitlines() if w.strip()] or ["no word of why"]
-    raise SystemExit(f"bench.py: error: {worker.name} died (exit code {worker.wait()}): {words[-1]}")
-
-
-def race(command: str, variants: list[str], s: dict, folder: str, env: dict | None = None) -> dict:
-    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
-
-    A variant of several processes is a tuple of names: they take their turn together, the first one reports.
-    `env` holds environment variables for single names.
-    """
-    named = [(v,) if isinstance(v, str) else v for v in variants]
-    reports, teams = {names[0]: [] for names in named}, []
-    try:
-        for names in named:
-            teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
-        for i in range(1 + s["rounds"]):
-            for team in teams:
-                for worker in team:
-                    go(worker)
-                found = [hear(worker, folder) for worker in team]
-                if i:  # in its first turn a worker loads, allocates and warms up
-                    reports[team[0].name].append(found[0])
-    finally:
-        for worker in sum(teams, []):
-            worker.stdin.close()
-            worker.wait()
-    times = {name: [f["seconds"] for f in found] for name, found in reports.items()}
-    medians = {name: np.median(found, axis=0).tolist() for name, found in times.items()}
-    return {n: f[-1] | {"seconds": medians[n], "all": times[n]} for n, f in reports.items()}
-
-
-def tell(**report) -> None:
-    """The worker's answer to a turn."""
-    print(json.dumps(report), file=ANSWERS, flush=True)
-
-
-ANSWERS = sys.stdout
-
-
-def timed(work: Callable, device: str, **extra) -> None:
-    """A worker's loop: for every turn does `work()` and tells seconds and peak memory (see `peak_bytes`)."""
-    for _ in sys.stdin:
-        before = clock(device)
-        found = work() or {}
-        tell(**{"seconds": clock(device) - before, "peak": peak_bytes(device)} | extra | found)
-
-
-def clock(device: str) -> float:
-    """Seconds, after all that was started on the device is done."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def pick_device() -> str:
-    """cuda where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def status_bytes(name: str) -> int:
-    """VmRSS (resident now) or VmHWM (most ever) of this process, bytes."""
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
-    except OSError:  # no Linux. (There, ru_maxrss would include what the parent held when it started us.)
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_bytes(device: str) -> int:
-    """Most memory so far: allocated on the GPU, or resident, the imported libraries included."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return status_bytes("VmHWM")
-
-
-def held_bytes(device: str) -> int:
-    """Memory held now; called after the imports it is the part that is not the variant's own."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.memory_allocated()
-    return status_bytes("VmRSS")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,9 +323,7 @@ def step_floor(variant: str, s: dict, folder: str) -> None:
 def bench_step(s: dict) -> dict:
     """One update, ours against TRL's, and the floor that the machine's matrix products set."""
     if trl_version() != TRL:
-        raise BadInput(
-            f"bench.py step compares with TRL {TRL}, found: {trl_version()}; pip install trl=={TRL}"
-        )
+        raise BadInput(f"bench.py step needs TRL {TRL}, found: {trl_version()}; pip install trl=={TRL}")
     if s["sequences"] % 8:
         raise BadInput(f"sequences ({s['sequences']}) must be a multiple of 8, TRL's sequences per device")
     variants = ["ours", "trl", "trl_no_recompute"]
@@ -456,12 +331,14 @@ def bench_step(s: dict) -> dict:
         variants.append("trl_liger")
     with tempfile.TemporaryDirectory() as folder:
         found = race("step", [*variants, "floor"], s, folder)
-        gradients = {v: gradient_distance(folder, v) for v in variants[1:]}
+        gradients = {v: gradient_distance(folder, v) for v in variants[1:] if "failed" not in found[v]}
     tokens = sum(len(r["prompt_ids"]) + len(r["ids"]) for r in step_rollouts(s))
     floor, ours = found["floor"], found["ours"]
     rows = []
-    for v in variants:
-        f = found[v]
+    for v, f in ((v, found[v]) for v in variants):
+        if "failed" in f:
+            print(f"{v} failed: {f['failed']}")
+            continue
         f |= {"net": f["peak"] - f["imports"], "tokens_per_second": tokens / f["seconds"]}
         f |= {"speedup": f["seconds"] / ours["seconds"], "floor_share": floor["seconds"] / f["seconds"]}
         f["gradient_difference"] = gradients.get(v, 0.0)
@@ -540,7 +417,8 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
             logp, entropy = full_logps(hidden, weight, targets)
             loss = (logp * advantage).sum()
         loss.backward()
-        return {"check": [logp.sum().item(), entropy.sum().item(), weight.grad.float().norm().item()]}
+        norm = torch.linalg.vector_norm(weight.grad, dtype=torch.float32)  # without a float32 copy of it
+        return {"check": [logp.sum().item(), entropy.sum().item(), norm.item()]}
 
     timed(work, device, held=held)
 
@@ -631,9 +509,8 @@ def scale_worker(variant: str, s: dict, folder: str) -> None:
         seconds, norms = [], []
         for batch in batches:
             before = clock(device.type)
-            stats = update(
-                model, None, optimizer, batch, args, state.process_index, state.num_processes, device
-            )
+            who = state.process_index, state.num_processes, device
+            stats = update(model, None, optimizer, batch, args, *who)
             seconds.append(clock(device.type) - before)
             norms.append(stats["grad_norm"])
         return {"seconds": seconds, "grad_norm": norms}
@@ -733,13 +610,11 @@ def sampler_model(s: dict) -> tuple:
     tokenizer = toy.make_tokenizer()
     config = toy.make_model(tokenizer, 0).config
     heads = s["width"] // (64 if s["width"] > 512 else 32)
-    config.update({"vocab_size": s["vocab"], "hidden_size": s["width"], "intermediate_size": 4 * s["width"]})
-    config.update(
-        {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": s["width"] // heads}
-    )
-    config.update(
-        {"num_hidden_layers": s["layers"], "max_position_embeddings": s["prompt"] + s["max_tokens"]}
-    )
+    config.update({
+        "vocab_size": s["vocab"], "hidden_size": s["width"], "intermediate_size": 4 * s["width"],
+        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": s["width"] // heads,
+        "num_hidden_layers": s["layers"], "max_position_embeddings": s["prompt"] + s["max_tokens"],
+    })  # fmt: skip
     return tokenizer, LlamaForCausalLM(config)
 
 
@@ -755,11 +630,8 @@ def bench_sampler(s: dict) -> dict:
         rows.append([name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"])
         rows[-1].append(f"{found['bare']['seconds'] / f['seconds']:.2f}")
     print_table(["sampler", "tokens", "tokens/s", "of bare"], rows)
-    print(
-        "bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs; ",
-        end="",
-    )
-    print(f"pushing the weights: {found['ours']['sync']:.3f} s")
+    print("bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs")
+    print(f"ours: the weights are pushed in {found['ours']['sync']:.3f} s")
     return {"variants": found}
 
 
@@ -829,18 +701,12 @@ def bench_plan(s: dict, model: str | None) -> dict:
     print(f"per GPU of {s['gpu_gib']} GiB, prompts up to {s['prompt']} tokens")
     # The check: a small model, on this machine, with and without recomputed activations.
     checks, config = [], step_config(s).to_dict()
-    for flags in (
-        "--micro-tokens 1024",
-        "--micro-tokens 2048",
-        "--micro-tokens 2048 --gradient-checkpointing",
-    ):
+    for flags in s["checks"]:
         setting = s | {"train_args": flags, "prompt": 32}
         with tempfile.TemporaryDirectory() as folder:
             found = race("step", ["ours"], setting, folder)["ours"]
-        args = step_args(setting)
-        predicted = plan.trainer_bytes(
-            config, args.micro_tokens, args.dtype, args.gradient_checkpointing, args.optim
-        )
+        a = step_args(setting)
+        predicted = plan.trainer_bytes(config, a.micro_tokens, a.dtype, a.gradient_checkpointing, a.optim)
         checks.append({"flags": flags, "predicted": predicted, "measured": found["peak"] - found["imports"]})
         checks[-1]["ratio"] = predicted / checks[-1]["measured"]
     print_table(
@@ -885,10 +751,10 @@ COMMANDS = {
 
 
 def worker(command: str, variant: str, s: dict, folder: str) -> None:
-    """Runs one variant in this process; stdout belongs to the answers, all other words go to stderr."""
-    global ANSWERS
-    ANSWERS = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Runs one variant in this process."""
+    be_worker()
+    if command != "scale":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several visible ones would make TRL refuse
     if command == "step":
         work = {"ours": step_ours, "floor": step_floor}.get(variant, step_trl)
     else:
@@ -905,7 +771,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--full", action="store_true", help="the acceptance setting: minutes")
     parser.add_argument(
-        "--model", help="plan: folder, hub id, config.json or 0.5B, 1.5B, ... (default: these)"
+        "--model", help="plan: folder, hub id, config.json, or 0.5B, 1.5B, ... (all of these)"
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="change sizes (see SETTINGS)")
     return parser.parse_args(argv)

@@ -21,9 +21,12 @@ from data import BadInput
 from evaluate import write_json
 
 
-def save_checkpoint(folder: str, state: dict, model, tokenizer, keep: int, reward: float) -> None:
+def save_checkpoint(
+    folder: str, state: dict, model, tokenizer, keep: int, reward: float, whole: dict | None = None
+) -> None:
     """Write OUT/checkpoint-STEP under a temporary name, flush it to disk, rename it; delete older ones.
 
+    `whole` are the weights of a model with adapters or shards, {name: tensor}; None: the model's own.
     OSError, RuntimeError (torch) or SafetensorError when the disk does not take it; nothing stays then.
     """
     import torch
@@ -33,7 +36,7 @@ def save_checkpoint(folder: str, state: dict, model, tokenizer, keep: int, rewar
     try:
         # No parents are made: where a mount has vanished, its empty mount point must not be filled.
         os.mkdir(temporary)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=whole)
         tokenizer.save_pretrained(temporary)
         # Samples and prompts are drawn from (seed, step) alone; the generator is for models with dropout.
         state = state | {"torch_rng": torch.get_rng_state()}
@@ -121,7 +124,7 @@ def load_state(folder: str) -> dict:
             if file_sum(os.path.join(folder, os.path.basename(name))) != wanted:
                 raise ValueError(f"{name} is not as it was written")
         state = torch.load(os.path.join(folder, "trainer_state.pt"), weights_only=True)
-        return {key: state[key] for key in ("step", "optimizer", "memory", "torch_rng", "run")}
+        return {key: state[key] for key in ("step", "optimizer", "adapter", "memory", "torch_rng", "run")}
     except (OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = error
     except pickle.UnpicklingError:  # also a file that wanted to run code

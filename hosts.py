@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # libraries that are loaded late
 
 # Their reward of a response depends on the others to its prompt (grpo_lambda: on the whole batch).
 GROUP_REWARDS = (
-    "truncation_adaptive efficient_reasoning grpo_lambda kimi shorter_better laser_d laser_de".split()
+    "truncation_adaptive efficient_reasoning grpo_lambda kimi shorter_better laser_d laser_de alp "
 )
-GROUP_REWARDS += "alp grpo_lead prime_linear adaptive_deep gr3 dot_threshold".split()
+GROUP_REWARDS = (GROUP_REWARDS + "grpo_lead prime_linear adaptive_deep gr3 dot_threshold").split()
 FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choices")  # what makes a row
 
 
@@ -39,10 +39,11 @@ def score(
     Rows are those of data.py: answer, budget, mode, kind, choices. The responses to one prompt stand side by
     side, `group_size` of them; ValueError where a reward that compares them does not get them so.
     """
+    if reward not in REWARDS:
+        raise ValueError(f"reward {reward!r} is not known: use one of {', '.join(REWARDS)}")
     if reward in GROUP_REWARDS and group_size < 2:
-        raise ValueError(
-            f"{reward} compares the responses to a prompt, and sees one at a time: set group_size"
-        )
+        told = "TRL needs group_size; verl and open-instruct score one at a time"
+        raise ValueError(f"{reward} compares the responses to a prompt, and sees one here: {told}")
     rows = [{key: row.get(key) for key in FIELDS} for row in rows]
     firsts = rows[::group_size]
     if len(rows) % group_size or any(row != firsts[i // group_size] for i, row in enumerate(rows)):

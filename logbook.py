@@ -89,13 +89,17 @@ def make_log(args, state) -> tuple:
 
 def say(text: str) -> None:
     """A line on standard output; a run goes on when nobody listens any more."""
-    try:
+    # `| head` has gone, or the disk behind it is full (then the buffer keeps the line), or it was closed.
+    with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
-    except BrokenPipeError:
-        # `| head` has gone: into the void from now on, or the flush at exit would complain once more.
+
+
+def let_go_of_the_screen() -> None:
+    """What cannot be printed at the end is dropped: the interpreter would make an error of it."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # a full disk behind it: the buffer keeps the line; or closed
-        pass
 
 
 def write_metrics(m: dict, out: str, unwritten: list[str]) -> str | None:

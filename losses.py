@@ -86,7 +86,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, loss_of, temperature, chunk):
         weight, d_hidden = head.to(hidden.dtype), torch.empty_like(hidden)
-        d_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        # float32: many small chunks add up in it.
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         logps, entropies = hidden.new_empty(2, len(targets), dtype=torch.float32)
         # Allocated once: on a CPU, fresh pages for every chunk would cost a tenth of the time.
         logits_of_chunk = hidden.new_empty(chunk, len(head))
@@ -113,18 +114,19 @@ class _HeadLoss(torch.autograd.Function):
             d_hidden[part] = g * (weight[target] - mean)
             if d_head is not None:
                 g = g * hidden[part]
-                d_head.index_add_(0, target, g.to(d_head.dtype))
-                if d_head.dtype == h.dtype:
+                d_head.index_add_(0, target, g.float())
+                if h.dtype == torch.float32:
                     d_head.addmm_(p.T, g, alpha=-1)
                 else:
                     d_head -= p.T @ g
-        ctx.save_for_backward(d_hidden, d_head)
+        # Handed over, not saved: autograd may keep them as they are instead of copying.
+        ctx.gradients = d_hidden, None if d_head is None else d_head.to(head.dtype)
         ctx.mark_non_differentiable(logps, entropies)
         return loss, logps, entropies
 
     @staticmethod
     def backward(ctx, slope, *_):
-        d_hidden, d_head = ctx.saved_tensors
+        (d_hidden, d_head), ctx.gradients = ctx.gradients, None
         d_head = None if d_head is None else d_head.mul_(slope.to(d_head.dtype))
         return d_hidden.mul_(slope.to(d_hidden.dtype)), d_head, None, None, None, None
 

@@ -251,11 +251,10 @@ REQUEST = {"forced": [], "tags": {}}
 
 def requests(row: dict, n: int, tokenizer, args, memory: dict) -> list[dict]:
     """The requests of one prompt's group, n responses in all; "cap" includes the forced tokens."""
-    made, cap = (
-        SUBGROUPS[args.subgroups](row, n, tokenizer, **args.subgroup_args),
-        response_cap(row, args, memory),
-    )
-    return [REQUEST | q | {"cap": min(cap, q.get("cap") or cap)} for q in made]
+    made = SUBGROUPS[args.subgroups](row, n, tokenizer, **args.subgroup_args)
+    cap = response_cap(row, args, memory)
+    expected = min(cap, row.get("budget") or cap)
+    return [REQUEST | {"expected": expected} | q | {"cap": min(cap, q.get("cap") or cap)} for q in made]
 
 
 def longest_prompt(rows: list[dict], tokenizer, args) -> int:
@@ -271,31 +270,49 @@ def longest_prompt(rows: list[dict], tokenizer, args) -> int:
 # Sampling
 
 
-def sample(sampler, plans: list[list[dict]], temperature: float, seed: int) -> list[list[dict]]:
+def sample(
+    sampler, plans: list[list[dict]], temperature: float, seed: int, finished: Callable | None = None
+) -> list[list[dict]]:
     """One group of responses per plan (a list of requests that ask for equally many); forced tokens included.
 
+    `finished(i, group)` is called as soon as a plan's responses are there, while others still generate.
     A forced token that is trained has the sampler log-prob nan; positions that are not trained stand in
     r["untrained"]; r["mix"] is the correction of the first token's behaviour probability (see adaptthink).
     """
-    flat = [q for plan in plans for q in plan]
+    flat = [(q, i) for i, plan in enumerate(plans) for q in plan]
     if not flat:
         return []
-    prompts, caps = [q["prompt_ids"] + q["forced"] for q in flat], [q["cap"] - len(q["forced"]) for q in flat]
-    made = sampler.generate(prompts, flat[0]["n"], caps, temperature, seed=seed)
-    for q, responses in zip(flat, made, strict=True):
+    first, groups = flat[0][0], [{} for _ in plans]  # {request: its responses}: they come in any order
+
+    def complete(k, responses):
+        q, i = flat[k]
         for r in responses:
-            r |= {"prompt_ids": q["prompt_ids"], "ids": q["forced"] + r["ids"], **q["tags"]}
-            r["logps"] = [math.nan] * len(q["forced"]) + r["logps"]
-            if "mix" in q and r["ids"]:
-                a, b = r["mix"] = q["mix"].get(r["ids"][0], q["mix"][None])
-                if not q["forced"]:
-                    r["logps"][0] = float(np.logaddexp(a, b + r["logps"][0]))
-    if "solution" in flat[0]:
-        add_solutions(sampler, sum(made, []), *flat[0]["solution"], temperature, seed + 1)
-    groups, rest = [], iter(made)
-    for plan in plans:
-        groups.append([r for _ in plan for r in next(rest)])
+            add_forced(r, q)
+        groups[i][k] = responses
+        if len(groups[i]) == len(plans[i]):
+            groups[i] = [r for _, part in sorted(groups[i].items()) for r in part]
+            if finished and "solution" not in first:
+                finished(i, groups[i])
+
+    prompts = [q["prompt_ids"] + q["forced"] for q, _ in flat]
+    caps, expected = [q["cap"] - len(q["forced"]) for q, _ in flat], [q["expected"] for q, _ in flat]
+    options = {"seed": seed, "finished": complete, "expected": expected}
+    sampler.generate(prompts, first["n"], caps, temperature, **options)
+    if "solution" in first:
+        add_solutions(sampler, sum(groups, []), *first["solution"], temperature, seed + 1)
+        for i, group in enumerate(groups) if finished else ():
+            finished(i, group)
     return groups
+
+
+def add_forced(r: dict, q: dict) -> None:
+    """Makes a response whole: forced tokens, prompt, notes, and what the policy would have begun with."""
+    r |= {"prompt_ids": q["prompt_ids"], "ids": q["forced"] + r["ids"], **q["tags"]}
+    r["logps"] = [math.nan] * len(q["forced"]) + r["logps"]
+    if "mix" in q and r["ids"]:
+        a, b = r["mix"] = q["mix"].get(r["ids"][0], q["mix"][None])
+        if not q["forced"]:
+            r["logps"][0] = float(np.logaddexp(a, b + r["logps"][0]))
 
 
 def add_solutions(

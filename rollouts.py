@@ -10,6 +10,7 @@ and samples these are depends on (seed, step, data position) alone, on every pro
 import contextlib
 import inspect
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -99,17 +100,23 @@ def roll_out(
     lap(s)
     if plain:
         prompts = [encode_prompt(s.tokenizer, row["prompt"]) for row in own]
-        plans = [[methods.REQUEST | {"prompt_ids": p, "n": n, "cap": args.max_tokens}] for p in prompts]
+        alike = methods.REQUEST | {"n": n, "cap": args.max_tokens, "expected": args.max_tokens}
+        plans = [[alike | {"prompt_ids": p}] for p in prompts]
     else:
         plans = [methods.requests(row, n, s.tokenizer, args, s.memory) for row in own]
     # One number per (seed, step, process, ...): a resumed run needs no generator's history.
     seed = int(np.random.SeedSequence([args.seed, key[0], rank, *key[1:]]).generate_state(1)[0])
-    groups, counts = [], {}
-    with contextlib.suppress(faults.Stopped), faults.interruptible():
-        groups = methods.sample(s.sampler, plans, args.temperature, seed)
-    lap(s, "sample")
-    if groups:
-        counts = score(groups, own, s.tokenizer, args)
+    groups, checks = [], []
+    # Answers are checked while others are still being written: the checkers are processes of their own.
+    with ThreadPoolExecutor(1) as thread:
+
+        def check(i, group):
+            checks.append(thread.submit(score, [group], [own[i]], s.tokenizer, args))
+
+        with contextlib.suppress(faults.Stopped), faults.interruptible():
+            groups = methods.sample(s.sampler, plans, args.temperature, seed, check)
+        lap(s, "sample")
+        counts = evaluate.sum_counts([c.result() for c in checks]) if groups else {}
     if not plain and groups:
         methods.cut_outliers(groups, own, s.tokenizer, args)
         methods.score_conciseness(groups, s.conciseness)

@@ -1,6 +1,6 @@
 """Two samplers with one face, both in the trainer's process: transformers' generate, and a vLLM engine.
 
-    sampler.generate(prompts, n, max_tokens, temperature, top_p, seed, stop_ids, stop_scale)
+    sampler.generate(prompts, n, max_tokens, temperature, top_p, seed, stop_ids, stop_scale, ...)
         -> for each prompt a list of n responses {"ids", "logps", "finish_reason": "stop" | "length"}
     sampler.sync(model)    push the trainer's weights; the next response comes from them
 
@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from data import BadInput, first_line, load_config, load_tokenizer
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch
     from transformers import PreTrainedModel
+    from vllm import CompletionOutput
 
 
 def stop_tokens(model_config: object, tokenizer) -> list[int]:
@@ -59,7 +61,10 @@ def stop_bias(stop_ids: list[int], think_end: int | None, scale: float) -> dict[
 
 
 class HFSampler:
-    """generate() of the model that is being trained: always in sync, no second copy; slow for big models."""
+    """generate() of the model that is being trained: always in sync, no second copy; slow for big models.
+
+    A sharded model cannot be asked token by token: there it is a copy that sync() fills.
+    """
 
     name = "hf"
 
@@ -68,24 +73,26 @@ class HFSampler:
         self.max_model_len = max_model_len
 
     def sync(self, model) -> None:
-        """Nothing is pushed: this sampler reads `model` itself, from now on."""
-        self.model = model
+        """Nothing is pushed: this sampler reads `model` itself, from now on; shards are copied."""
+        from weights import is_sharded, whole_weights
+
+        if not is_sharded(model):
+            self.model = model
+            return
+        own = dict(self.model.named_parameters())
+        for name, weight in whole_weights(model):
+            own[name].data.copy_(weight)
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_tokens: int | list[int],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop_ids: list[int] | None = None,
-        stop_scale: float = 1.0,
-    ) -> list[list[dict]]:
+        self, prompts: list[list[int]], n: int, max_tokens: int | list[int], temperature: float = 1.0,
+        top_p: float = 1.0, seed: int | None = None, stop_ids: list[int] | None = None,
+        stop_scale: float = 1.0, finished: Callable | None = None, expected: Sequence[float] | None = None,
+    ) -> list[list[dict]]:  # fmt: skip
         """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible.
 
         `stop_ids` end a response in place of the sampler's own; `stop_scale` multiplies the odds of these and
-        of `</think>` (see stop_bias), before the temperature divides the logits.
+        of `</think>` (see stop_bias), before the temperature divides the logits. `finished(i, responses)` is
+        called for each prompt as soon as its responses are there, `expected` lengths help to order the work.
         """
         import torch
 
@@ -101,6 +108,8 @@ class HFSampler:
         for start in range(0, len(prompts), per_call):
             part = slice(start, start + per_call)
             done += self._generate(prompts[part], n, caps[part], temperature, top_p, stop_ids, bias)
+            for i in range(start, len(done)) if finished else ():
+                finished(i, done[i])
         self.model.train(was_training)
         return done
 
@@ -243,7 +252,9 @@ class VLLMSampler:
 
     def sync(self, model) -> None:
         """Push every parameter of `model` into the engine; what it cached under the old ones is dropped."""
-        self.engine_model().load_weights((name, p.detach()) for name, p in model.named_parameters())
+        from weights import whole_weights
+
+        self.engine_model().load_weights(whole_weights(model))
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache after the update: are requests running?")
 
@@ -253,25 +264,17 @@ class VLLMSampler:
         Compared are those that keep their names: embedding (padded to a multiple of 64 rows there), norms and
         output projections. It fuses q, k, v and the two halves of the MLP.
         """
+        from weights import whole_weights
+
         engine = dict(self.engine_model().named_parameters())
-        both = [
-            (name, engine[name].detach(), p.detach())
-            for name, p in model.named_parameters()
-            if name in engine
-        ]
+        both = [(name, engine[name].detach(), p) for name, p in whole_weights(model) if name in engine]
         return [name for name, a, b in both if not (a[: len(b)] == b.to(a.device, a.dtype)).all()]
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_tokens: int | list[int],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop_ids: list[int] | None = None,
-        stop_scale: float = 1.0,
-    ) -> list[list[dict]]:
+        self, prompts: list[list[int]], n: int, max_tokens: int | list[int], temperature: float = 1.0,
+        top_p: float = 1.0, seed: int | None = None, stop_ids: list[int] | None = None,
+        stop_scale: float = 1.0, finished: Callable | None = None, expected: Sequence[float] | None = None,
+    ) -> list[list[dict]]:  # fmt: skip
         """As HFSampler.generate; one request a prompt: its prefix is computed once for all n responses."""
         import torch
 
@@ -286,15 +289,31 @@ class VLLMSampler:
         # The engine adds it before the temperature, and its processed log-probs include it.
         common["logit_bias"] = stop_bias(stop_ids, think_token(self.tokenizer), stop_scale) or None
         params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        result = []
-        for request in self.llm.generate(requests, params, use_tqdm=False):
-            result.append([])
-            for out in request.outputs:
-                ids = list(out.token_ids)
-                logps = [entry[i].logprob for i, entry in zip(ids, out.logprobs, strict=True)]
-                result[-1].append({"ids": ids, "logps": logps, "finish_reason": out.finish_reason})
+        # What takes longest begins first, so that it does not run on alone at the end.
+        order = sorted(range(len(prompts)), key=lambda i: -(expected or caps)[i])
+        requests = [{"prompt_token_ids": list(prompts[i])} for i in order]
+        names = self.llm.enqueue(requests, [params[i] for i in order], use_tqdm=False)
+        place, result, engine = (
+            dict(zip(names, order, strict=True)),
+            [[] for _ in prompts],
+            self.llm.llm_engine,
+        )
+        while engine.has_unfinished_requests():
+            for request in engine.step():
+                if not request.finished:
+                    continue
+                i = place[request.request_id]
+                result[i] = [to_response(out) for out in request.outputs]
+                if finished:
+                    finished(i, result[i])
         return result
+
+
+def to_response(out: "CompletionOutput") -> dict:
+    """A response from one of vLLM's outputs."""
+    ids = list(out.token_ids)
+    logps = [entry[i].logprob for i, entry in zip(ids, out.logprobs, strict=True)]
+    return {"ids": ids, "logps": logps, "finish_reason": out.finish_reason}
 
 
 def keep_cpu_weights_unpacked() -> None:

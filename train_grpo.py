@@ -42,7 +42,7 @@ from data import (
     one_line_errors,
     parse_budgets,
 )
-from logbook import make_log, show_samples, step_metrics, tell
+from logbook import let_go_of_the_screen, make_log, show_samples, step_metrics, tell
 from rewards import ADVANTAGES, REWARDS
 from rollouts import (
     check_prompts,
@@ -144,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     number("--grad-clip", 1.0, "largest gradient norm")
     number("--minibatches", 1, "optimizer steps on each batch of rollouts; 1: on policy")
     number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
+    add("--fsdp", action="store_true", help="shard weights, gradients, optimizer over the processes (FSDP2)")
+    number("--lora", 0, "train adapters of this rank (peft) and leave the weights; 0: train the weights")
     choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
     worst = "the longest prompt and response through one update before training (default: on CUDA)"
@@ -237,7 +239,7 @@ def keyword_args(flag: str, name: str, table: dict, words: list[str] | dict) -> 
 POSITIVE = "steps prompts_per_step max_tokens minibatches micro_tokens temperature lr keep grad_clip".split()
 POSITIVE += "verify_timeout eval_n eval_limit dot_margin".split()
 ZERO_IS_FINE = "warmup_steps save_every eval_every check_sync kl_coef tis_cap seed weight_decay".split()
-ZERO_IS_FINE += "limit clip_low clip_high refills reference_samples dot dual_clip log_seconds".split()
+ZERO_IS_FINE += "lora limit clip_low clip_high refills reference_samples dot dual_clip log_seconds".split()
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -277,6 +279,11 @@ def check_args(args: argparse.Namespace) -> None:
          f"--minibatches ({args.minibatches})"),
         (args.objective == "drpo" and args.kl_coef,
          "--objective drpo has a KL of its own (--objective-args kl_coef=...): --kl-coef must be 0"),
+        (args.fsdp and processes == 1,
+         "--fsdp shards the model over processes, but there is one: accelerate launch --num_processes N, or "
+         "leave it out"),
+        (args.fsdp and args.optim == "adamw8bit",
+         "--fsdp shards plain tensors, and bitsandbytes' 8-bit states are not: use --optim adamw"),
         (0 < args.dual_clip <= 1,
          f"--dual-clip ({args.dual_clip:g}) must be more than 1 (3 is usual), or 0: off"),
         (not 0 < args.vllm_memory < 1,
@@ -352,7 +359,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     import torch
 
     from sampler import load_model, make_sampler, pick_sampler
-    from update import make_optimizer
+    from weights import load_trained_state
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
     s.seconds, s.clock, s.conciseness, s.unwritten = Counter(), time.monotonic(), None, []
@@ -380,15 +387,9 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     # Not kept for their own sake: a resumed run is the same run only where these are the same.
     s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
     kind = pick_sampler(args.sampler, log)
-    s.model = load_model(s.folder or s.path, state.device).train()
-    if args.gradient_checkpointing:
-        s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.kl_coef or args.reference_samples:
-        s.reference = load_model(s.path, state.device).eval().requires_grad_(False)
-    # The learning rate is a function of the step: no scheduler state.
-    s.optimizer = make_optimizer(s.model, args)
+    build_model(s, args, state)
     if saved:
-        s.optimizer.load_state_dict(saved["optimizer"])
+        load_trained_state(s.model, s.optimizer, saved)
         for group in s.optimizer.param_groups:  # flags that were changed for the resumed run count
             group.update(betas=tuple(args.betas), weight_decay=args.weight_decay)
         s.memory, s.start = saved["memory"], saved["step"]
@@ -400,8 +401,10 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     room = context if args.model is None else room
     own = args.prompts_per_step * args.group_size // state.num_processes
     seed = args.seed + state.process_index
+    # transformers cannot generate with shards: that sampler gets a model of its own.
+    sampled = load_model(s.path, state.device) if args.fsdp and kind == "hf" else s.model
     s.sampler = make_sampler(
-        kind, s.model, s.path, s.tokenizer, room, args.dtype, seed, args.vllm_memory, own
+        kind, sampled, s.path, s.tokenizer, room, args.dtype, seed, args.vllm_memory, own
     )
     if saved:
         torch.set_rng_state(saved["torch_rng"])
@@ -416,6 +419,31 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         f"steps {s.start}..{args.steps}"
     )
     return s
+
+
+def build_model(s, args, state) -> None:
+    """s.model, s.reference (the starting model, where something asks for it) and s.optimizer."""
+    import torch
+
+    import weights
+    from sampler import load_model
+    from update import make_optimizer, run
+
+    # Adapters start from the starting model. Shards come from the CPU: no GPU has to hold the whole model.
+    start, device = s.path if args.lora else s.folder or s.path, "cpu" if args.fsdp else state.device
+    s.model = load_model(start, device).train()
+    if args.lora:
+        torch.manual_seed(args.seed)  # the same adapters on every process
+        weights.add_lora(s.model, args.lora)
+    if args.gradient_checkpointing:
+        s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.kl_coef or args.reference_samples:
+        s.reference = load_model(s.path, device).eval().requires_grad_(False)
+    for model in [s.model, s.reference] if args.fsdp else []:
+        if model is not None:
+            weights.shard(model, run, args, state.device, state.num_processes)
+    # The learning rate is a function of the step: no scheduler state.
+    s.optimizer = make_optimizer(s.model, args)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -528,12 +556,18 @@ def save(s, args, state, done: int, log) -> None:
     """OUT/checkpoint-DONE. A disk that does not take it is told and not fatal: the next time it may."""
     from safetensors import SafetensorError
 
+    from weights import trained_state, whole_weights
+
+    # Gathered by all processes, written by one. A plain model is written as it is.
+    trained, whole = trained_state(s.model, s.optimizer), None
+    if args.lora or args.fsdp:
+        whole = {name: weight.cpu() for name, weight in whole_weights(s.model)}
     if state.is_main_process and done > s.saved:
         folder = os.path.join(args.out, f"checkpoint-{done}")
-        everything = {"step": done, "optimizer": s.optimizer.state_dict(), "memory": s.memory, "run": s.run}
+        everything = trained | {"step": done, "memory": s.memory, "run": s.run}
         reward = s.memory["watch"]["reward"]
         try:
-            save_checkpoint(folder, everything, s.model, s.tokenizer, args.keep, reward)
+            save_checkpoint(folder, everything, s.model, s.tokenizer, args.keep, reward, whole)
             s.folder, s.saved = folder, done
         except (OSError, RuntimeError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or first_line(error)
@@ -647,6 +681,8 @@ def main(argv: list[str] | None = None) -> int:
             raise  # not known: the traceback says more than words could
         print(f"train_grpo.py: error: {told}", file=sys.stderr)
         return 1
+    finally:
+        let_go_of_the_screen()
     return 0
 
 

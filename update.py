@@ -7,7 +7,7 @@ micro-batch (a forward and backward pass). Logits of a whole micro-batch never e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from data import BadInput, first_line
 from losses import drpo_weights, head_loss, mixture_logp, policy_loss, response_weights, token_logps
+from weights import is_sharded, whole
 
 if TYPE_CHECKING:  # libraries that are loaded late
     from transformers import PreTrainedModel
@@ -105,10 +106,17 @@ def hidden_states(model, t: dict, args) -> torch.Tensor:
     return hidden.bfloat16() if args.dtype == "bfloat16" else hidden
 
 
-def model_logps(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [T] of the response tokens of to_tensors' `t` under `model`."""
-    head = model.get_output_embeddings().weight
-    return token_logps(hidden_states(model, t, args), head, t["target"], args.temperature)
+def run(model, t: dict, args, loss_of: Callable | None = None) -> tuple:
+    """token_logps of the response tokens of to_tensors' `t` under `model`; with `loss_of` head_loss."""
+    hidden, head = hidden_states(model, t, args), model.get_output_embeddings().weight
+    if loss_of is None:
+        return token_logps(hidden, head, t["target"], args.temperature)
+    return head_loss(hidden, head, t["target"], loss_of, args.temperature)
+
+
+def model_logps(model, t: dict, args, loss_of: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """run(); a sharded model is called as a module, so that its weights are gathered around it."""
+    return model(t, args, loss_of) if is_sharded(model) else run(model, t, args, loss_of)
 
 
 def loss_of_tokens(
@@ -138,13 +146,12 @@ def backward(
     if reference is not None:
         with torch.no_grad():
             ref, _ = model_logps(reference, t, args)
-    hidden, head = hidden_states(model, t, args), model.get_output_embeddings().weight
     if args.ratio == "sequence":  # a token's loss depends on its whole response: the head runs once more
-        logp, entropy = token_logps(hidden, head, t["target"], args.temperature)
+        logp, entropy = model_logps(model, t, args)
         loss = loss_of_tokens(logp, t, ref, args)[0]
     else:
         part_loss = lambda logp, part: loss_of_tokens(logp, t, ref, args, part)[0]  # noqa: E731
-        loss, logp, entropy = head_loss(hidden, head, t["target"], part_loss, args.temperature)
+        loss, logp, entropy = model_logps(model, t, args, part_loss)
     # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the minibatch.
     loss.backward()
     _, stats, old, sampled = loss_of_tokens(logp.detach(), t, ref, args)
@@ -190,11 +197,12 @@ def update(
                 sums[name] = sums[name] + value / processes
         for micro in micro_batches(mine, args.micro_tokens, count):
             gap_max = torch.maximum(gap_max, backward(model, reference, micro, args, device, sums))
-        if processes > 1:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)  # a sum, not a mean: the weights divide by the whole batch already
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item())
+        learned = [p for p in model.parameters() if p.requires_grad]
+        for p in learned if processes > 1 else []:
+            # A sum, not a mean: the weights divide by the whole batch already.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad.mul_(processes) if is_sharded(model) else dist.all_reduce(p.grad)
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(learned, args.grad_clip)).item())
         optimizer.step()
     if processes > 1:
         total = torch.stack(list(sums.values())).to(device)
@@ -259,13 +267,14 @@ def learning_rate(step: int, args) -> float:
 
 
 def make_optimizer(model, args) -> torch.optim.Optimizer:
-    """AdamW over all parameters; with --optim adamw8bit its moments take 2 bytes a parameter instead of 8."""
+    """AdamW over all that learns; --optim adamw8bit: its moments take 2 bytes a parameter instead of 8."""
     options = {"lr": args.lr, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
+    learned = [p for p in model.parameters() if p.requires_grad]
     if args.optim == "adamw":
-        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+        return torch.optim.AdamW(learned, fused=True, **options)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(model.parameters(), **options)
+    return bitsandbytes.optim.AdamW8bit(learned, **options)
 
 
 def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: int, args, device) -> None:

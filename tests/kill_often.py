@@ -129,12 +129,13 @@ def compare(model: str, out: str, launch=command, steps=STEPS) -> None:
 
 def summary(records: list[dict]) -> str:
     """The figures of docs/reliability.md."""
-    early = sum(r["steps"] == 0 for r in records)
-    saving, lost = sum(r["while_saving"] for r in records), [r["lost"] for r in records]
+    late = [r for r in records if r["steps"]]  # the others were hit while they loaded
+    saving, again = sum(r["while_saving"] for r in late), [r["lost"] for r in late]
     return (
-        f"{len(records)} signals: {early} before the first step of an attempt, {saving} while a checkpoint "
-        f"was written; steps done again: {sum(lost)} in all, at most {max(lost)} at a time (a checkpoint "
-        f"every {SAVE_EVERY}); {sum(r['seconds'] for r in records):.0f} s; weights and metrics at the end: identical"
+        f"{len(records)} signals, {len(records) - len(late)} of them before a first step, {saving} while a "
+        f"checkpoint was written; steps taken again: {sum(again)} in all, at most {max(again)} after one (a "
+        f"checkpoint every {SAVE_EVERY}); {sum(r['seconds'] for r in records):.0f} s. At the end weights "
+        f"and metrics are those of an undisturbed run, bit for bit"
     )
 
 

@@ -298,6 +298,11 @@ HOSTILE = {
     "paragraphs": "\n \n" * 60_000,
     "tags": "<answer>" * 20_000,
     "thinking": "<think>" * 50_000 + "</think>",
+    "a million digits": "\\boxed{" + "7" * 1_000_000 + "}",
+    "a large matrix": r"\boxed{\begin{pmatrix}" + ("x&" * 29 + r"x\\") * 30 + r"\end{pmatrix}}",
+    "a power of a matrix": r"\boxed{\begin{pmatrix}1&2\\3&4\end{pmatrix}^{99999999}}",
+    "a file": r"\boxed{\input{/etc/passwd}} \include{/etc/passwd}",
+    "control characters": "\\boxed{" + "".join(map(chr, range(32))) + "\x7f\x9b2J}",
 }
 
 
@@ -311,10 +316,35 @@ def test_hostile_answers():
     got, counts = check_answers(responses, golds, ["math"] * len(golds), timeout=1.0, workers=2)
     assert time.perf_counter() - start < 30
     assert got == [False, True] * len(HOSTILE)
-    assert 2 <= counts["timeouts"] <= 5 and sum(counts.values()) == len(responses)
+    assert 2 <= counts["timeouts"] <= 8 and sum(counts.values()) == len(responses)
     start = time.perf_counter()
     assert not any(check_answers(list(HOSTILE.values()), ["A"] * len(HOSTILE), ["choice"] * len(HOSTILE))[0])
     assert time.perf_counter() - start < 5
+
+
+CODE = [
+    "__import__('os').system('touch MARK')",
+    "\\boxed{__import__('os').system('touch MARK')}",
+    "\\boxed{\\text{__import__('os').system('touch MARK')}}",
+    "$__import__('os').system('touch MARK')$",
+    "The answer is $open('MARK', 'w')$.",
+    "\\boxed{().__class__.__mro__[1].__subclasses__()}",
+    "\\boxed{$(touch MARK)}",
+    "\\boxed{`touch MARK`; touch MARK}",
+    "\\boxed{\\immediate\\write18{touch MARK}}",
+    "<answer>exec(\"open('MARK', 'w')\")</answer>",
+]
+
+
+def test_answers_are_never_run(tmp_path):
+    """Neither Python nor a shell nor TeX reads an answer or a reference: no file appears."""
+    mark = str(tmp_path / "mark")
+    answers = [text.replace("MARK", mark) for text in CODE]
+    n = len(answers)
+    for kind in ("math", "choice"):
+        verdicts, counts = check_answers(answers + ["4"] * n, ["4"] * n + answers, [kind] * 2 * n)
+        assert not any(verdicts) and counts["crashes"] == counts["timeouts"] == 0
+    assert not os.path.exists(mark)
 
 
 FUZZ = r"\frac \sqrt \boxed \pm \text \begin{pmatrix} \end{pmatrix} \infty \cup \approx \sin \int".split()

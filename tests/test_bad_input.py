@@ -7,6 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT
 
+import baselines
 import data
 import evaluate
 import train_grpo
@@ -231,3 +232,87 @@ def test_torn_weights_on_resume(world, capsys, tmp_path):
         f.truncate(2000)
     assert train_grpo.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]) == 2
     assert "checkpoint-1" in capsys.readouterr().err
+
+
+NOT_NUMBERS = ["nan", "inf", "-inf", "-1", "1e400", "x", "", "1,5"]
+NUMERIC = [a.option_strings[0] for a in train_grpo.build_parser()._actions if a.type in (int, float)]
+
+
+@pytest.mark.parametrize("flag", NUMERIC)
+def test_numbers_that_are_none(flag, world, capsys, tmp_path):
+    """Every flag of the trainer that takes a number, with eight values that no flag takes."""
+    base = [
+        "--model",
+        world["tiny"],
+        "--data",
+        MATH,
+        "--budgets",
+        "fixed:8",
+        "--out",
+        str(tmp_path / "o"),
+        *HF,
+    ]
+    for value in NOT_NUMBERS:
+        pair = [flag, "0.9", value.replace("-", "2")]  # two numbers; a word with a dash would be a flag
+        values = pair if flag == "--betas" else [f"{flag}={value}"]
+        assert train_grpo.main([*base, *values]) == 2, value
+        message = capsys.readouterr().err
+        assert flag in message and message.count("\n") == 1, message
+    assert not (tmp_path / "o").exists()
+
+
+OTHERS = {  # script: (flags of a command that would run, its flags with a number, more values they refuse)
+    data: ("{math} --tokenizer {tiny} --out {out}.jsonl", "--copies --seed --limit --max-prompt-tokens", []),
+    evaluate: (
+        "--model {tiny} --data {math} --budgets 8 --out {out} --sampler hf",
+        "--n --temperature --top-p --max-tokens --seed --limit --exceed",
+        ["-0.5"],
+    ),
+    baselines: (
+        "sweep --model {tiny} --data {math} --budgets 8 --out {out}",
+        "--n --temperature --top-p --max-tokens --answer-tokens --reserve --waits --votes --seed --limit",
+        ["-0.5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("script", OTHERS, ids=lambda script: script.__name__)
+def test_numbers_that_are_none_elsewhere(script, world, capsys, tmp_path):
+    line, flags, more = OTHERS[script]
+    base = line.format(**world, out=tmp_path / "o").split()
+    for flag in flags.split():
+        for value in NOT_NUMBERS + more:
+            assert script.main([*base, f"{flag}={value}"]) == 2, (flag, value)
+            message = capsys.readouterr().err
+            assert flag in message and message.count("\n") == 1, message
+    assert os.listdir(tmp_path) == []
+
+
+LINES = [  # by the real command line, and before anything heavy is imported
+    "train_grpo.py --steps x",
+    "train_grpo.py --group-size 1",
+    "train_grpo.py @nowhere.args",
+    "train_grpo.py --out {root}/file",
+    "train_grpo.py --out {root}/file/below",
+    "train_grpo.py --out {root}/run",
+    "train_grpo.py --resume --out {root}/plain",
+    "train_grpo.py --model {root}/plain --data {math}",
+    "train_grpo.py --reward nothing",
+    "data.py {root}/broken.jsonl --out {root}/o.jsonl",
+    "data.py {math} --budgets fixed:0 --out {root}/o.jsonl",
+    "data.py {math} --out {root}/none/o.jsonl",
+    "evaluate.py --model {tiny} --data {root}/empty.jsonl --budgets 8 --out {root}/o",
+    "evaluate.py --samples {root}/broken.jsonl --out {root}/o",
+    "evaluate.py --compare {root}/run {root}/plain --out {root}/o",
+    "baselines.py tops --samples {root}/broken.jsonl --out {root}/o.jsonl",
+    "baselines.py merge --base {root}/plain --tuned {tiny} --out {root}/o",
+]
+
+
+def test_real_command_lines(script, world):
+    before = sorted(os.listdir(world["root"]))
+    for line in LINES:
+        done = script(*line.format(**world).split(), check=False, timeout=120)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, line + done.stderr
+        assert ": error: " in done.stderr and done.stdout == "", line
+    assert sorted(os.listdir(world["root"])) == before

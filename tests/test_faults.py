@@ -3,8 +3,8 @@
 import gzip
 import json
 import os
-import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,19 +12,20 @@ import sys
 import time
 from pathlib import Path
 
+import kill_often
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT
 
 import checkpoints
 import faults
-import kill_often
 import logbook
 import sampler
 import toy
 import train_grpo
-from data import BadInput
+import update
 
 FLAGS = "--data toy --limit 12 --wording tulu --max-tokens 24 --prompts-per-step 4 --group-size 4 --lr 1e-3"
 FLAGS = [*FLAGS.split(), "--sampler", "hf", "--require-think"]
@@ -33,7 +34,7 @@ BUDGETS = ["--budgets", "bucket:8,16", "--reward", "peaked_exact", "--advantage"
 
 @pytest.fixture(scope="session")
 def eager(tmp_path_factory):
-    """A toy model that guesses: a few hesitations, </think>, a digit. One answer in ten is right, of any length."""
+    """A toy model that guesses: a few hesitations, </think>, a digit. One answer in ten is right."""
     folder = str(tmp_path_factory.mktemp("models") / "eager")
     tokenizer, rng = toy.make_tokenizer(), np.random.default_rng(0)
     model = toy.make_model(tokenizer, 0).train()
@@ -88,8 +89,9 @@ def same_run(a, b, step):
 
 MODES = {
     "hapo, budgets drawn anew": "--reward hapo_linear --budgets bucket:8,16 --resample-budgets",
-    "palu, dynamic sampling": "--reward palu --reward-args l_max=24 --budgets none --dynamic-sampling correct",
-    "curriculum": "--reward curriculum_band --budgets none --budget-schedule step --schedule-args start=16 period=2",
+    "palu, dynamic sampling": "--reward palu --reward-args l_max=24 --budgets none --dynamic-sampling reward",
+    "curriculum": "--reward curriculum_band --budgets none --budget-schedule step "
+    "--schedule-args start=16 period=2",
     "laser_d": "--reward laser_d --budgets none --method-args every=3 size=8 samples=2 low=8 step=8",
     "reference samples": "--reward o1_pruner --budgets none --reference-samples 2",
     "minibatches, cosine": "--reward peaked_exact --budgets bucket:8,16 --minibatches 2 --lr-schedule cosine",
@@ -116,7 +118,7 @@ def test_resume_is_exact(eager, tmp_path, mode):
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_random_signals(eager, tmp_path, name):
-    """In CI 8 of kill -9 and 3 of the others, to forked processes that run main(); then fifty of the real ones."""
+    """In CI 8 of kill -9 and 3 of the others, to forked processes that run main(); slow: fifty."""
     times = 8 if name == "SIGKILL" else 3
     number = getattr(signal, name)
     kill_often.torment(eager, str(tmp_path), number, times, kill_often.Forked, steps=40, seed=1)
@@ -126,8 +128,9 @@ def test_random_signals(eager, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_fifty_random_signals(eager, tmp_path, name):
-    records = kill_often.torment(eager, str(tmp_path), getattr(signal, name), 50)
-    kill_often.compare(eager, str(tmp_path))
+    launch = kill_often.command if name == "SIGKILL" else kill_often.Forked
+    records = kill_often.torment(eager, str(tmp_path), getattr(signal, name), 50, launch)
+    kill_often.compare(eager, str(tmp_path), launch)
     print(kill_often.summary(records))
 
 
@@ -147,7 +150,7 @@ def test_a_signal_breaks_off_a_long_sampling(eager, tmp_path):
 
 
 def test_the_signal_handlers_are_given_back(eager, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the middle of sampling: exit code 0 and the command that goes on; then Ctrl-C is Ctrl-C again."""
+    """Ctrl-C in the middle of sampling: 0, and the command that goes on; then Ctrl-C is Ctrl-C again."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     real, calls = sampler.HFSampler._generate, []
 
@@ -350,3 +353,309 @@ def test_half_written_metrics_are_cut_back(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert logbook.write_metrics({"step": 2}, str(tmp_path), unwritten) is None
     assert [m["step"] for m in metrics(tmp_path)] == [0, 1, 2] and not unwritten
+
+
+# Numbers ----------------------------------------------------------------------------------------------------
+
+
+def bad_batch(out, step):
+    with gzip.open(Path(out) / f"bad-batch-{step}.jsonl.gz", "rt") as f:
+        return [json.loads(line) for line in f]
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(eager, tmp_path):
+    flags = [
+        "--model",
+        eager,
+        *FLAGS,
+        "--budgets",
+        "bucket:8,16",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(SystemExit, match=r"step 1: advantage not finite.*bad-batch-1\.jsonl\.gz"):
+        train_grpo.main([*flags, "--reward", "lcpo_exact", "--reward-args", "alpha=1e308"])
+    batch = bad_batch(tmp_path / "run", 1)
+    assert len(batch) == 16 and {"prompt_ids", "ids", "logps", "text", "length", "correct"} <= set(batch[0])
+    assert not metrics_exist(tmp_path / "run")
+
+
+def metrics_exist(out):
+    return (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(eager, tmp_path, monkeypatch, what):
+    """nan comes into the loss of step 3, or into its gradient alone; the checkpoint of step 2 stays good."""
+    real, now = update.policy_loss, []
+    sabotage(monkeypatch, {3: lambda: now.append(3)})
+
+    def poisoned(*words, **options):
+        loss, stats = real(*words, **options)
+        if now and what == "loss":
+            loss = loss * float("nan")
+        elif now:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, stats
+
+    monkeypatch.setattr(update, "policy_loss", poisoned)
+    out = str(tmp_path / "run")
+    flags = ["--model", eager, *FLAGS, *BUDGETS, "--steps", "4", "--save-every", "1", "--out", out]
+    with pytest.raises(SystemExit, match=rf"step 3: .*{what}.* not finite.*bad-batch-3.*--resume"):
+        train_grpo.main(flags)
+    assert len(bad_batch(out, 3)) == 16 and all(r["advantage"] == r["advantage"] for r in bad_batch(out, 3))
+    assert checkpoints.checkpoints(out) == [1, 2] and [m["step"] for m in metrics(out)] == [0, 1]
+    monkeypatch.undo()
+    assert train_grpo.main(["--resume", "--out", out]) == 0
+    assert all(np.isfinite([m["loss"], m["grad_norm"]]).all() for m in metrics(out))
+
+
+def test_weights_that_overflow_are_told(eager, tmp_path, capsys):
+    flags = [
+        "--model",
+        eager,
+        *FLAGS,
+        *BUDGETS,
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "run"),
+        "--check-sync",
+        "0",
+    ]
+    flags += ["--lr", "1e8", "--grad-clip", "1e8"]
+    try:
+        assert train_grpo.main(flags) == 1
+        told = capsys.readouterr().err
+    except SystemExit as error:
+        told = str(error)
+    assert "finite" in told and "--lr" in told and "Traceback" not in told
+
+
+def healthy(step=0, **changes):
+    m = {
+        "step": step,
+        "reward": 0.5 + 0.01 * (step % 7),
+        "accuracy": 0.5,
+        "truncated": 0.1,
+        "zero_variance": 0.2,
+    }
+    return m | {"logp_gap": 1e-6} | changes
+
+
+def responses(*texts, truncated=0):
+    return [[{"text": text, "truncated": truncated} for text in texts]]
+
+
+COUNTS = {"fast": 3, "solved": 1, "timeouts": 0, "crashes": 0, "parse_failures": 2}
+UNREAD = dict.fromkeys(COUNTS, 0) | {"parse_failures": 3}
+
+
+def watched(lines, counts=COUNTS, groups=None, memory=None, template="{{ messages }}", **flags):
+    """All warnings about a series of steps."""
+    args = train_grpo.build_parser().parse_args([])
+    vars(args).update(flags)
+    memory, tokenizer = {} if memory is None else memory, toy.make_tokenizer()
+    tokenizer.chat_template = template
+    groups = groups or responses("</think> \\boxed{1}", "</think> 2", "3")
+    return [t for m in lines for t in faults.watch(m, counts, groups, tokenizer, args, memory, 1e-3)]
+
+
+def test_a_healthy_run_is_not_warned():
+    assert watched(healthy(step) for step in range(300)) == []
+
+
+WARNINGS = [
+    ({"truncated": 0.95}, 1, ["95%", "--max-tokens (4096)"]),
+    ({"truncated": 0.9}, 1, []),
+    ({"zero_variance": 1.0}, 1, ["in no group", "--group-size"]),
+    ({"reward": 0.25}, 20, ["0.25 for 20 steps"]),
+    ({"reward": 0.25}, 19, []),
+    ({"logp_gap": 0.01}, 1, ["differ by 0.01", "limit 0.001"]),
+    ({"logp_gap": float("nan")}, 1, ["differ by nan"]),
+]
+
+
+@pytest.mark.parametrize("changes, steps, words", WARNINGS)
+def test_warnings_in_words(changes, steps, words):
+    told = watched(healthy(step, **changes) for step in range(steps))
+    assert len(told) == bool(words) and all(word in told[0] for word in words)
+    if words:  # said once, then seldom: every hundred steps
+        steps = range(steps + 250)
+        assert (
+            3
+            <= len(watched(healthy(step, **changes) for step in steps))
+            <= 3 + (changes.get("reward") is None)
+        )
+
+
+def test_accuracy_that_collapses():
+    """It has to have been good for a while, and the running mean must fall to less than half of its best."""
+
+    def lines(low):
+        return [healthy(step, accuracy=0.8 if step < 40 else low) for step in range(80)]
+
+    assert watched(lines(0.5)) == []
+    (told,) = watched(lines(0.1))
+    assert "below half of its best (0.80" in told and "step 49:" in told  # 0.1 + 0.7 * 0.9^9 < 0.4
+    assert watched([healthy(step, accuracy=float(step == 0)) for step in range(80)]) == [], "one lucky step"
+    memory = {}
+    watched(lines(0.1)[:40], memory=memory)
+    (again,) = watched(lines(0.1)[40:], memory=json.loads(json.dumps(memory)))
+    assert again == told, "a resumed run remembers"
+
+
+def test_answers_that_nobody_can_read():
+    texts = ["I think it is four.", "Perhaps five", "Six or so. " * 50]
+    (told,) = watched([healthy()], UNREAD, responses(*texts))
+    assert "no response holds \\boxed{}" in told and all(repr(text[-160:]) in told for text in texts)
+    cases = [
+        (UNREAD, texts, {"template": None}, "no chat template"),
+        (UNREAD, ["</think> \\boxed{", "</think> \\boxed{"], {}, "see the examples"),
+        (COUNTS, texts, {"require_think": True}, "no response holds </think>"),
+    ]
+    for counts, words, flags, cause in cases:
+        (told,) = watched([healthy()], counts, responses(*words), **flags)
+        assert cause in told
+    (told,) = watched([healthy(truncated=0.8)], UNREAD, responses(*texts))
+    assert "--max-tokens (4096) is too small" in told
+    assert watched([healthy()], UNREAD | {"fast": 1}, responses(*texts)) == []
+
+
+def test_a_model_that_never_ends_is_warned_about_in_the_run(tiny, tmp_path, capsys):
+    data = os.path.join(ROOT, "tests", "data", "math_train_small.jsonl.gz")
+    flags = ["--model", tiny, "--data", data, "--budgets", "fixed:4", "--max-tokens", "4", "--sampler", "hf"]
+    flags += ["--steps", "2", "--prompts-per-step", "2", "--group-size", "2", "--out", str(tmp_path / "run")]
+    assert train_grpo.main(flags) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(told) == 2 and "100% of the responses were cut off" in told[0] and "in no group" in told[1]
+
+
+# Memory, engines, processes ---------------------------------------------------------------------------------
+
+
+def exhaust(*words, **options):
+    torch.empty(1 << 60)  # what torch says when memory ends is its own
+
+
+@pytest.mark.parametrize(
+    "place, flag", [("update", "--micro-tokens (16384), e.g. to 8192"), ("sampler", "--vllm-memory")]
+)
+def test_out_of_memory_names_the_flag(eager, tmp_path, capsys, monkeypatch, place, flag):
+    def no_memory(*words, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    flags = [
+        "--model",
+        eager,
+        *FLAGS,
+        *BUDGETS,
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "run"),
+        "--check-sync",
+        "0",
+    ]
+    if place == "update":
+        monkeypatch.setattr(update, "update", exhaust)  # on a CPU: the real thing
+    else:
+        monkeypatch.setattr(torch, "multinomial", no_memory)  # as on a GPU, inside of the sampler
+    assert train_grpo.main(flags) == 1
+    told = capsys.readouterr().err.strip()
+    assert "out of memory" in told and flag in told and "--resume" in told and len(told.splitlines()) == 1
+
+
+ERRORS = [  # what the libraries say, as copied from them
+    (
+        RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:3"),
+        "another process of this run has ended",
+    ),
+    (
+        ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"),
+        "--vllm-memory",
+    ),
+    (
+        ValueError("Free memory on device (3.1/79 GiB) is less than desired GPU memory utilization"),
+        "--vllm-memory",
+    ),
+    (OSError(28, "No space left on device"), "No space left"),
+    (RuntimeError("a bug"), None),
+    (KeyError("a bug"), None),
+]
+
+
+@pytest.mark.parametrize("error, words", ERRORS)
+def test_errors_in_words(error, words):
+    args = train_grpo.build_parser().parse_args([])
+    told = faults.explain(error, args)
+    assert (told is None) == (words is None) and (words or "") in (told or "")
+
+
+@pytest.mark.parametrize("where", ["| head -n 2", "> /dev/full", ">&-"])
+def test_nobody_listens(eager, tmp_path, where):
+    words = ["train_grpo.py", "--model", eager, *FLAGS, *BUDGETS, "--steps", "2", "--out", tmp_path / "run"]
+    line = shlex.join(map(str, [sys.executable, *words])) + f" {where}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert len(metrics(tmp_path / "run")) == 2 and checkpoints.checkpoints(str(tmp_path / "run")) == [2]
+
+
+def two(*words):
+    """The command line that starts two processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_grpo.py"]
+    return [sys.executable, *launch, *map(str, words)]
+
+
+def start_two(out, *words):
+    """The launcher of two processes, in the middle of a run: a checkpoint is there, and steps after it."""
+    with open(f"{out}.log", "w") as log:
+        launcher = subprocess.Popen(two(*words, "--out", out), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    while kill_often.saved(out) < 2 or kill_often.steps_taken(out) < 3:
+        assert launcher.poll() is None, Path(f"{out}.log").read_text()
+        time.sleep(0.01)
+    return launcher
+
+
+def flags_of_two(eager):
+    flags = [*FLAGS, "--reward", "hapo_linear", "--budgets", "bucket:8,16", "--resample-budgets"]
+    return ["--model", eager, *flags, "--dynamic-sampling", "reward", "--steps", "8", "--save-every", "2"]
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(eager, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("runs") / "two")
+    subprocess.run(two(*flags_of_two(eager), "--out", out), cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def test_one_of_two_processes_is_killed(eager, whole_of_two, tmp_path):
+    """The other ends within a minute and says why; resumed by two processes, the run is the same run."""
+    out = str(tmp_path / "run")
+    launcher = start_two(out, *flags_of_two(eager))
+    workers = {}
+    for child in psutil.Process(launcher.pid).children():
+        workers[child.environ().get("RANK")] = child
+    workers["1"].kill()
+    began = time.monotonic()
+    assert launcher.wait(timeout=60) != 0 and time.monotonic() - began < 60
+    assert not any(worker.is_running() for worker in workers.values())
+    assert "another process of this run has ended" in Path(f"{out}.log").read_text()
+    assert kill_often.steps_taken(out) - kill_often.saved(out) <= 2
+    subprocess.run(two("--resume", "--out", out), cwd=ROOT, check=True, capture_output=True)
+    same_run(whole_of_two, out, 8)
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_processes(eager, whole_of_two, tmp_path):
+    """Both drop the step, or neither; one saves; the other waits for it."""
+    out = str(tmp_path / "run")
+    launcher = start_two(out, *flags_of_two(eager))
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(timeout=60)  # torchrun's own exit code is not 0 after a signal
+    assert "stopped by a signal after step" in Path(f"{out}.log").read_text()
+    assert kill_often.saved(out) == kill_often.steps_taken(out)
+    subprocess.run(two("--resume", "--out", out), cwd=ROOT, check=True, capture_output=True)
+    same_run(whole_of_two, out, 8)

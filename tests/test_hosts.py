@@ -69,12 +69,14 @@ def test_score_by_hand(tokenizer):
 
 def test_groups_that_are_not_whole_are_refused(tokenizer):
     ids = [tokenizer.encode(RIGHT)] * 4
-    with pytest.raises(ValueError, match="kimi compares the responses to a prompt.*set group_size"):
+    with pytest.raises(ValueError, match="kimi compares the responses to a prompt.*needs group_size"):
         hosts.score("kimi", [ROW] * 4, ids, tokenizer)
     with pytest.raises(ValueError, match="4 responses are not whole groups of 3"):
         hosts.score("kimi", [ROW] * 4, ids, tokenizer, group_size=3)
     with pytest.raises(ValueError, match="4 responses are not whole groups of 2"):
         hosts.score("kimi", [ROW, ROW | {"problem": "add 1"}] * 2, ids, tokenizer, group_size=2)
+    with pytest.raises(ValueError, match="reward 'lcpo' is not known.*lcpo_exact"):
+        hosts.score("lcpo", [ROW], ids[:1], tokenizer)
     with pytest.raises(KeyError, match="this method needs rollouts"):
         hosts.score("hapo_cosine", [ROW], ids[:1], tokenizer)
 

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -135,3 +138,86 @@ def test_two_processes_with_an_engine_each(tiny, script, tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl") as f:
         metrics = [json.loads(line) for line in f]
     assert len(metrics) == 2 and all(m["logp_gap_max"] < 1e-4 for m in metrics)
+
+
+EARLY = """
+import sys
+import sampler
+engine = sampler.load_sampler(sys.argv[1], "vllm", 64)
+seen, open_ = {}, []
+def finished(i, responses):
+    seen[i] = responses
+    open_.append(engine.llm.llm_engine.has_unfinished_requests())
+caps = [3, 40, 8, 30]
+prompts = [[5 + i, 6] for i in range(4)]
+made = engine.generate(prompts, 2, caps, seed=1, finished=finished, expected=[1, 9, 2, 8])
+assert [seen[i] for i in range(4)] == made and len(seen) == 4
+assert all(len(r["ids"]) <= cap and len(r["logps"]) == len(r["ids"]) for cap, g in zip(caps, made) for r in g)
+assert open_[0] and not open_[-1], open_
+print("early")
+"""
+
+
+def test_groups_are_handed_out_while_others_are_written(tiny, script):
+    done = script("-c", EARLY, tiny, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.stdout.strip().endswith("early")
+
+
+CACHE = """
+import sys, torch
+import sampler
+engine, model = sampler.load_sampler(sys.argv[1], "vllm", 1024), sampler.load_model(sys.argv[1])
+prompt = list(range(5, 305))  # more than one block of the cache
+
+def gap():  # between the engine's log-probs and those of a plain forward pass
+    r = engine.generate([prompt], 1, 8, seed=1)[0][0]
+    with torch.no_grad():
+        logp = model(torch.tensor([prompt + r["ids"]])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    logp = logp.gather(-1, torch.tensor(r["ids"])[:, None])[:, 0]
+    return (logp - torch.tensor(r["logps"])).abs().max().item()
+
+engine.sync(model)
+print(gap())
+torch.manual_seed(0)
+for p in model.parameters():
+    p.data += 0.05 * torch.randn_like(p)
+reset, engine.llm.reset_prefix_cache = engine.llm.reset_prefix_cache, lambda: True
+engine.sync(model)  # the weights are new, what was cached of the prompt is not
+print(gap())
+engine.llm.reset_prefix_cache = reset
+engine.sync(model)
+print(gap())
+engine.llm.reset_prefix_cache = lambda: False
+try:
+    engine.sync(model)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_the_prefix_cache_is_dropped_with_the_old_weights(tiny, script):
+    """Without the reset the engine answers from keys and values of the old weights: the gap shows it."""
+    done = script("-c", CACHE, tiny, env=os.environ | {"PYTHONPATH": ROOT})
+    *gaps, message = done.stdout.strip().splitlines()[-4:]
+    before, stale, after = map(float, gaps)
+    assert before < 1e-4 and after < 1e-4 and stale > 1e-2
+    assert "did not drop its prefix cache" in message
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_engine_samples(tiny, tmp_path):
+    data = os.path.join(DATA, "math_train_small.jsonl.gz")
+    flags = ["--budgets", "fixed:300", "--max-tokens", "600", "--prompts-per-step", "2", "--group-size", "4"]
+    flags += ["--sampler", "vllm", "--steps", "50", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "train_grpo.py", "--model", tiny, "--data", data, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.terminate()
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal after step" in told
+    with open(tmp_path / "run" / "metrics.jsonl") as f:
+        steps = len(list(f))
+    assert (tmp_path / "run" / f"checkpoint-{steps}").is_dir()

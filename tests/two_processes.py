@@ -1,4 +1,7 @@
-"""Started by test_train.py by torchrun: the update of test_train.random_batch, shared by processes."""
+"""Started by test_train.py by torchrun: five updates of test_train.random_batch, shared by processes.
+
+two_processes.py MODEL FILE [FLAGS ...]: the losses, the weights, and those of a copy saved and loaded again.
+"""
 
 import os
 import sys
@@ -7,14 +10,10 @@ import torch
 from accelerate import PartialState
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from test_train import arguments, random_batch, weights_after_update  # noqa: E402
-
-import sampler  # noqa: E402
+from test_train import five_updates  # noqa: E402
 
 if __name__ == "__main__":
     state = PartialState(cpu=True)
-    options = {"rank": state.process_index, "processes": state.num_processes}
-    model, args = sampler.load_model(sys.argv[1]), arguments("--minibatches", "2")
-    weights, stats = weights_after_update(model, random_batch(), args, **options)
+    found = five_updates(sys.argv[1], sys.argv[3:], state)
     if state.is_main_process:
-        torch.save({"weights": weights, "loss": stats["loss"], "processes": state.num_processes}, sys.argv[2])
+        torch.save(found | {"processes": state.num_processes}, sys.argv[2])
