@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import plan
+import race
 from data import BadInput, one_line_errors
-from race import be_worker, clock, held_bytes, peak_bytes, pick_device, race, tell, timed
 
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch
@@ -40,42 +40,31 @@ TRL = "1.16.0"
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # Sizes: "small" is the default; --full (the acceptance setting), then a CUDA device replace what they name.
+TINY = {"layers": 4, "width": 256, "vocab": 32_768, "prompt": 32, "low": 16, "high": 160, "dtype": "float32"}
+TINY["train_args"] = "--micro-tokens 2048"
+HALF_B = {"layers": 24, "width": 896, "vocab": 151_936, "prompt": 256, "dtype": "bfloat16"}
+HALF_B["train_args"] = "--micro-tokens 16384"
+ACCEPTED = {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512}
 SETTINGS = {
     "step": {
-        "small": {
-            "layers": 4, "width": 256, "vocab": 32_768, "sequences": 16, "prompt": 32, "low": 16, "high": 160,
-            "dtype": "float32", "rounds": 5, "train_args": "--micro-tokens 2048",
-        },
-        "full": {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512},
-        "cuda": {
-            "layers": 24, "width": 896, "vocab": 151_936, "sequences": 64, "prompt": 256, "low": 100,
-            "high": 4000, "dtype": "bfloat16", "train_args": "--micro-tokens 16384",
-        },
+        "small": TINY | {"sequences": 16, "rounds": 5}, "full": ACCEPTED,
+        "cuda": HALF_B | {"sequences": 64, "low": 100, "high": 4000},
     },
     "logprobs": {
         "small": {
-            "vocabs": [32_768, 65_536, 131_072, 262_144], "tokens": 512, "width": 64, "rounds": 5,
-            "dtype": "float32",
+            "vocabs": [32_768, 65_536, 131_072, 262_144], "tokens": 512, "width": 64, "dtype": "float32",
+            "rounds": 5,
         },
-        "full": {"tokens": 2048, "width": 256},
-        "cuda": {"tokens": 8192, "width": 1536, "dtype": "bfloat16"},
+        "full": {"tokens": 2048, "width": 256}, "cuda": {"tokens": 8192, "width": 1536, "dtype": "bfloat16"},
     },
-    "padding": {
-        "small": {
-            "sequences": 2048, "prompt_low": 50, "prompt_high": 250, "low": 100, "high": 4000,
-            "micro_tokens": 16384, "processes": [1, 2, 8],
-        },
-    },
+    "padding": {"small": {
+        "sequences": 2048, "prompt_low": 50, "prompt_high": 250, "low": 100, "high": 4000,
+        "micro_tokens": 16_384, "processes": [1, 2, 8],
+    }},
     "scale": {
-        "small": {
-            "layers": 4, "width": 256, "vocab": 8192, "prompt": 32, "low": 16, "high": 160, "rounds": 3,
-            "sequences": [4, 8, 16, 32, 64], "dtype": "float32", "train_args": "--micro-tokens 2048",
-        },
+        "small": TINY | {"vocab": 8192, "sequences": [4, 8, 16, 32, 64], "rounds": 3},
         "full": {"layers": 8, "vocab": 32_768, "high": 512, "sequences": [2, 4, 8, 16, 32], "rounds": 5},
-        "cuda": {
-            "layers": 24, "width": 896, "vocab": 151_936, "sequences": [16, 32, 64, 128, 256], "high": 2048,
-            "dtype": "bfloat16", "train_args": "--micro-tokens 16384",
-        },
+        "cuda": HALF_B | {"sequences": [16, 32, 64, 128, 256], "high": 2048},
     },
     "sampler": {
         "small": {
@@ -83,21 +72,16 @@ SETTINGS = {
             "dtype": "float32", "rounds": 5,
         },
         "full": {"prompts": 32, "max_tokens": 192},
-        "cuda": {
-            "layers": 24, "width": 896, "vocab": 151_936, "prompts": 128, "group": 16, "prompt": 256,
-            "max_tokens": 4096, "dtype": "bfloat16", "rounds": 5,
-        },
+        "cuda": HALF_B | {"prompts": 128, "group": 16, "max_tokens": 4096},
     },
     "verify": {"small": {"problems": 16, "group": 16, "rounds": 3}, "full": {"problems": 128, "rounds": 5}},
     "plan": {
-        "small": {
-            "budgets": [4096, 8192, 16384], "gpu_gib": 80, "prompt": 1024, "layers": 4, "width": 256,
-            "vocab": 32_768, "sequences": 16, "low": 16, "high": 160, "dtype": "float32", "rounds": 1,
-            "checks": [
-                "--micro-tokens 1024", "--micro-tokens 2048", "--micro-tokens 2048 --gradient-checkpointing",
-            ],
+        "small": TINY | {
+            "budgets": [4096, 8192, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
+            "sequences": 16, "rounds": 1,
+            "checks": ["--micro-tokens 1024", "--micro-tokens 2048 --gradient-checkpointing"],
         },
-        "full": {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512},
+        "full": ACCEPTED,
     },
 }  # fmt: skip
 
@@ -167,7 +151,7 @@ def step_args(s: dict) -> argparse.Namespace:
 def step_imports(device: str) -> int:
     """Memory held once all libraries are loaded: what both sides hold before they have a model."""
     step_model({"width": 64, "layers": 1, "vocab": 8})  # loads transformers' Qwen2
-    return held_bytes(device)
+    return race.held_bytes(device)
 
 
 def save_gradient(optimizer, path: str) -> None:
@@ -185,7 +169,7 @@ def step_ours(variant: str, s: dict, folder: str) -> None:
     """Worker: our update."""
     from update import make_optimizer, update
 
-    device, batch, args = pick_device(), step_rollouts(s), step_args(s)
+    device, batch, args = race.pick_device(), step_rollouts(s), step_args(s)
     imports = step_imports(device)
     model = step_model(s).to(device).train()
     if args.gradient_checkpointing:
@@ -197,7 +181,7 @@ def step_ours(variant: str, s: dict, folder: str) -> None:
         stats = update(model, None, optimizer, batch, args, device=device)
         return {"padding": stats["padding"], "grad_norm": stats["grad_norm"]}
 
-    timed(work, device, imports=imports)
+    race.timed(work, device, imports=imports)
 
 
 def step_trl(variant: str, s: dict, folder: str) -> None:
@@ -211,7 +195,7 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
 
     from update import make_optimizer
 
-    device, batch, groups = pick_device(), step_rollouts(s), s["sequences"] // 8
+    device, batch, groups = race.pick_device(), step_rollouts(s), s["sequences"] // 8
     inner = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "prompt": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
     imports = step_imports(device)
@@ -233,11 +217,11 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
         def on_step_begin(self, args, state, control, **kwargs):
             if not sys.stdin.readline():
                 raise SystemExit  # no more turns
-            self.began = clock(device)
+            self.began = race.clock(device)
 
         def on_step_end(self, args, state, control, **kwargs):  # after the optimizer's step
-            seconds = clock(device) - self.began
-            tell(seconds=seconds, peak=peak_bytes(device), imports=imports, padding=padding())
+            seconds = race.clock(device) - self.began
+            race.tell(seconds=seconds, peak=race.peak_bytes(device), imports=imports, padding=padding())
 
     def rollouts(prompts, trainer):
         ours = {"prompt_ids": [r["prompt_ids"] for r in batch], "completion_ids": [r["ids"] for r in batch]}
@@ -283,7 +267,7 @@ def step_floor(variant: str, s: dict, folder: str) -> None:
     """Worker: seconds of the update's matrix products at this machine's best rate for their shapes."""
     import torch
 
-    device, batch = pick_device(), step_rollouts(s)
+    device, batch = race.pick_device(), step_rollouts(s)
     dtype = getattr(torch, s["dtype"])
     parts = step_flops(step_config(s), batch)
     length = int(np.mean([len(r["prompt_ids"]) + len(r["ids"]) for r in batch]))
@@ -291,9 +275,9 @@ def step_floor(variant: str, s: dict, folder: str) -> None:
     def rate(flops, product):  # FLOP/s, best of 3
         best = float("inf")
         for _ in range(3):
-            before = clock(device)
+            before = race.clock(device)
             product()
-            best = min(best, clock(device) - before)
+            best = min(best, race.clock(device) - before)
         return flops / best
 
     def linear(i, o):
@@ -314,7 +298,7 @@ def step_floor(variant: str, s: dict, folder: str) -> None:
 
     for _ in sys.stdin:
         rates = [linear(a, b) if kind == "linear" else attention(a, b) for kind, a, b, _ in parts]
-        tell(
+        race.tell(
             seconds=sum(part[3] / r for part, r in zip(parts, rates, strict=True)),
             flops=sum(part[3] for part in parts), rates=rates, shapes=[part[:3] for part in parts],
         )  # fmt: skip
@@ -327,10 +311,11 @@ def bench_step(s: dict) -> dict:
     if s["sequences"] % 8:
         raise BadInput(f"sequences ({s['sequences']}) must be a multiple of 8, TRL's sequences per device")
     variants = ["ours", "trl", "trl_no_recompute"]
-    if pick_device() == "cuda" and importlib.util.find_spec("liger_kernel"):
+    if race.pick_device() == "cuda" and importlib.util.find_spec("liger_kernel"):
         variants.append("trl_liger")
     with tempfile.TemporaryDirectory() as folder:
-        found = race("step", [*variants, "floor"], s, folder)
+        # TRL's other ways are slow and stand beside the race: one turn each.
+        found = race.race("step", ["ours", "floor", *variants[1:]], s, folder, few=variants[2:])
         gradients = {v: gradient_distance(folder, v) for v in variants[1:] if "failed" not in found[v]}
     tokens = sum(len(r["prompt_ids"]) + len(r["ids"]) for r in step_rollouts(s))
     floor, ours = found["floor"], found["ours"]
@@ -344,12 +329,12 @@ def bench_step(s: dict) -> dict:
         f["gradient_difference"] = gradients.get(v, 0.0)
         rows.append(
             [v, f"{f['seconds']:.2f}", f"{f['tokens_per_second']:,.0f}", f"{f['speedup']:.2f}",
-             f"{f['floor_share']:.0%}", f"{f['padding']:.1%}", mib(f["peak"]), mib(f["net"]),
+             f"{f['floor_share']:.0%}", f"{f['padding']:.1%}", race.mib(f["peak"]), race.mib(f["net"]),
              f"{ours['net'] / f['net']:.2f}", f"{ours['peak'] / f['peak']:.2f}", f"{gradients.get(v, 0):.1e}"]
         )  # fmt: skip
     head = ["variant", "seconds", "tokens/s", "x ours", "of floor", "padding", "peak MiB", "net MiB"]
     head += ["ours / net", "ours / peak", "gradient"]
-    print_table(head, rows)
+    race.print_table(head, rows)
     for (kind, a, b), r in zip(floor["shapes"], floor["rates"], strict=True):
         print(f"  {kind} {a} x {b}: {r / 1e9:,.0f} GFLOP/s")
     print(
@@ -398,7 +383,7 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
 
     from losses import head_loss
 
-    device, (name, vocab) = pick_device(), variant.split("-")
+    device, (name, vocab) = race.pick_device(), variant.split("-")
     torch.manual_seed(0)
     vocab, dtype = int(vocab), getattr(torch, s["dtype"])
     hidden = torch.randn(s["tokens"], s["width"], device=device).to(dtype).requires_grad_()
@@ -406,7 +391,7 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
     targets = torch.randint(vocab, (s["tokens"],), device=device)
     advantage = torch.randn(s["tokens"], device=device)
     # What both versions must hold is not counted: the inputs, and the gradients, which do not exist yet.
-    held = held_bytes(device) + sum(t.numel() * t.element_size() for t in (hidden, weight))
+    held = race.held_bytes(device) + sum(t.numel() * t.element_size() for t in (hidden, weight))
 
     def work():
         hidden.grad = weight.grad = None
@@ -420,7 +405,7 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
         norm = torch.linalg.vector_norm(weight.grad, dtype=torch.float32)  # without a float32 copy of it
         return {"check": [logp.sum().item(), entropy.sum().item(), norm.item()]}
 
-    timed(work, device, held=held)
+    race.timed(work, device, held=held)
 
 
 def bench_logprobs(s: dict) -> dict:
@@ -428,7 +413,7 @@ def bench_logprobs(s: dict) -> dict:
     found, rows = {}, []
     for vocab in s["vocabs"]:
         with tempfile.TemporaryDirectory() as folder:
-            pair = race("logprobs", [f"ours-{vocab}", f"full-{vocab}"], s, folder)
+            pair = race.race("logprobs", [f"ours-{vocab}", f"full-{vocab}"], s, folder)
         ours, full = (pair[f"{name}-{vocab}"] for name in ("ours", "full"))
         for f in (ours, full):
             f["working"] = f["peak"] - f["held"]
@@ -437,10 +422,10 @@ def bench_logprobs(s: dict) -> dict:
         found[vocab] = {"ours": ours, "full": full, "difference": difference}
         rows.append(
             [f"{vocab:,}", f"{ours['seconds']:.3f}", f"{full['seconds']:.3f}",
-             f"{ours['seconds'] / full['seconds']:.2f}", mib(ours["working"]), mib(full["working"]),
+             f"{ours['seconds'] / full['seconds']:.2f}", race.mib(ours["working"]), race.mib(full["working"]),
              f"{difference:.1e}"]
         )  # fmt: skip
-    print_table(["vocabulary", "ours s", "full s", "ratio", "ours MiB", "full MiB", "difference"], rows)
+    race.print_table(["vocabulary", "ours s", "full s", "ratio", "ours MiB", "full MiB", "difference"], rows)
     working = [f["ours"]["working"] for f in found.values()]
     print(
         f"{s['tokens']} tokens, width {s['width']}, forward + backward; MiB above inputs and gradients; "
@@ -486,7 +471,7 @@ def bench_padding(s: dict) -> dict:
         note(f"trl {trl_version()}", sum(m.numel() for part in parts for m in part.values()), len(parts))
     else:
         print(f"trl is not installed, its line is missing: pip install trl=={TRL}")
-    print_table(["batching", "padded", "micro-batches", "most loaded process"], rows)
+    race.print_table(["batching", "padded", "micro-batches", "most loaded process"], rows)
     print(f"{s['sequences']} sequences, prompts U({s['prompt_low']}, {s['prompt_high']}), ", end="")
     print(f"responses U({s['low']}, {s['high']}); ours: {s['micro_tokens']} tokens at once; TRL: 8 sequences")
     return {"tokens": real, "batching": found}
@@ -498,7 +483,7 @@ def scale_worker(variant: str, s: dict, folder: str) -> None:
 
     from update import make_optimizer, update
 
-    state = PartialState(cpu=pick_device() == "cpu")
+    state = PartialState(cpu=race.pick_device() == "cpu")
     device, args = state.device, step_args(s)
     model = step_model(s).to(device).train()
     optimizer = make_optimizer(model, args)
@@ -508,14 +493,14 @@ def scale_worker(variant: str, s: dict, folder: str) -> None:
     def work():
         seconds, norms = [], []
         for batch in batches:
-            before = clock(device.type)
+            before = race.clock(device.type)
             who = state.process_index, state.num_processes, device
             stats = update(model, None, optimizer, batch, args, *who)
-            seconds.append(clock(device.type) - before)
+            seconds.append(race.clock(device.type) - before)
             norms.append(stats["grad_norm"])
         return {"seconds": seconds, "grad_norm": norms}
 
-    timed(work, device.type)
+    race.timed(work, device.type)
 
 
 def bench_scale(s: dict) -> dict:
@@ -529,9 +514,9 @@ def bench_scale(s: dict) -> dict:
     two = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     two["OMP_NUM_THREADS"] = str(max(1, threads // 2))  # both processes together get what the single one gets
     env = {f"2-{rank}": two | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)}
-    enough = pick_device() == "cpu" or torch.cuda.device_count() > 1
+    enough = race.pick_device() == "cpu" or torch.cuda.device_count() > 1
     with tempfile.TemporaryDirectory() as folder:
-        found = race("scale", ["1-0", ("2-0", "2-1")][: 1 + enough], s, folder, env)
+        found = race.race("scale", ["1-0", ("2-0", "2-1")][: 1 + enough], s, folder, env)
     batches = [step_rollouts(s | {"sequences": n}, spread=True) for n in s["sequences"]]
     tokens = [sum(len(r["prompt_ids"]) + len(r["ids"]) for r in batch) for batch in batches]
     out, lines = {"tokens": tokens}, []
@@ -545,7 +530,9 @@ def bench_scale(s: dict) -> dict:
         lines.append(f"{name[0]} process(es): {start:.3f} s + tokens / {1 / slope:,.0f} per s, R^2 {r2:.4f}")
     head = ["tokens", *(f"{n} process(es), s" for n in out if n != "tokens")]
     times = [out[n]["seconds"] for n in out if n != "tokens"]
-    print_table(head, [[f"{t:,}", *(f"{x:.3f}" for x in xs)] for t, *xs in zip(tokens, *times, strict=True)])
+    race.print_table(
+        head, [[f"{t:,}", *(f"{x:.3f}" for x in xs)] for t, *xs in zip(tokens, *times, strict=True)]
+    )
     print("\n".join(lines))
     if enough:
         pairs = zip(out["1"]["grad_norm"], out["2"]["grad_norm"], strict=True)
@@ -564,7 +551,7 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import sampler
 
-    device, rng = pick_device(), np.random.default_rng(0)
+    device, rng = race.pick_device(), np.random.default_rng(0)
     prompts = rng.integers(6, s["vocab"], (s["prompts"], s["prompt"])).tolist()
     limit, rows = s["prompt"] + s["max_tokens"], s["prompts"] * s["group"]
     path, tokenizer, model = os.path.join(folder, "model"), *sampler_model(s)
@@ -591,12 +578,12 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
         return {"tokens": sum(len(out.token_ids) for answer in answers for out in answer.outputs)}
 
     for _ in sys.stdin:
-        before = clock(device)
+        before = race.clock(device)
         if variant == "ours":
             engine.sync(model)
-        after = clock(device)
+        after = race.clock(device)
         found = work()
-        tell(seconds=(clock(device) - after) / found["tokens"], sync=after - before, **found)
+        race.tell(seconds=(race.clock(device) - after) / found["tokens"], sync=after - before, **found)
 
 
 def sampler_model(s: dict) -> tuple:
@@ -623,13 +610,13 @@ def bench_sampler(s: dict) -> dict:
     if importlib.util.find_spec("vllm") is None:
         raise BadInput("bench.py sampler needs vllm: see the README and requirements-test.txt")
     with tempfile.TemporaryDirectory() as folder:
-        found = race("sampler", ["ours", "bare", "bare_logps"], s, folder)
+        found = race.race("sampler", ["ours", "bare", "bare_logps"], s, folder)
     rows = []
     for name, f in found.items():
         f["tokens_per_second"] = 1 / f["seconds"]
         rows.append([name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"])
         rows[-1].append(f"{found['bare']['seconds'] / f['seconds']:.2f}")
-    print_table(["sampler", "tokens", "tokens/s", "of bare"], rows)
+    race.print_table(["sampler", "tokens", "tokens/s", "of bare"], rows)
     print("bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs")
     print(f"ours: the weights are pushed in {found['ours']['sync']:.3f} s")
     return {"variants": found}
@@ -669,18 +656,18 @@ def verify_worker(variant: str, s: dict, folder: str) -> None:
         pairs = zip(responses, references, strict=True)
         return {"right": sum(verify(parse(f"${gold}$"), parse(response)) for response, gold in pairs)}
 
-    timed(ours if variant == "ours" else one_by_one, "cpu")
+    race.timed(ours if variant == "ours" else one_by_one, "cpu")
 
 
 def bench_verify(s: dict) -> dict:
     """Answers per second of rewards.check_answers, and of math-verify called for one after the other."""
     with tempfile.TemporaryDirectory() as folder:
-        found = race("verify", ["ours", "math_verify"], s, folder)
+        found = race.race("verify", ["ours", "math_verify"], s, folder)
     n, rows = s["problems"] * s["group"], []
     for name, f in found.items():
         f["per_second"] = n / f["seconds"]
         rows.append([name, f"{f['seconds']:.3f}", f"{f['per_second']:,.0f}", str(f["right"])])
-    print_table(["checker", "seconds", "answers/s", "right"], rows)
+    race.print_table(["checker", "seconds", "answers/s", "right"], rows)
     print(f"{n} answers; ours: {found['ours']['counts']}")
     return {"answers": n, "variants": found}
 
@@ -691,57 +678,37 @@ def bench_verify(s: dict) -> dict:
 
 def bench_plan(s: dict, model: str | None) -> dict:
     """The memory table of plan.py, and how well its formula does on a model that fits here."""
-    rows = plan.table(plan.load_configs(model), s["budgets"], s["gpu_gib"], s["prompt"])
+    given = s["budgets"], s["gpus"], s["gpu_gib"], s["longest_prompt"]
+    rows = plan.table(plan.load_configs(model), *given)
     cells = [
-        [r["model"], f"{r['parameters'] / 1e9:.2f}", f"{r['cap']:,}", f"{r['trainer_gib']:.1f}",
-         f"{r['engine_gib']:.1f}", r["flags"]]
+        [r["model"], f"{r['cap']:,}", f"{r['gpus']}+", f"{r['trainer_gib']:.1f}", f"{r['engine_gib']:.1f}",
+         r["flags"]]
         for r in rows
     ]  # fmt: skip
-    print_table(["model", "10^9 weights", "response cap", "trainer GiB", "vLLM GiB", "flags"], cells)
-    print(f"per GPU of {s['gpu_gib']} GiB, prompts up to {s['prompt']} tokens")
+    race.print_table(["model", "response cap", "GPUs", "trainer GiB", "vLLM GiB", "flags"], cells)
+    print(f"per GPU of {given[2]} GiB, prompts up to {given[3]} tokens; computed, not measured")
     # The check: a small model, on this machine, with and without recomputed activations.
     checks, config = [], step_config(s).to_dict()
     for flags in s["checks"]:
-        setting = s | {"train_args": flags, "prompt": 32}
+        setting = s | {"train_args": flags}
         with tempfile.TemporaryDirectory() as folder:
-            found = race("step", ["ours"], setting, folder)["ours"]
+            found = race.race("step", ["ours"], setting, folder)["ours"]
         a = step_args(setting)
         predicted = plan.trainer_bytes(config, a.micro_tokens, a.dtype, a.gradient_checkpointing, a.optim)
         checks.append({"flags": flags, "predicted": predicted, "measured": found["peak"] - found["imports"]})
         checks[-1]["ratio"] = predicted / checks[-1]["measured"]
-    print_table(
+    race.print_table(
         ["check on this machine", "predicted MiB", "measured MiB", "ratio"],
-        [[c["flags"], mib(c["predicted"]), mib(c["measured"]), f"{c['ratio']:.2f}"] for c in checks],
+        [
+            [c["flags"], race.mib(c["predicted"]), race.mib(c["measured"]), f"{c['ratio']:.2f}"]
+            for c in checks
+        ],
     )
     return {"rows": rows, "checks": checks}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def mib(n: float) -> str:
-    """Bytes as MiB."""
-    return f"{n / 2**20:,.0f}"
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell, numbers to the right."""
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        first, *rest = (str(cell) for cell in row)
-        cells = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    import torch
-    import transformers
-
-    threads = f"{torch.get_num_threads()} CPU threads"
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
-    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 COMMANDS = {
@@ -752,7 +719,7 @@ COMMANDS = {
 
 def worker(command: str, variant: str, s: dict, folder: str) -> None:
     """Runs one variant in this process."""
-    be_worker()
+    race.be_worker()
     if command != "scale":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several visible ones would make TRL refuse
     if command == "step":
@@ -770,9 +737,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     one_line_errors(parser)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--full", action="store_true", help="the acceptance setting: minutes")
-    parser.add_argument(
-        "--model", help="plan: folder, hub id, config.json, or 0.5B, 1.5B, ... (all of these)"
-    )
+    parser.add_argument("--model", help="plan: folder, hub id, config.json or 0.5B, 1.5B, ... (all these)")
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="change sizes (see SETTINGS)")
     return parser.parse_args(argv)
 
@@ -783,7 +748,7 @@ def settings(args: argparse.Namespace) -> dict:
     s = dict(table["small"])
     if args.full:
         s |= table.get("full", {})
-    if "cuda" in table and pick_device() == "cuda":
+    if "cuda" in table and race.pick_device() == "cuda":
         s |= table["cuda"]
     for word in args.set:
         k, _, value = word.partition("=")
@@ -807,7 +772,7 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"command": args.command, "settings": s, "machine": machine()} | found))
+    print(json.dumps({"command": args.command, "settings": s, "machine": race.machine()} | found))
     return 0
 
 

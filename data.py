@@ -135,7 +135,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def load_config(path: str, tokenizer=None) -> "PretrainedConfig":
-    """Configuration of a model folder or hub id; BadInput where none is, or it does not fit `tokenizer`."""
+    """Configuration of a model folder or hub id; BadInput where it is missing or unfit for `tokenizer`."""
     from transformers import AutoConfig
 
     try:

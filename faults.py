@@ -26,7 +26,7 @@ from data import first_line
 # sampling, which changes nothing that is kept, is broken off and its step dropped; an update is finished.
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt: no library's `except Exception` may swallow it
     """A signal asked for the end of the run while a step was sampled: the step counts as not begun."""
 
 
@@ -130,7 +130,7 @@ def check_finite(step: int, numbers: dict, batch: list[dict], out: str | None) -
     try:
         if out:  # one process writes
             with gzip.open(path, "wt", encoding="utf-8") as f:
-                f.writelines(json.dumps(r, default=float) + "\n" for r in batch)
+                f.writelines(json.dumps(r, default=plain) + "\n" for r in batch)
         where = f"the {len(batch)} responses of the step are in {path}"
     except OSError as error:
         where = f"the responses could not be kept: {path}: {error.strerror}"
@@ -139,6 +139,11 @@ def check_finite(step: int, numbers: dict, batch: list[dict], out: str | None) -
         f"train_grpo.py: error: step {step + 1}: {' and '.join(bad)} not finite {shown or ''}: {where}. The "
         f"last checkpoint is untouched: --resume goes on from it; usual ways out: a lower --lr or --grad-clip"
     )
+
+
+def plain(x: object) -> list | float:
+    """A numpy number or array, a set or a range as JSON has it."""
+    return x.tolist() if hasattr(x, "tolist") else list(x)
 
 
 REPEAT = 100  # steps before the same warning is given again

@@ -44,6 +44,10 @@ def score(
     if reward in GROUP_REWARDS and group_size < 2:
         told = "TRL needs group_size; verl and open-instruct score one at a time"
         raise ValueError(f"{reward} compares the responses to a prompt, and sees one here: {told}")
+    if reward.startswith(("lcpo", "tulu", "peaked")) and not all("budget" in row for row in rows):
+        raise ValueError(
+            f"{reward} needs a column budget (null where none is asked for): use data.py --export"
+        )
     rows = [{key: row.get(key) for key in FIELDS} for row in rows]
     firsts = rows[::group_size]
     if len(rows) % group_size or any(row != firsts[i // group_size] for i, row in enumerate(rows)):

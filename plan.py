@@ -2,15 +2,17 @@
 
 Counted in bytes per GPU, for dense models of the Llama family (Llama, Mistral, Qwen2, Qwen3), n parameters:
 
-    trainer = weights 4 n + gradients 4 n + moments of AdamW 8 n (adamw8bit: 2 n) + the larger of
-        a micro-batch: tokens * (layers * saved + transient) + bf16 copies of the weights 2 n + the head
-        the optimizer's temporary copies
-
-The engine lives beside it: its weights in bf16 (2 n), its key-value cache, its CUDA graphs.
+    trainer = state + the head's gradient + the larger of a micro-batch and the embedding's gradient
+    state = weights 4 n + gradients 4 n + moments of AdamW 8 n (adamw8bit: 2 n)
+            --fsdp: the N-th part of it; --lora: 4 n, and 16 bytes for each parameter of the adapters
+    micro-batch = tokens * (layers * saved + transient) + bf16 copies of the weights 2 n + the head's chunk
+            --fsdp: copies of two layers, the embedding and the head only
+    engine = bf16 weights 2 n + cache of keys and values + 2 GiB for CUDA graphs
 """
 
 import json
 import os
+from collections.abc import Iterator
 
 from data import BadInput
 
@@ -114,52 +116,91 @@ def head_bytes(c: dict, tokens: int, dtype: str, cuda: bool) -> int:
     return 8 * logits if dtype == "float32" else 16 * logits + 4 * c["vocab_size"] * c["hidden_size"]
 
 
-def trainer_bytes(c: dict, tokens: int, dtype: str, recompute: bool, optim: str, cuda: bool = False) -> int:
+def trainer_bytes(
+    c: dict, tokens: int, dtype: str, recompute: bool, optim: str, cuda: bool = False, shards: int = 1,
+    lora: int = 0,
+) -> int:  # fmt: skip
     """Peak memory of the trainer with `tokens` in a micro-batch, libraries and CUDA context not included."""
-    layers, d, wide, _, _, _, vocab = sizes(c)
-    n, saved = parameters(c), layer_bytes(c, dtype)
-    state = n * (4 + 4 + (8 if optim == "adamw" else 2))
+    layers, d, wide, q, kv, _, vocab = sizes(c)
+    n, saved, width, head = (
+        parameters(c),
+        layer_bytes(c, dtype),
+        4 if dtype == "float32" else 2,
+        4 * vocab * d,
+    )
+    layer = d * (2 * q + 2 * kv) + 3 * d * wide  # parameters of the matrices
+    state = n * (4 + 4 + (8 if optim == "adamw" else 2)) / shards
+    if lora:
+        adapters = layers * lora * (2 * d + 2 * q + 2 * (d + kv) + 3 * (d + wide))
+        state, head = 4 * n + 16 * adapters, 0
+        saved += width * (5 * d + q + wide)  # an adapter keeps the input of its layer once more
     # With recomputed activations: the input of every layer, and all of the layer that is at work.
     kept = layers * 4 * d + saved if recompute else layers * saved
     # Of the layer that is differentiated: gradients of three MLP activations and of two residual streams.
-    transient = tokens * (3 * wide * (4 if dtype == "float32" else 2) + 2 * 4 * d)
+    transient = tokens * (3 * wide * width + 2 * 4 * d)
     # After the last layer: its norm, the gathered hidden states, their gradient.
     running = tokens * (kept + 5 * 4 * d) + max(transient, head_bytes(c, tokens, dtype, cuda))
-    running += 0 if dtype == "float32" else 2 * n
+    if shards > 1:  # whole at once: two layers and one's gradient before it is spread, embedding and head
+        running += 2 * width * layer + 4 * layer + width * (n - layers * layer)
+    elif dtype != "float32":
+        running += 2 * n
     # The head's gradient waits for the embedding's; the two are added to those of earlier micro-batches.
-    head = 4 * vocab * d
-    return state + head + max(running, head)
+    return int(state + head + max(running, head))
 
 
-def engine_bytes(c: dict, length: int, responses: int = 16) -> int:
+def engine_bytes(c: dict, length: int, responses: int = 8) -> int:
     """What vLLM needs for `responses` of `length` tokens at once: bf16 weights, cache, 2 GiB of graphs."""
     layers, _, _, _, kv, _, _ = sizes(c)
     return 2 * parameters(c) + responses * length * layers * 2 * kv * 2 + 2 * GIB
 
 
-# From the cheapest to the dearest in time; the first that fits is shown.
+# From the cheapest to the dearest in time or in exactness; the first that fits is shown.
 ATTEMPTS = (
-    ("--dtype bfloat16", False, "adamw"),
-    ("--dtype bfloat16 --gradient-checkpointing", True, "adamw"),
-    ("--dtype bfloat16 --gradient-checkpointing --optim adamw8bit", True, "adamw8bit"),
+    ("", {}),
+    ("--gradient-checkpointing", {"recompute": True}),
+    ("--gradient-checkpointing --fsdp", {"recompute": True, "shards": True}),
+    ("--gradient-checkpointing --optim adamw8bit", {"recompute": True, "optim": "adamw8bit"}),
+    ("--gradient-checkpointing --lora 64", {"recompute": True, "lora": 64}),
 )
 
 
-def table(configs: dict, caps: list[int], gpu_gib: float, prompt: int) -> list[dict]:
-    """For every model and response cap: the first flags that fit into a GPU of gpu_gib, and their peak."""
+def attempts(c: dict, longest: int, gpus: int, gpu_gib: float) -> Iterator[dict]:
+    """For one model and GPU: every way to run it, {"flags", "trainer_gib", "fits"}, the best one first."""
+    engine = engine_bytes(c, longest) / GIB
+    share = -(-engine * 20 // gpu_gib) / 20
+    for flags, changes in ATTEMPTS:
+        if changes.get("shards") and gpus == 1:
+            continue
+        how = (
+            {"recompute": False, "optim": "adamw"} | changes | {"shards": gpus if "shards" in changes else 1}
+        )
+        for tokens in sorted({max(16_384, longest), longest}, reverse=True):
+            # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
+            trainer = 1.1 * trainer_bytes(c, tokens, "bfloat16", cuda=True, **how) / GIB + 1
+            words = f"--dtype bfloat16 {flags} --micro-tokens {tokens} --vllm-memory {share:.2f}"
+            fits = trainer + engine <= gpu_gib
+            yield {
+                "flags": " ".join(words.split()),
+                "trainer_gib": trainer,
+                "engine_gib": engine,
+                "fits": fits,
+            }
+
+
+def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, prompt: int) -> list[dict]:
+    """For every model and response cap: the first flags that fit into GPUs of gpu_gib, and their peak.
+
+    A number of GPUs is left out where it changes nothing.
+    """
     rows = []
     for name, c in configs.items():
         for cap in caps:
-            longest, engine = prompt + cap, engine_bytes(c, prompt + cap) / GIB
-            share = f"--vllm-memory {-(-engine * 20 // gpu_gib) / 20:.2f}"
-            row = {"model": name, "parameters": parameters(c), "cap": cap, "engine_gib": engine}
-            tries = []
-            for flags, recompute, optim in ATTEMPTS:
-                for tokens in sorted({max(16_384, longest), longest}, reverse=True):
-                    trainer = trainer_bytes(c, tokens, "bfloat16", recompute, optim, cuda=True)
-                    # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
-                    row = row | {"trainer_gib": 1.1 * trainer / GIB + 1, "fits": True}
-                    tries.append(row | {"flags": f"{flags} --micro-tokens {tokens} {share}"})
-            fitting = [t for t in tries if t["trainer_gib"] + engine <= gpu_gib]
-            rows.append((fitting or [tries[-1] | {"fits": False, "flags": "does not fit"}])[0])
+            flags = set()
+            for n in sorted(gpus):
+                ways = list(attempts(c, prompt + cap, n, gpu_gib))
+                least = min(ways, key=lambda w: w["trainer_gib"]) | {"flags": "does not fit"}
+                way = next((w for w in ways if w["fits"]), least)
+                if way["flags"] not in flags:
+                    rows.append({"model": name, "parameters": parameters(c), "cap": cap, "gpus": n} | way)
+                flags.add(way["flags"])
     return rows

@@ -1,6 +1,6 @@
-"""Processes that take turns (A B A B ...), one for each variant of a comparison, and what each of them weighs.
+"""Processes that take turns (A B A B ...), one for each variant of a comparison, and what each one weighs.
 
-The parent calls race(). A worker calls be_worker(), then takes a turn for every line on stdin and answers with
+The parent calls race(). A worker calls be_worker(), takes a turn for every line on stdin and answers with
 tell(). A machine that slows down slows all variants down alike; peak memory is that of one variant only.
 """
 
@@ -48,20 +48,22 @@ def hear(worker: subprocess.Popen, folder: str) -> dict:
     return {"failed": f"exit code {worker.wait()}: {words[-1]}"}
 
 
-def race(command: str, variants: list, s: dict, folder: str, env: dict | None = None) -> dict:
+def race(
+    command: str, variants: list, s: dict, folder: str, env: dict | None = None, few: tuple = ()
+) -> dict:
     """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
 
     A variant of several processes is a tuple of names: they take their turn together, the first one reports.
-    `env` holds environment variables for single names. A worker that dies ends the command, save TRL's other
-    ways (trl_*), which may need more memory than there is: {"failed": why}.
+    `env` holds environment variables for single names; the variants in `few` take one counted turn only. A
+    worker that dies ends the command, save TRL's other ways (trl_*), which may not fit: {"failed": why}.
     """
     named = [(v,) if isinstance(v, str) else v for v in variants]
     turns, teams, failed = {names[0]: [] for names in named}, [], {}
     try:
         for names in named:
             teams.append([start(command, name, s, folder, (env or {}).get(name)) for name in names])
-        for _ in range(1 + s["rounds"]):
-            for team in [t for t in teams if t[0].name not in failed]:
+        for i in range(1 + s["rounds"]):
+            for team in [t for t in teams if t[0].name not in failed and (i < 2 or t[0].name not in few)]:
                 for worker in team:
                     go(worker)
                 found = [hear(worker, folder) for worker in team]
@@ -144,3 +146,27 @@ def held_bytes(device: str) -> int:
 
         return torch.cuda.memory_allocated()
     return status_bytes("VmRSS")
+
+
+def mib(n: float) -> str:
+    """Bytes as MiB."""
+    return f"{n / 2**20:,.0f}"
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their widest cell, numbers to the right."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        first, *rest = (str(cell) for cell in row)
+        cells = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    import torch
+    import transformers
+
+    threads = f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
+    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}

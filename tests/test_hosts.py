@@ -77,6 +77,10 @@ def test_groups_that_are_not_whole_are_refused(tokenizer):
         hosts.score("kimi", [ROW, ROW | {"problem": "add 1"}] * 2, ids, tokenizer, group_size=2)
     with pytest.raises(ValueError, match="reward 'lcpo' is not known.*lcpo_exact"):
         hosts.score("lcpo", [ROW], ids[:1], tokenizer)
+    with pytest.raises(
+        ValueError, match="lcpo_max needs a column budget"
+    ):  # or it would be plain correctness
+        hosts.score("lcpo_max", [{"answer": "9"}], ids[:1], tokenizer)
     with pytest.raises(KeyError, match="this method needs rollouts"):
         hosts.score("hapo_cosine", [ROW], ids[:1], tokenizer)
 
@@ -373,6 +377,36 @@ def test_verls_reward_manager_returns_our_scores(verl_rows, tokenizer, words):
         verl_batch(batch, texts, tokenizer), [one["reward_score"] for one in got]
     )
     np.testing.assert_allclose(scores.sum(1), expected, atol=1e-6)
+
+
+@pytest.mark.hosts
+def test_verls_reward_workers_in_ray(verl_rows, tokenizer, tmp_path, monkeypatch):
+    """The real thing short of a GPU: Ray starts a reward worker, which loads hosts.py by its path alone."""
+    import ray
+    from verl.experimental.reward_loop import RewardLoopManager
+
+    folder, rows = verl_rows
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *CUSTOM,
+        *OURS,
+        OPTIONS + "reward=lcpo_dual",
+        OPTIONS + "alpha_exact=0.02",
+        OPTIONS + "alpha_max=0.1",
+    ]
+    words += [f"actor_rollout_ref.model.path={folder / 'model'}", "reward.num_workers=1"]
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        batch = [hosts.export(rows, "verl")[i] for i in (0, 1, 2, 0)]
+        found = RewardLoopManager(verl_config(words)).compute_rm_score(
+            verl_batch(batch, [RIGHT, RIGHT, RIGHT, RIGHT.removesuffix(" <eos>")], tokenizer)
+        )
+    finally:
+        ray.shutdown()
+    scores = found.batch["rm_scores"]
+    np.testing.assert_allclose(scores.sum(1), [0.8, 0.7, 1, -0.02 * 11], atol=1e-6)
+    assert (scores != 0).sum(1).tolist() == [1] * 4  # on the last token of each
+    assert found.non_tensor_batch["acc"].tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.hosts

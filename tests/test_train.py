@@ -106,7 +106,7 @@ def test_update_does_not_depend_on_micro_batches(tiny, reduction):
 
 
 def five_updates(path, flags, state) -> dict:
-    """{"losses" of five steps, "weights" after them, "again": those of a model that went on from a checkpoint}."""
+    """{"losses" of five steps, "weights" after them, "again": the weights of a resumed trainer}."""
     args = arguments("--minibatches", "2", "--lr", "1e-3", "--micro-tokens", "64", *flags)
     made = argparse.Namespace(path=path, folder=None, reference=None)
     train_grpo.build_model(made, args, state)
