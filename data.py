@@ -808,19 +808,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags as given; check_args fills in what depends on another flag."""
     about, presets = "Problems -> rows with a token budget in the prompt.", f"Presets: {', '.join(PRESETS)}."
     parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description=about, epilog=presets)
-    add = parser.add_argument
+    add = parser.add_argument_group("what is read").add_argument
     add("input", help="files, presets, hub ids (owner/name[:config]) or folders, comma-separated")
+    add("--split", help="split of a hub dataset (default: the preset's own, else train)")
+    add("--limit", type=int, help="keep the first N problems")
+    add("--exclude", help="drop the problems of these files (comma-separated; equal but for white space)")
+
+    add = parser.add_argument_group("what is asked for").add_argument
     forms = "uniform:100:4000 (default; ends included), log:256:23170, bucket:100,1024, fixed:512, none"
     add("--budgets", help=f"distribution of the budgets in tokens: {forms}")
     add("--mode", choices=MODES, help="exact (default), max, both (a coin for each row) or none")
     add("--wording", choices=WORDINGS, default="l1", help="how the budget is asked for (default l1)")
     add("--copies", type=int, default=1, help="rows per problem, each with its own budget (default 1)")
     add("--seed", type=int, default=0, help="one seed, one file, byte for byte (default 0)")
-    add("--export", choices=EXPORTS, help="write the columns of another trainer (default: of this one)")
+
+    add = parser.add_argument_group("what is written").add_argument
     add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
-    add("--split", help="split of a hub dataset (default: the preset's own, else train)")
-    add("--limit", type=int, help="keep the first N problems")
-    add("--exclude", help="drop the problems of these files (comma-separated; equal but for white space)")
+    add("--export", choices=EXPORTS, help="write the columns of another trainer (default: of this one)")
     add("--max-prompt-tokens", type=int, help="drop rows whose prompt, chat template included, is longer")
     add("--tokenizer", help="model folder or hub id whose tokenizer counts the prompt's tokens")
     return one_line_errors(parser).parse_args(argv)
