@@ -62,7 +62,7 @@ def score(
     answers, choices = [row["answer"] for row in rows], [row["choices"] for row in rows]
     correct, _ = check_answers(texts, answers, kinds, choices, require_think, timeout)
     think_end = tokenizer.encode("</think>", add_special_tokens=False) if count == "thinking" else ()
-    table = {"correct": correct, "truncated": np.logical_not(stopped)}
+    table = {"correct": np.logical_and(correct, stopped), "truncated": np.logical_not(stopped)}
     table["length"] = [response_length(ids, count, think_end) for ids in responses]
     table = {key: np.array(values, dtype=np.int64).reshape(-1, group_size) for key, values in table.items()}
     table["budget"] = np.array([row["budget"] or np.nan for row in firsts], dtype=np.float64)

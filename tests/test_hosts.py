@@ -54,6 +54,7 @@ def test_score_by_hand(tokenizer):
     assert [len(x) for x in ids] == [6, 8, 5]
     got, table = hosts.score("lcpo_exact", [ROW] * 3, ids, tokenizer, alpha=0.02)
     np.testing.assert_allclose(got, [1 - 0.02 * 10, -0.02 * 8, -0.02 * 11], atol=1e-12)
+    assert table["correct"].tolist() == [[1], [0], [0]]
     assert table["truncated"].tolist() == [[0], [0], [1]] and table["length"].tolist() == [[6], [8], [5]]
     max_row = ROW | {"mode": "max", "budget": 7}
     got, _ = hosts.score("lcpo_max", [max_row] * 2, ids[:2], tokenizer, alpha=0.1)
