@@ -21,7 +21,9 @@ from data import BadInput
 from evaluate import write_json
 
 
-def save_checkpoint(folder: str, state: dict, model, tokenizer, keep: int, reward: float, whole=None) -> None:
+def save_checkpoint(
+    folder: str, state: dict, model, tokenizer, keep: int, reward: float, whole: dict | None = None
+) -> None:
     """Write OUT/checkpoint-STEP under a temporary name, flush it to disk, rename it; delete older ones.
 
     `whole` are the weights of a model with adapters or shards, {name: tensor}; None: the model's own.

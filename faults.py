@@ -141,7 +141,7 @@ def check_finite(step: int, numbers: dict, batch: list[dict], out: str | None) -
     )
 
 
-def plain(x):
+def plain(x: object) -> list | float:
     """A numpy number or array, a set or a range as JSON has it."""
     return x.tolist() if hasattr(x, "tolist") else list(x)
 

@@ -271,7 +271,7 @@ def longest_prompt(rows: list[dict], tokenizer, args) -> int:
 
 
 def sample(
-    sampler, plans: list[list[dict]], temperature: float, seed: int, finished=None
+    sampler, plans: list[list[dict]], temperature: float, seed: int, finished: Callable | None = None
 ) -> list[list[dict]]:
     """One group of responses per plan (a list of requests that ask for equally many); forced tokens included.
 

@@ -12,6 +12,7 @@ Counted in bytes per GPU, for dense models of the Llama family (Llama, Mistral, 
 
 import json
 import os
+from collections.abc import Iterator
 
 from data import BadInput
 
@@ -163,7 +164,7 @@ ATTEMPTS = (
 )
 
 
-def attempts(c: dict, longest: int, gpus: int, gpu_gib: float):
+def attempts(c: dict, longest: int, gpus: int, gpu_gib: float) -> Iterator[dict]:
     """For one model and GPU: every way to run it, {"flags", "trainer_gib", "fits"}, the best one first."""
     engine = engine_bytes(c, longest) / GIB
     share = -(-engine * 20 // gpu_gib) / 20

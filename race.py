@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -47,7 +48,9 @@ def hear(worker: subprocess.Popen, folder: str) -> dict:
     return {"failed": f"exit code {worker.wait()}: {words[-1]}"}
 
 
-def race(command: str, variants: list, s: dict, folder: str, env: dict | None = None, few=()) -> dict:
+def race(
+    command: str, variants: list, s: dict, folder: str, env: dict | None = None, few: tuple = ()
+) -> dict:
     """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
 
     A variant of several processes is a tuple of names: they take their turn together, the first one reports.
@@ -92,7 +95,7 @@ def tell(**report) -> None:
     print(json.dumps(report), file=answers, flush=True)
 
 
-def timed(work, device: str, **extra) -> None:
+def timed(work: Callable, device: str, **extra) -> None:
     """A worker's loop: for every turn does `work()` and tells seconds and peak memory (see `peak_bytes`)."""
     for _ in sys.stdin:
         before = clock(device)

@@ -22,6 +22,7 @@ from data import BadInput, first_line, load_config, load_tokenizer
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch
     from transformers import PreTrainedModel
+    from vllm.outputs import CompletionOutput
 
 
 def stop_tokens(model_config: object, tokenizer) -> list[int]:
@@ -324,7 +325,7 @@ class VLLMSampler:
         return result
 
 
-def to_response(out) -> dict:
+def to_response(out: "CompletionOutput") -> dict:
     """A response from one of vLLM's outputs."""
     ids = list(out.token_ids)
     logps = [entry[i].logprob for i, entry in zip(ids, out.logprobs, strict=True)]

@@ -7,7 +7,7 @@ micro-batch (a forward and backward pass). Logits of a whole micro-batch never e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,7 +106,7 @@ def hidden_states(model, t: dict, args) -> torch.Tensor:
     return hidden.bfloat16() if args.dtype == "bfloat16" else hidden
 
 
-def run(model, t: dict, args, loss_of=None):
+def run(model, t: dict, args, loss_of: Callable | None = None) -> tuple[torch.Tensor, ...]:
     """token_logps of the response tokens of to_tensors' `t` under `model`; with `loss_of` head_loss."""
     hidden, head = hidden_states(model, t, args), model.get_output_embeddings().weight
     if loss_of is None:
@@ -114,7 +114,7 @@ def run(model, t: dict, args, loss_of=None):
     return head_loss(hidden, head, t["target"], loss_of, args.temperature)
 
 
-def model_logps(model, t: dict, args, loss_of=None):
+def model_logps(model, t: dict, args, loss_of: Callable | None = None) -> tuple[torch.Tensor, ...]:
     """run(); a sharded model is called as a module, so that its weights are gathered around it."""
     return model(t, args, loss_of) if is_sharded(model) else run(model, t, args, loss_of)
 

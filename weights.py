@@ -5,7 +5,7 @@ process needs room for a second model. All processes call it together: a shard i
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -29,7 +29,7 @@ def add_lora(model, rank: int) -> None:
     model.enable_input_require_grads()
 
 
-def shard(model, run, args, device, processes: int) -> None:
+def shard(model, run: Callable, args, device, processes: int) -> None:
     """Spreads weights, gradients and optimizer over the processes; `run` becomes the module's forward()."""
     # FSDP gathers a layer's weights around that module's forward(). The head is used outside of
     # transformers' own forward, so ours takes its place: then it is gathered like the rest.
