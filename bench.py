@@ -326,13 +326,23 @@ def bench_step(s: dict) -> dict:
             continue
         f |= {"net": f["peak"] - f["imports"], "tokens_per_second": tokens / f["seconds"]}
         f |= {"speedup": f["seconds"] / ours["seconds"], "floor_share": floor["seconds"] / f["seconds"]}
-        f["gradient_difference"] = gradients.get(v, 0.0)
+        f |= {"gradient_difference": gradients.get(v, 0.0), "tflops": floor["flops"] / f["seconds"] / 1e12}
         rows.append(
             [v, f"{f['seconds']:.2f}", f"{f['tokens_per_second']:,.0f}", f"{f['speedup']:.2f}",
-             f"{f['floor_share']:.0%}", f"{f['padding']:.1%}", race.mib(f["peak"]), race.mib(f["net"]),
+             f"{f['tflops']:.3f}", f"{f['floor_share']:.0%}", f"{f['padding']:.1%}", race.mib(f["peak"]), race.mib(f["net"]),
              f"{ours['net'] / f['net']:.2f}", f"{ours['peak'] / f['peak']:.2f}", f"{gradients.get(v, 0):.1e}"]
         )  # fmt: skip
-    head = ["variant", "seconds", "tokens/s", "x ours", "of floor", "padding", "peak MiB", "net MiB"]
+    head = [
+        "variant",
+        "seconds",
+        "tokens/s",
+        "x ours",
+        "TFLOP/s",
+        "of floor",
+        "padding",
+        "peak MiB",
+        "net MiB",
+    ]
     head += ["ours / net", "ours / peak", "gradient"]
     race.print_table(head, rows)
     for (kind, a, b), r in zip(floor["shapes"], floor["rates"], strict=True):
@@ -455,7 +465,8 @@ def bench_padding(s: dict) -> dict:
 
     for processes in s["processes"]:
         shares = [share_of(batch, rank, processes) for rank in range(processes)]
-        parts = [micro_batches(share, s["micro_tokens"]) for share in shares]
+        count = max(len(micro_batches(share, s["micro_tokens"])) for share in shares)
+        parts = [micro_batches(share, s["micro_tokens"], count) for share in shares]  # as update() does
         padded = [sum(len(m) * max(map(total_length, m)) for m in part) for part in parts]
         uneven = max(padded) * processes / sum(padded) - 1
         note(f"ours, {processes} process(es)", sum(padded), sum(map(len, parts)), uneven)
