@@ -322,8 +322,8 @@ def bench_step(s: dict) -> dict:
     rows = []
     columns = {
         "seconds": ".2f", "tokens_per_second": ",.0f", "speedup": ".2f", "tflops": ".3f",
-        "floor_share": ".0%", "padding": ".1%", "peak_mib": ",.0f", "net_mib": ",.0f", "net_ratio": ".2f", "peak_ratio": ".2f",
-        "gradient_difference": ".1e",
+        "floor_share": ".0%", "padding": ".1%", "peak_mib": ",.0f", "net_mib": ",.0f",
+        "net_ratio": ".2f", "peak_ratio": ".2f", "gradient_difference": ".1e",
     }  # fmt: skip
     for v in variants:
         f = found[v]
