@@ -309,11 +309,9 @@ class VLLMSampler:
         order = sorted(range(len(prompts)), key=lambda i: -(expected or caps)[i])
         requests = [{"prompt_token_ids": list(prompts[i])} for i in order]
         names = self.llm.enqueue(requests, [params[i] for i in order], use_tqdm=False)
-        place, result, engine = (
-            dict(zip(names, order, strict=True)),
-            [[] for _ in prompts],
-            self.llm.llm_engine,
-        )
+        # enqueue() tells the engine's own names, which lengthen ours (0-1a2b3c4d); outputs come with ours.
+        place = {name.partition("-")[0]: i for name, i in zip(names, order, strict=True)}
+        result, engine = [[] for _ in prompts], self.llm.llm_engine
         while engine.has_unfinished_requests():
             for request in engine.step():
                 if not request.finished:

@@ -41,6 +41,16 @@ step where no budget is asked for (32 otherwise). 100 new problems, 4 samples ea
 of the four).
 
 ![accuracy against mean length](zoo.png)
+
+How to read it:
+
+- Asked for no length, nearly all end at the shortest chain of thought that there is, and plain correctness (`dr_grpo`,
+  `gspo`, `cispo`) with them: in this world every further token is a chance to err, so what is shorter is righter, too.
+  The table says that these methods learn and keep the answers right, not which of them is better.
+- AI2's up-to reward ends at short answers whatever it is asked for, as the blog says. So does L1-Max, additive or not;
+  the collapse that L1 reports of the additive form cannot show here, where the shortest chains are right.
+- `longwriter_range` and `surrogate_format_length` pay for length and format only, so the answers go.
+- `tldr`, `hbpo` and `adaptive_deep` were trained with a sentence in the prompt that is missing here.
 """
 
 
@@ -209,14 +219,27 @@ def place(points: list, sizes: list, frame: tuple, radius: float = 5) -> list[tu
     return boxes
 
 
-def draw_panel(fig, ax, methods: list[dict], title: str) -> None:
-    """Accuracy against mean length of one kind of runs, each named beside its point."""
+def crowd_of(methods: list[dict]) -> list[dict]:
+    """The runs that ended in one place, too many to name there: near the median in length and accuracy."""
+    length, accuracy = (np.median([m[key] for m in methods]) for key in ("length", "accuracy"))
+    near = [m for m in methods if abs(m["length"] - length) < 1 and abs(m["accuracy"] - accuracy) < 0.05]
+    return near if len(near) > 8 else []
+
+
+def draw_panel(fig, ax, methods: list[dict], title: str, crowd: list[dict] = ()) -> None:
+    """Accuracy against mean length, each run named beside its point, those of `crowd` only counted."""
     shown = [(m["length"], 100 * m["accuracy"], m["name"], m["reconstruction"]) for m in methods]
-    base = base_of(methods)
-    shown.append((base["length"], 100 * base["accuracy"], "base model", None))
-    for x, y, _, hollow in shown[:-1]:
+    for x, y, _, hollow in shown:
         ax.plot(x, y, "o", ms=6, mfc="white" if hollow else "0.55", mec="black", zorder=3)
-    ax.plot(*shown[-1][:2], "*", ms=13, color="black", zorder=4)
+    names = {m["name"] for m in crowd}
+    shown = [s for s in shown if s[2] not in names]
+    if crowd:
+        x, y = (np.median([m[key] for m in crowd]) for key in ("length", "accuracy"))
+        shown.append((x, 100 * y, f"{len(crowd)} runs: on the right", None))
+    if crowd or len(crowd_of(methods)) < len(methods):
+        base = base_of(methods)
+        shown.append((base["length"], 100 * base["accuracy"], "base model", None))
+        ax.plot(*shown[-1][:2], "*", ms=13, color="black", zorder=4)
     ax.set(title=title, xlabel="mean length (tokens)", ylabel="accuracy (%)")
     ax.margins(0.12)
     ax.grid(color="0.92")
@@ -237,7 +260,7 @@ def draw_panel(fig, ax, methods: list[dict], title: str) -> None:
 
 
 def draw(kinds: dict[str, list[dict]], path: str) -> None:
-    """One panel per kind of run: accuracy against mean length, the base model as a star."""
+    """One panel per kind of run: accuracy against mean length, the base model as a star; a crowd enlarged."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -246,10 +269,15 @@ def draw(kinds: dict[str, list[dict]], path: str) -> None:
     from plots import STYLE
 
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(kinds), figsize=(7.5 * len(kinds), 7), squeeze=False, dpi=120)
-        fig.subplots_adjust(left=0.06, right=0.99, bottom=0.1, top=0.94, wspace=0.14)
-        for ax, (title, methods) in zip(axes[0], kinds.items(), strict=True):
-            draw_panel(fig, ax, methods, title)
+        panels = []
+        for title, methods in kinds.items():
+            crowd = crowd_of(methods)
+            panels.append((methods, title, crowd))
+            panels += [(crowd, "The crowd, enlarged", [])] if crowd else []
+        fig, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 7), squeeze=False, dpi=110)
+        fig.subplots_adjust(left=0.05, right=0.99, bottom=0.1, top=0.94, wspace=0.14)
+        for ax, panel in zip(axes[0], panels, strict=True):
+            draw_panel(fig, ax, *panel)
         text = "star: the base model, asked alike; hollow: reconstructions of formulas that were not found"
         fig.text(0.5, 0.015, text, ha="center", fontsize=9)
         fig.savefig(path)

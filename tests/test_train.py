@@ -290,6 +290,26 @@ def test_two_processes_run_the_script(tiny, script, tmp_path):
         assert len(list(f)) == 10
 
 
+def test_sharded_adapters_are_saved_whole_and_resumed(tiny, script, tmp_path):
+    """Two processes, --fsdp and --lora: 3 steps equal 2 and a resumed one; what is saved is a plain model."""
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
+    flags = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    flags += ["--fsdp", "--lora", "2", "--kl-coef", "0.01", "--save-every", "2", "--steps", "3"]
+    script(*launch, "train_grpo.py", *flags, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
+    script(*launch, "train_grpo.py", "--resume", "--out", tmp_path / "cut")
+    whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "cut")
+    assert [timeless(m) for m in whole] == [timeless(m) for m in resumed] and len(whole) == 3
+    assert whole[2]["kl"] > 0 and max(m["logp_gap_max"] for m in whole) < 1e-4
+    models = [samplers.load_model(str(tmp_path / name / "checkpoint-3")) for name in ("whole", "cut")]
+    start = samplers.load_model(tiny)
+    for name, p in start.named_parameters():
+        a, b = (dict(model.named_parameters())[name] for model in models)
+        assert torch.equal(a, b) and torch.equal(a, p) != name.endswith("proj.weight")
+    assert models[0].config.architectures == start.config.architectures
+
+
 def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(toy.WARMUP, "batches", 3)
     monkeypatch.setattr(toy, "ASKED", [16, 64])

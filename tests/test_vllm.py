@@ -134,7 +134,8 @@ def test_two_processes_with_an_engine_each(tiny, script, tmp_path):
         "--steps",
         "2",
     ]
-    script(*command, "--lr", "1e-3", "--check-sync", "1", "--out", tmp_path / "run")
+    # Sharded: each engine is filled with weights that both processes put together.
+    script(*command, "--fsdp", "--lr", "1e-3", "--check-sync", "1", "--out", tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl") as f:
         metrics = [json.loads(line) for line in f]
     assert len(metrics) == 2 and all(m["logp_gap_max"] < 1e-4 for m in metrics)
