@@ -320,27 +320,29 @@ def bench_step(s: dict) -> dict:
     tokens = sum(len(r["prompt_ids"]) + len(r["ids"]) for r in step_rollouts(s))
     floor, ours = found["floor"], found["ours"]
     rows = []
-    for v, f in ((v, found[v]) for v in variants):
+    columns = {
+        "seconds": ".2f", "tokens_per_second": ",.0f", "speedup": ".2f", "tflops": ".3f",
+        "floor_share": ".0%", "padding": ".1%", "peak_mib": ",.0f", "net_mib": ",.0f",
+        "net_ratio": ".2f", "peak_ratio": ".2f", "gradient_difference": ".1e",
+    }  # fmt: skip
+    for v in variants:
+        f = found[v]
         if "failed" in f:
             print(f"{v} failed: {f['failed']}")
             continue
-        f |= {"net": f["peak"] - f["imports"], "tokens_per_second": tokens / f["seconds"]}
+        f |= {"net": f["peak"] - f["imports"], "gradient_difference": gradients.get(v, 0.0)}
+        f |= {"peak_mib": f["peak"] / 2**20, "net_mib": f["net"] / 2**20}
+        f |= {"net_ratio": ours["net"] / f["net"], "peak_ratio": ours["peak"] / f["peak"]}
         f |= {"speedup": f["seconds"] / ours["seconds"], "floor_share": floor["seconds"] / f["seconds"]}
-        f["gradient_difference"] = gradients.get(v, 0.0)
-        rows.append(
-            [v, f"{f['seconds']:.2f}", f"{f['tokens_per_second']:,.0f}", f"{f['speedup']:.2f}",
-             f"{f['floor_share']:.0%}", f"{f['padding']:.1%}", race.mib(f["peak"]), race.mib(f["net"]),
-             f"{ours['net'] / f['net']:.2f}", f"{ours['peak'] / f['peak']:.2f}", f"{gradients.get(v, 0):.1e}"]
-        )  # fmt: skip
-    head = ["variant", "seconds", "tokens/s", "x ours", "of floor", "padding", "peak MiB", "net MiB"]
-    head += ["ours / net", "ours / peak", "gradient"]
-    race.print_table(head, rows)
+        f |= {"tokens_per_second": tokens / f["seconds"], "tflops": floor["flops"] / f["seconds"] / 1e12}
+        rows.append([v, *(format(f[k], form) for k, form in columns.items())])
+    race.print_table(["variant", *columns], rows)
     for (kind, a, b), r in zip(floor["shapes"], floor["rates"], strict=True):
         print(f"  {kind} {a} x {b}: {r / 1e9:,.0f} GFLOP/s")
     print(
         f"floor: {floor['flops'] / 1e12:.3f} TFLOP of products at these rates: {floor['seconds']:.2f} s "
-        f"for {tokens:,} tokens; net: above the imported libraries; trl: its defaults, with recomputed "
-        f"activations; trl_no_recompute: without; gradient: |ours - it| / |it|"
+        f"for {tokens:,} tokens\nspeedup: ours against it; net: above the imported libraries; ratios: "
+        f"ours / it; trl: its defaults, with recomputed activations; gradient_difference: |ours - it| / |it|"
     )
     return {"tokens": tokens, "variants": found}
 
@@ -455,7 +457,8 @@ def bench_padding(s: dict) -> dict:
 
     for processes in s["processes"]:
         shares = [share_of(batch, rank, processes) for rank in range(processes)]
-        parts = [micro_batches(share, s["micro_tokens"]) for share in shares]
+        count = max(len(micro_batches(share, s["micro_tokens"])) for share in shares)
+        parts = [micro_batches(share, s["micro_tokens"], count) for share in shares]  # as update() does
         padded = [sum(len(m) * max(map(total_length, m)) for m in part) for part in parts]
         uneven = max(padded) * processes / sum(padded) - 1
         note(f"ours, {processes} process(es)", sum(padded), sum(map(len, parts)), uneven)

@@ -209,7 +209,8 @@ def test_plan_grows_with_the_work_and_keeps_to_the_gpu(name, tokens, recompute, 
     assert plan.trainer_bytes(config, 2 * tokens, *rule[2:], "adamw", True) >= peak
     assert plan.trainer_bytes(*rule, "adamw8bit", True) == peak - 6 * n
     assert plan.trainer_bytes(*rule, "adamw", True, shards=8) < peak - 10 * n
-    assert plan.trainer_bytes(*rule, "adamw", True, lora=8) < peak
+    if recompute:  # without, many tokens make adapters dearer: they keep their layers' inputs once more
+        assert plan.trainer_bytes(*rule, "adamw", True, lora=8) < peak
     rows = plan.table({name: config}, [tokens], [1, 8], gib, 512)
     for row in rows:
         assert row["fits"] == (row["trainer_gib"] + row["engine_gib"] <= gib)
