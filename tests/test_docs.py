@@ -45,6 +45,6 @@ def test_commands_and_files_that_the_readme_names_exist():
 
 def test_ci_runs_the_readme_test_command():
     command = re.search(r"<!-- the tests -->\n```sh\n(.+)\n```", README)[1]
-    assert "requirements-test.txt" in command and command.endswith("python -m pytest")
+    assert "requirements-test.txt" in command and command.endswith("python -m pytest -n 2 --dist loadfile")
     with open(os.path.join(ROOT, ".ci", "run")) as f:
         assert "<!-- the tests -->" in f.read()
