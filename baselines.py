@@ -649,6 +649,13 @@ def read_samples(path: str) -> list[dict]:
             raise BadInput(
                 f"--samples {path}, record {at}: a sample has id, problem, response; see evaluate.py"
             )
+        texts = [sample["problem"], sample["response"], sample.get("source") or "", sample.get("kind") or ""]
+        length = sample.get("length")
+        if not all(isinstance(text, str) for text in texts) or type(length) not in (int, type(None)):
+            raise BadInput(
+                f"--samples {path}, record {at}: problem, response, source and kind must be texts, and "
+                f"length a whole number of tokens or null"
+            )
     return samples
 
 

@@ -163,7 +163,12 @@ def test_any_file_ends_well(tmp_path, capsys, content):
         (baselines, ["tops", "--samples", str(path), "--out", str(tmp_path / "tops.jsonl")]),
     ):
         code, error = module.main(argv), capsys.readouterr().err
-        assert code == 2 and error.count("\n") == 1, "no random record has all that a sample needs"
+        if code == 0:  # now and then a random record has all that tops needs
+            chosen = (tmp_path / "tops.jsonl").read_text(encoding="utf-8").splitlines()
+            assert module is baselines and chosen and all(json.loads(row)["messages"] for row in chosen)
+            (tmp_path / "tops.jsonl").unlink()
+        else:
+            assert code == 2 and error.count("\n") == 1
 
 
 # Models and checkpoints -------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def test_a_model_without_a_chat_template_trains(tiny_pad_is_eos, tmp_path):
 def test_a_checkpoint_that_would_run_code(tiny, tmp_path, how):
     """Tampered with as a whole: the checksums are those of the evil file. It is refused, and no code runs."""
     mark, folder = tmp_path / "mark", tmp_path / "checkpoint-1"
-    state = {"step": 1, "optimizer": {}, "memory": {}, "run": {}}
+    state = {"step": 1, "optimizer": {}, "adapter": {}, "memory": {}, "run": {}}
     checkpoints.save_checkpoint(
         str(folder), state, train_grpo_model(tiny), data.load_tokenizer(tiny), keep=1, reward=0.0
     )
