@@ -30,7 +30,7 @@ SUMMED = "clip_fraction kl loss entropy logp_gap tokens padded real drpo_kl".spl
 def micro_batches(batch: list[dict], limit: int, count: int = 0) -> list[list[dict]]:
     """Longest first, as many as fit into `limit` tokens when padded to the longest; at least `count` of them.
 
-    A batch with fewer responses than `count` is filled up with copies that weigh nothing.
+    A batch with fewer responses than `count` is filled up with fillers.
     """
     # With budgets from 100 to 4000, batches in random order would be half padding. Longest first also means
     # that the micro-batch which needs most memory is the first one: what fits once, fits to the end of the
@@ -43,9 +43,14 @@ def micro_batches(batch: list[dict], limit: int, count: int = 0) -> list[list[di
     while parts and len(parts) < count:
         most = max(range(len(parts)), key=lambda i: len(parts[i]))
         half, r = len(parts[most]) // 2, parts[most][-1]
-        halves = [parts[most][:half], parts[most][half:]] if half else [[r], [r | {"weight": 0.0}]]
+        halves = [parts[most][:half], parts[most][half:]] if half else [[r], [filler(r)]]
         parts[most : most + 1] = halves
     return parts
+
+
+def filler(r: dict) -> dict:
+    """A copy of a response that takes part in a pass and neither teaches nor counts."""
+    return r | {"weight": 0.0, "filler": True}
 
 
 def total_length(r: dict) -> int:
@@ -158,7 +163,8 @@ def backward(
     gap = (old - sampled).abs()
     stats |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "tokens": torch.tensor(len(logp))}
     stats |= {"padded": torch.tensor(t["ids"].numel()), "real": torch.tensor(sum(map(total_length, micro)))}
-    sums |= {k: sums[k] + v.double().cpu() for k, v in stats.items()}
+    if not micro[0].get("filler"):
+        sums |= {k: sums[k] + v.double().cpu() for k, v in stats.items()}
     return gap.max()
 
 
@@ -183,7 +189,9 @@ def update(
         for r, weight in zip(part, weights.tolist(), strict=True):
             r["weight"] = weight
     shares = [[share_of(part, i, processes) for i in range(processes)] for part in parts]
-    # The same number on every process: with sharded weights each pass is a matter of all of them.
+    # With sharded weights each pass is a matter of all processes: they run equally many, an idle one fillers.
+    for part, each in zip(parts, shares, strict=True):
+        each[:] = [share or [filler(r) for r in part[:1]] for share in each]
     counts = [max(len(micro_batches(share, args.micro_tokens)) for share in part) for part in shares]
     shares = [part[rank] for part in shares]
     for k in range(1, n):  # the first optimizer step updates the policy that sampled: its ratios are 1
@@ -228,6 +236,7 @@ def weigh_drpo(
     """Sets the token weights of this process's responses to DRPO's gradient; its loss and its KL."""
     # An answer's pull depends on all answers to its prompt, so a pass without gradient comes first.
     add_logps(model, mine, args, device, "new_logps", count)
+    mine = [r for r in mine if not r.get("filler")]
     table = torch.zeros(len(part), 3, dtype=torch.float64)  # score, tokens, sum of old - new
     places = {id(r): i for i, r in enumerate(part)}
     for r in mine:

@@ -112,7 +112,9 @@ def five_updates(path, flags, state) -> dict:
     train_grpo.build_model(made, args, state)
     losses, options = [], {"rank": state.process_index, "processes": state.num_processes}
     for k in range(5):
-        stats = updates.update(made.model, None, made.optimizer, random_batch(seed=k), args, **options)
+        # The last batch has fewer responses than there are processes: one of them has none of its own.
+        batch = random_batch(1 if k == 4 else 7, seed=k)
+        stats = updates.update(made.model, None, made.optimizer, batch, args, **options)
         losses.append(stats["loss"])
     trained = weights.trained_state(made.model, made.optimizer)
     again = argparse.Namespace(path=path, folder=None, reference=None)
