@@ -6,12 +6,14 @@
 Also an example of how to fork: an idea is a function that replaces one function of the project, or adds a
 reward. The budgets up to 48 tokens are the trained ones; those up to 96 are what is hoped for.
 
-    relative     the budget is asked for in percent of 48 tokens: 72 tokens are "Think for 150 maximum tokens"
-    tally        the budget is asked for by marks, one for 4 tokens
-    mlt          a special token names the nearest length that has one, as Ruler does (2409.18943)
-    remind       after every 8 tokens the context is told how many are left
-    free_beyond  budgets up to 96 are trained, those above 48 by length alone: they need no answers
-    unfinished   the same, but responses are cut at 56 tokens: one that was asked for more must not have ended
+    relative       the budget is asked for in percent of 48 tokens: 72 are "Think for 150 maximum tokens."
+    tally          the budget is asked for by marks, one for 4 tokens
+    mlt            a special token names the nearest length that has one, as Ruler does (2409.18943)
+    remind         after every 8 tokens the context is told how many are left
+    remind_capped  the same, but prompt and reminders never name more than 48: a larger budget counts down
+                   only from there (nothing to train: for a model of remind)
+    free_beyond    budgets up to 96 are trained, those above 48 by length alone: they need no answers
+    unfinished     the same, but responses are cut at 56 tokens: one asked for more must not have ended
 """
 
 import os
@@ -28,12 +30,12 @@ MLT = range(8, 97, 8)  # the lengths that have a token of their own
 EVERY = 8  # tokens between two reminders
 
 
-def ask_by(wording: Callable[[int], str]) -> None:
-    """Ask for budgets by `wording` in place of "Think for N tokens.", in data, training and evaluation."""
+def ask_by(sentence: Callable[[int], str]) -> None:
+    """Ask for budgets by `sentence` in place of "Think for N tokens.", in data, training and evaluation."""
     import data
 
-    def budget_prompt(problem, budget, mode, kind="math", form="tulu", apart=False):
-        return problem if budget is None else f"{problem}\n{wording(int(budget))}"
+    def budget_prompt(problem, budget, mode, kind="math", wording="tulu", apart=False):
+        return problem if budget is None else f"{problem}\n{sentence(int(budget))}"
 
     data.budget_prompt = budget_prompt
 
@@ -81,10 +83,11 @@ def add_reward(name: str, reward: Callable, cut: int | None = None) -> None:
         methods.response_cap = lambda *args: min(cut, whole(*args))
 
 
-def with_reminders(generate: Callable, every: int = EVERY) -> Callable:
+def with_reminders(generate: Callable, most: int | None = None, every: int = EVERY) -> Callable:
     """HFSampler.generate that writes the tokens left behind every `every` tokens of the thinking.
 
-    A reminder's tokens count in the length and in what is left, and no loss falls on them.
+    A reminder's tokens count in the length and in what is left, and no loss falls on them. Neither the
+    reminders nor the prompt name more than `most` tokens.
     """
 
     def reminded(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, *rest, **options):
@@ -92,7 +95,9 @@ def with_reminders(generate: Callable, every: int = EVERY) -> Callable:
         end, rows = self.tokenizer.encode("</think>", add_special_tokens=False)[0], []
         for prompt, cap in zip(prompts, caps, strict=True):
             asked = re.search(r"Think for (\d+) tokens", self.tokenizer.decode(prompt))
-            row = {"prompt": prompt, "cap": cap, "budget": int(asked[1]) if asked else 0}
+            row = {"prompt": prompt, "cap": cap, "budget": int(asked[1]) if asked else 0, "most": most}
+            if most and row["budget"] > most:
+                row["prompt"] = rename(prompt, row["budget"], most, self.tokenizer)
             rows += [row | {"ids": [], "logps": [], "untrained": [], "finish_reason": None} for _ in range(n)]
         for turn in range(max(caps)):
             live = [r for r in rows if r["finish_reason"] is None]
@@ -119,10 +124,17 @@ def with_reminders(generate: Callable, every: int = EVERY) -> Callable:
     return reminded
 
 
+def rename(prompt: list[int], budget: int, other: int, tokenizer) -> list[int]:
+    """The prompt with another number of tokens in it."""
+    old, new = (tokenizer.encode(f"for {n} tokens", add_special_tokens=False) for n in (budget, other))
+    at = next(i for i in range(len(prompt)) if prompt[i : i + len(old)] == old)
+    return prompt[:at] + new + prompt[at + len(old) :]
+
+
 def remind(r: dict, tokenizer) -> None:
     """Append the number of tokens left behind the number, where any are left and there is room for it."""
     left = r["budget"] - len(r["ids"]) - 2
-    left -= left > 99  # three digits
+    left = min(left - (left > 99), r["most"] or left)  # three digits from 100 on
     ids = tokenizer.encode(" ".join(f"##{d}" for d in f"{left:02d}"), add_special_tokens=False)
     if left <= 0 or len(r["ids"]) + len(ids) >= r["cap"]:
         return
@@ -132,14 +144,15 @@ def remind(r: dict, tokenizer) -> None:
 
 def put_in(name: str) -> None:
     """Change the project's modules so that the scripts run with the idea."""
-    import sampler
+    from sampler import HFSampler as hf
 
     ideas = {
         "none": lambda: None,
         "relative": lambda: ask_by(relative),
         "tally": lambda: ask_by(tally),
         "mlt": lambda: ask_by(mlt),
-        "remind": lambda: setattr(sampler.HFSampler, "generate", with_reminders(sampler.HFSampler.generate)),
+        "remind": lambda: setattr(hf, "generate", with_reminders(hf.generate)),
+        "remind_capped": lambda: setattr(hf, "generate", with_reminders(hf.generate, LARGEST)),
         "free_beyond": lambda: add_reward("length_beyond", length_beyond),
         "unfinished": lambda: add_reward("censored", censored, CUT),
     }

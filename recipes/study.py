@@ -44,6 +44,7 @@ WIDE = [16, 24, 32, 48, 64, 80, 96, 112, 128, 144]  # for runs trained up to 96
 LCPO = "--reward lcpo_exact --reward-args alpha=0.02 --advantage"  # the paper's 0.0003, scaled to 48 tokens
 PEAKED = "--reward peaked_exact --advantage"
 # The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 96 is its 8192.
+SAMPLED = "--n 4 --limit 100 --temperature 1 --top-p 1 --sampler hf"
 TULU = "--advantage grpo --reward-args scale=96 --max-tokens 112 --reward"
 FREE = "--budgets uniform:16:96 --advantage gdpo --reward"
 
@@ -101,6 +102,7 @@ RUNS = {
     "relative": made(f"{PEAKED} gdpo", idea="relative"),
     "tally": made(f"{PEAKED} gdpo", idea="tally"),
     "remind": made(f"{PEAKED} gdpo", idea="remind"),
+    "remind_capped": made(kind="again", start="remind", idea="remind_capped"),
     "free_beyond": made(f"{FREE} length_beyond", idea="free_beyond"),
     "unfinished": made(f"{FREE} censored", idea="unfinished"),
 }  # fmt: skip
@@ -179,6 +181,8 @@ def train(name: str, seed: int, log) -> str:
     run, folder = RUNS[name], os.path.join(OUT, f"{name}-{seed}")
     if run.get("kind") == "base":
         return base_model(seed)
+    if run.get("kind") == "again":  # another run's model, asked in another way
+        return trained(run["start"], seed)
     if run.get("kind") == "supervised":
         idea, model = run.get("idea") or "none", os.path.join(folder, "model")
         if not os.path.exists(os.path.join(model, "model.safetensors")):
@@ -209,8 +213,8 @@ def evaluate(name: str, seed: int, mode: str, model: str, log) -> str:
         asked,
     ]
     words += shlex.split(
-        f"--mode {mode} --wording tulu --n 4 --limit 100 --temperature 1 --top-p 1 --max-tokens 200 "
-        f"--sampler hf --require-think --seed {seed} --trained-budgets uniform:{low}:{high} --overwrite"
+        f"{SAMPLED} --mode {mode} --wording tulu --max-tokens 200 --require-think --seed {seed} "
+        f"--trained-budgets uniform:{low}:{high} --overwrite"
     )
     command(log, *words, "--out", out)
     return out
@@ -220,8 +224,8 @@ def decode(seed: int, log) -> dict:
     """The base model under s1's budget forcing and under truncation: {method: {data set: cells}}."""
     out = os.path.join(OUT, f"decoding-{seed}", "sweep")
     asked = ",".join(map(str, RUNS["decoding"]["asked"]))
-    words = f"sweep --model {base_model(seed)} --data toy --budgets {asked} --methods s1,truncate --n 4"
-    words += f" --limit 100 --temperature 1 --top-p 1 --sampler hf --seed {seed} --out {out}"
+    words = f"sweep --model {base_model(seed)} --data toy --budgets {asked} --methods s1,truncate "
+    words += f"{SAMPLED} --seed {seed} --out {out}"
     if not os.path.exists(os.path.join(out, "truncate", "results.json")):
         subprocess.run(["rm", "-rf", out], check=True)
         command(log, "baselines.py", *shlex.split(words))
@@ -251,13 +255,36 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(float(value), 4)
 
 
-def correlation(folder: str, low: int, high: int) -> float:
+def correlation(folder: str, low: int, high: int) -> float | None:
     """Pearson's, of asked and produced length over all responses of the trained task at trained budgets."""
     with open(os.path.join(folder, "samples.jsonl"), encoding="utf-8") as f:
         samples = [
             s for s in map(json.loads, f) if s["source"] == "toy" and low <= (s["budget"] or 0) <= high
         ]
-    return rounded(np.corrcoef([s["budget"] for s in samples], [s["length"] for s in samples])[0, 1])
+    asked, lengths = ([s[key] for s in samples] for key in ("budget", "length"))
+    return rounded(np.corrcoef(asked, lengths)[0, 1]) if min(len({*asked}), len({*lengths})) > 1 else None
+
+
+def length_shares(folder: str, low: int, high: int) -> dict:
+    """The length term's share of the variance within a group, for two rewards: what GRPO sees of it in a sum.
+
+    Of responses to one prompt, mean over prompts; GDPO gives every term the same share, a half.
+    """
+    from rewards import REWARDS
+
+    groups = {}
+    with open(os.path.join(folder, "samples.jsonl"), encoding="utf-8") as f:
+        for s in map(json.loads, f):
+            if s["source"] == "toy" and low <= (s["budget"] or 0) <= high:
+                groups.setdefault((s["id"], s["budget"]), []).append((s["correct"], s["length"]))
+    values = np.array(list(groups.values()), dtype=float)  # [prompts, responses, 2]
+    rollouts = {"correct": values[..., 0], "length": values[..., 1], "budget": [b for _, b in groups]}
+    rollouts["truncated"], shares = np.zeros(values.shape[:2]), {}
+    for name, options in {"peaked_exact": {}, "lcpo_exact": {"alpha": 0.02}}.items():
+        terms = REWARDS[name](rollouts, parts=True, **options)
+        variance = {key: term.var(1).mean() for key, term in terms.items()}
+        shares[f"length_share_{name}"] = rounded(variance["length"] / sum(variance.values()))
+    return shares
 
 
 def curve(folder: str) -> dict:
@@ -269,9 +296,9 @@ def curve(folder: str) -> dict:
         values = np.array([m[theirs] for m in lines], dtype=float)
         out[ours] = [rounded(v) for v in values[: len(values) // 5 * 5].reshape(-1, 5).mean(1)]
     errors = np.array([m["abs_error"] for m in lines], dtype=float)
-    ten = np.convolve(errors, np.ones(10) / 10, "valid")
     # The onset: ten steps in a row are off by less than a fifth on average.
-    out["onset"] = int(np.argmax(ten < 0.2)) if (ten < 0.2).any() else None
+    low = [errors[i : i + 10].mean() < 0.2 for i in range(len(errors) - 9)]
+    out["onset"] = low.index(True) if True in low else None
     return out
 
 
@@ -289,6 +316,8 @@ def run(name: str, seed: int) -> None:
                 out = evaluate(name, seed, mode, model, log)
                 record["cells"][mode] = cells(out, spec.get("violins", False) and seed == 0)
                 record |= {f"correlation_{mode}": correlation(out, *spec["trained"])}
+                if spec.get("kind") == "base":
+                    record |= length_shares(out, *spec["trained"])
     if os.path.exists(os.path.join(folder, "metrics.jsonl")):
         record |= {"flags": " ".join(flags_of(name, seed)), **curve(folder)}
     add(record)

@@ -31,7 +31,7 @@ PROBLEMS, SAMPLES, EPOCHS, BATCH, LR, CAP = 2000, 8, 3, 64, 3e-4, 96
 def own_traces(model, tokenizer, problems: list[dict], seed: int) -> list[tuple[dict, list[int]]]:
     """(problem, response ids) of the model's right answers to prompts that ask for no length."""
     sampler = make_sampler("hf", model, "", tokenizer, toy.CONTEXT)
-    prompts = [data.encode_prompt(tokenizer, data.budget_prompt(p["problem"], None, None)) for p in problems]
+    prompts = [data.encode_prompt(tokenizer, p["problem"]) for p in problems]  # no length is asked for
     found = []
     for problem, responses in zip(problems, sampler.generate(prompts, SAMPLES, CAP, seed=seed), strict=True):
         whole = [r["ids"] for r in responses if r["finish_reason"] == "stop"]
