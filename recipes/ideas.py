@@ -8,10 +8,12 @@ reward. The budgets up to 48 tokens are the trained ones; those up to 96 are wha
 
     relative       the budget is asked for in percent of 48 tokens: 72 are "Think for 150 maximum tokens."
     tally          the budget is asked for by marks, one for 4 tokens
+    tally_8        the same, one for 8 tokens
     mlt            a special token names the nearest length that has one, as Ruler does (2409.18943)
     remind         after every 8 tokens the context is told how many are left
     remind_capped  the same, but prompt and reminders never name more than 48: a larger budget counts down
                    only from there (nothing to train: for a model of remind)
+    remind_16, remind_16_capped  the same after every 16 tokens, when the shortest chain of thought is over
     free_beyond    budgets up to 96 are trained, those above 48 by length alone: they need no answers
     unfinished     the same, but responses are cut at 56 tokens: one asked for more must not have ended
 """
@@ -45,9 +47,9 @@ def relative(budget: int) -> str:
     return f"Think for {round(100 * budget / LARGEST)} maximum tokens."
 
 
-def tally(budget: int) -> str:
-    """As many marks as quarters of the budget; the toy's tokenizer lends a word that says nothing else."""
-    return "Think for " + "up " * max(1, round(budget / 4)) + "tokens."
+def tally(budget: int, worth: int = 4) -> str:
+    """A mark for every `worth` tokens; the toy's tokenizer lends a word that says nothing else."""
+    return "Think for " + "up " * max(1, round(budget / worth)) + "tokens."
 
 
 def mlt(budget: int) -> str:
@@ -150,9 +152,12 @@ def put_in(name: str) -> None:
         "none": lambda: None,
         "relative": lambda: ask_by(relative),
         "tally": lambda: ask_by(tally),
+        "tally_8": lambda: ask_by(lambda budget: tally(budget, 8)),
         "mlt": lambda: ask_by(mlt),
         "remind": lambda: setattr(hf, "generate", with_reminders(hf.generate)),
         "remind_capped": lambda: setattr(hf, "generate", with_reminders(hf.generate, LARGEST)),
+        "remind_16": lambda: setattr(hf, "generate", with_reminders(hf.generate, every=16)),
+        "remind_16_capped": lambda: setattr(hf, "generate", with_reminders(hf.generate, LARGEST, every=16)),
         "free_beyond": lambda: add_reward("length_beyond", length_beyond),
         "unfinished": lambda: add_reward("censored", censored, CUT),
     }

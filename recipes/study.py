@@ -100,9 +100,13 @@ RUNS = {
     # Ideas against the limit at the largest trained budget; each otherwise as peaked_gdpo.
     "log_uniform": made(f"{PEAKED} gdpo --budgets log:16:48", quick=False),
     "relative": made(f"{PEAKED} gdpo", idea="relative"),
-    "tally": made(f"{PEAKED} gdpo", idea="tally"),
+    "tally": made(f"{PEAKED} gdpo", 3, idea="tally"),
+    "tally_8": made(f"{PEAKED} gdpo", idea="tally_8", quick=False),
+    "tally_kl": made(f"{PEAKED} gdpo --kl-coef 0.05", idea="tally_8", quick=False),
     "remind": made(f"{PEAKED} gdpo", idea="remind"),
     "remind_capped": made(kind="again", start="remind", idea="remind_capped"),
+    "remind_16": made(f"{PEAKED} gdpo", idea="remind_16", quick=False),
+    "remind_16_capped": made(kind="again", start="remind_16", idea="remind_16_capped", quick=False),
     "free_beyond": made(f"{FREE} length_beyond", idea="free_beyond"),
     "unfinished": made(f"{FREE} censored", idea="unfinished"),
 }  # fmt: skip

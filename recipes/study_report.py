@@ -24,20 +24,14 @@ LABELS = BLOG | {
     "lcpo_sum": "L1's reward, summed (GRPO)", "lcpo_gdpo": "L1's reward, GDPO",
     "peaked_sum": "peaked reward, summed (GRPO)", "peaked_gdpo": "peaked reward, GDPO",
     "supervised": "supervised, sentence", "ruler": "supervised, length tokens",
-    "log_uniform": "log-uniform budgets", "relative": "relative wording", "tally": "tally marks",
+    "log_uniform": "log-uniform budgets", "relative": "relative wording",
+    "tally": "tally marks", "tally_8": "tally marks worth 8", "tally_kl": "these, KL 0.05",
     "remind": "reminders", "remind_capped": "capped reminders",
+    "remind_16": "rarer reminders", "remind_16_capped": "rarer reminders, capped",
     "free_beyond": "beyond without answers", "unfinished": "unfinished responses",
 }  # fmt: skip
-IDEAS = [
-    "peaked_gdpo",
-    "log_uniform",
-    "relative",
-    "tally",
-    "remind",
-    "remind_capped",
-    "unfinished",
-    "free_beyond",
-]
+IDEAS = ["peaked_gdpo", "log_uniform", "relative", "tally", "tally_8", "tally_kl", "remind", "remind_capped"]
+IDEAS += ["remind_16", "remind_16_capped", "unfinished", "free_beyond"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,8 +279,20 @@ def save(fig, name: str) -> None:
     plt.close(fig)
 
 
-COLORS = ["#1f3f5f", "#b5541c", "#4f8a5b", "#7a5195", "#c9a227", "#5f9ea0", "0.35", "#d45087"]
-MARKS = "osD^vPX*"
+COLORS = [
+    "#1f3f5f",
+    "#b5541c",
+    "#4f8a5b",
+    "#7a5195",
+    "#c9a227",
+    "#5f9ea0",
+    "0.35",
+    "#d45087",
+    "#8c6d4a",
+    "#2e8b57",
+    "#b03060",
+]
+MARKS = "osD^vPX*hd8"
 
 
 def line(
@@ -294,7 +300,7 @@ def line(
 ) -> None:
     """`key` against the budget (or another figure): mean over seeds, bars of one standard deviation."""
     if not seeds(name):
-        ax.plot([], [], color=COLORS[i % 8], marker=MARKS[i % 8], ls=":", label=f"{label}: not run")
+        ax.plot([], [], color=COLORS[i], marker=MARKS[i], ls=":", label=f"{label}: not run")
         return
     budgets = [
         int(b) for b in part(seeds(name)[0], which.get("data", "toy"), which.get("mode")) if b.isdigit()
@@ -302,7 +308,7 @@ def line(
     y = [[scale * v for v in figures(name, key, b, **which)] for b in budgets]
     x = [np.mean(figures(name, against, b, **which)) for b in budgets] if against else budgets
     spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in y]
-    style = dict(color=COLORS[i % 8], marker=MARKS[i % 8], ms=5, lw=1.4, capsize=2, alpha=0.9)
+    style = dict(color=COLORS[i], marker=MARKS[i], ms=5, lw=1.4, capsize=2, alpha=0.9)
     order = np.argsort(x)
     ax.errorbar(np.array(x)[order], np.array([np.mean(v) for v in y])[order], np.array(spread)[order],
                 label=label, **style)  # fmt: skip
@@ -371,6 +377,10 @@ def draw_l1() -> None:
     """Accuracy against length of L1's models and of what needs no training; errors per budget beside it."""
     fig, axes = canvas(2, 1, (7, 5))
     for i, (label, name, mode) in enumerate(METHODS):
+        if name == "base" and seeds(name):  # it has one length, whatever it is asked for
+            x, y = (np.mean(figures(name, key, "none")) for key in ("mean_length", "accuracy"))
+            axes[0, 0].plot(x, 100 * y, "*", ms=13, color="black", label="base, asked for no length")
+            continue
         line(axes[0, 0], i, name, "accuracy", label, 100, against="mean_length", mode=mode)
     axes[0, 0].set(xlabel="mean produced length (tokens)", ylabel="accuracy (%)", ylim=(30, 102))
     below(axes[0, 0])
