@@ -95,8 +95,8 @@ RUNS = {
     "alpha_0.005": made(f"{LCPO} grpo --reward-args alpha=0.005", quick=False),
     "alpha_0.1": made(f"{LCPO} grpo --reward-args alpha=0.1"),
     # Supervised training on traces that are annotated with their own lengths.
-    "supervised": made(seeds=3, kind="supervised"),
-    "ruler": made(seeds=3, kind="supervised", idea="mlt"),
+    "supervised": made(kind="supervised"),
+    "ruler": made(kind="supervised", idea="mlt"),
     # Ideas against the limit at the largest trained budget; each otherwise as peaked_gdpo.
     "log_uniform": made(f"{PEAKED} gdpo --budgets log:16:48", quick=False),
     "relative": made(f"{PEAKED} gdpo", idea="relative"),

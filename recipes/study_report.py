@@ -8,7 +8,7 @@ The words are in study_text.md. What stands there in double braces is computed h
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import study
@@ -30,8 +30,9 @@ LABELS = BLOG | {
     "remind_16": "rarer reminders", "remind_16_capped": "rarer reminders, capped",
     "free_beyond": "beyond without answers", "unfinished": "unfinished responses",
 }  # fmt: skip
-IDEAS = ["peaked_gdpo", "log_uniform", "relative", "tally", "tally_8", "tally_kl", "remind", "remind_capped"]
-IDEAS += ["remind_16", "remind_16_capped", "unfinished", "free_beyond"]
+# Those that write the budget in another way, and those that say or show more than a budget.
+IDEAS = ["peaked_gdpo", "log_uniform", "relative", "tally", "tally_8", "tally_kl"], ["peaked_gdpo", "remind"]
+IDEAS[1].extend("remind_capped remind_16 remind_16_capped unfinished free_beyond".split())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def beyond_table() -> str:
         "at 96",
     ]
     rows = []
-    for name in IDEAS:
+    for name in [*IDEAS[0], *IDEAS[1][1:]]:
         inside = [figures(name, "abs_error", b) for b in (16, 20, 24, 32, 40, 48)]
         inside = np.mean(inside, 0).tolist() if all(inside) else []
         rows.append([LABELS[name], show(inside, percent), *[error(name, b) for b in (64, 72, 96)]])
@@ -442,21 +443,17 @@ def draw_alpha() -> None:
     save(fig, "alpha")
 
 
-def draw_lengths(names: list[str], file: str, high: int = 100) -> None:
+def draw_lengths(panels: Sequence[list[str]], file: str, high: int = 100) -> None:
     """Mean produced against requested length."""
-    fig, axes = canvas(1, 1, (7.5, 5))
-    ax = axes[0, 0]
-    shade(ax, 16, 48)
-    identity(ax, high)
-    for i, name in enumerate(names):
-        line(ax, i, name, "mean_length", LABELS[name])
-    ax.set(
-        xlabel="requested length (tokens)",
-        ylabel="mean produced length (tokens)",
-        xlim=(10, high),
-        ylim=(0, high),
-    )
-    below(ax, 3)
+    fig, axes = canvas(len(panels), 1, (6.8, 5))
+    for ax, names in zip(axes[0], panels, strict=True):
+        shade(ax, 16, 48)
+        identity(ax, high)
+        for i, name in enumerate(names):
+            line(ax, i, name, "mean_length", LABELS[name])
+        ax.set(xlabel="requested length (tokens)", ylabel="mean produced length (tokens)")
+        ax.set(xlim=(10, high), ylim=(0, high))
+        below(ax, 3)
     save(fig, file)
 
 
@@ -475,17 +472,52 @@ def page() -> str:
         return render(f.read())
 
 
+MARKS_README = "<!-- the study -->\n", "\n<!-- the study: end -->"
+
+
+def readme_block() -> str:
+    """The README's table of answers, between its two comments."""
+    unasked = show(figures("base", "accuracy", "none"), percent)
+    forced, cut = (accuracy("decoding", mode=mode) for mode in ("s1", "truncate"))
+    rows = {
+        "Is any length of the trained range obeyed?": f"before RL: error {error('base')}; L1-Exact: "
+        f"{error('lcpo_sum')}; with its terms normalised one by one (GDPO): {error('lcpo_gdpo')}",
+        "What do the answers lose?": f"nothing here: {accuracy('lcpo_sum')} right, {unasked} by the base model "
+        f"asked for no length",
+        "And without training?": f"s1's budget forcing {forced} right, hard truncation {cut}",
+        "A task that RL never saw?": f"error {error('lcpo_sum', data='toy_ood')}; GDPO "
+        f"{error('lcpo_gdpo', data='toy_ood')}",
+        "Supervised training instead?": f"on its own answers, each behind a prompt that asks for its length: error "
+        f"{error('supervised')}; by special length tokens {error('ruler')} (one seed)",
+        "Twice the largest trained budget?": f"no: asked for 96 tokens it writes {length('peaked_gdpo', 96)}. With "
+        f"tally marks in place of digits {length('tally', 96)}, but few right answers",
+    }
+    return (
+        MARKS_README[0] + table(["question", "answer in the toy world"], list(rows.items())) + MARKS_README[1]
+    )
+
+
+def write_readme(path: str) -> None:
+    """Put the block into the README."""
+    with open(path, encoding="utf-8") as f:
+        before, rest = f.read().split(MARKS_README[0])
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(before + readme_block() + rest.split(MARKS_README[1])[1])
+
+
 def main() -> None:
-    """Pictures and page of what study.json holds."""
+    """Pictures and page of what study.json holds; the README's block where it is the committed study."""
     load()
     if not RECORDS:
         sys.exit(f"study_report.py: error: {DOCS} holds no study.json: bash recipes/study.sh makes it")
     for draw in (draw_blog, draw_tasks, draw_l1, draw_onset, draw_gdpo, draw_alpha):
         draw()
-    draw_lengths(["lcpo_sum", "supervised", "ruler"], "supervised")
+    draw_lengths([["lcpo_sum", "supervised", "ruler"]], "supervised")
     draw_lengths(IDEAS, "beyond")
     with open(os.path.join(DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
+    if os.path.realpath(DOCS) == os.path.join(os.path.realpath(ROOT), "docs"):
+        write_readme(os.path.join(ROOT, "README.md"))
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]
     print(f"{len(RECORDS)} runs are in {os.path.join(DOCS, 'study.md')}; not run: {' '.join(todo) or 'none'}")
 

@@ -82,9 +82,8 @@ def test_a_page_of_an_unfinished_study_says_what_was_not_run(tmp_path, monkeypat
     committed = study.read(DOCS)
     with open(tmp_path / "study.json", "w") as f:
         json.dump([committed["base", 0], committed["peaked_gdpo", 0]], f)
-    monkeypatch.setattr(study, "DOCS", str(tmp_path))
     monkeypatch.setattr(study_report.load, "__defaults__", (str(tmp_path),))
-    study_report.main(readme=None)
+    study_report.main()
     assert "not run" in (tmp_path / "study.md").read_text()
     pictures = set(re.findall(r"\((study_\w+\.png)\)", TEXT))
     assert len(pictures) >= 8
