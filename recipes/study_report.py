@@ -482,19 +482,18 @@ def readme_block() -> str:
     rows = {
         "Is any length of the trained range obeyed?": f"before RL: error {error('base')}; L1-Exact: "
         f"{error('lcpo_sum')}; with its terms normalised one by one (GDPO): {error('lcpo_gdpo')}",
-        "What do the answers lose?": f"nothing here: {accuracy('lcpo_sum')} right, {unasked} by the base model "
-        f"asked for no length",
+        "What do the answers lose?": f"nothing here: {accuracy('lcpo_sum')} right; the base model, asked for no "
+        f"length, {unasked}",
         "And without training?": f"s1's budget forcing {forced} right, hard truncation {cut}",
         "A task that RL never saw?": f"error {error('lcpo_sum', data='toy_ood')}; GDPO "
         f"{error('lcpo_gdpo', data='toy_ood')}",
-        "Supervised training instead?": f"on its own answers, each behind a prompt that asks for its length: error "
-        f"{error('supervised')}; by special length tokens {error('ruler')} (one seed)",
-        "Twice the largest trained budget?": f"no: asked for 96 tokens it writes {length('peaked_gdpo', 96)}. With "
-        f"tally marks in place of digits {length('tally', 96)}, but few right answers",
+        "Supervised training instead?": "on its own answers, each behind a prompt that asks for its length: "
+        f"error {error('supervised')}; by special length tokens {error('ruler')} (one seed)",
+        "Twice the largest trained budget?": f"no: asked for 96 it writes {length('peaked_gdpo', 96)} tokens. "
+        f"Tally marks instead of digits: {length('tally', 96)}, but few right answers",
     }
-    return (
-        MARKS_README[0] + table(["question", "answer in the toy world"], list(rows.items())) + MARKS_README[1]
-    )
+    block = table(["question", "answer in the toy world"], list(rows.items()))
+    return MARKS_README[0] + block + MARKS_README[1]
 
 
 def write_readme(path: str) -> None:
