@@ -480,16 +480,16 @@ def readme_block() -> str:
     unasked = show(figures("base", "accuracy", "none"), percent)
     forced, cut = (accuracy("decoding", mode=mode) for mode in ("s1", "truncate"))
     rows = {
-        "Is any length of the trained range obeyed?": f"before RL: error {error('base')}; L1-Exact: "
+        "Any length of the range?": f"before RL: error {error('base')}; L1-Exact: "
         f"{error('lcpo_sum')}; with its terms normalised one by one (GDPO): {error('lcpo_gdpo')}",
-        "What do the answers lose?": f"nothing here: {accuracy('lcpo_sum')} right; the base model, asked for no "
+        "What do answers lose?": f"nothing here: {accuracy('lcpo_sum')} right; the base model, asked for no "
         f"length, {unasked}",
-        "And without training?": f"s1's budget forcing {forced} right, hard truncation {cut}",
-        "A task that RL never saw?": f"error {error('lcpo_sum', data='toy_ood')}; GDPO "
+        "Without training?": f"s1's budget forcing {forced} right, hard truncation {cut}",
+        "A task RL never saw?": f"error {error('lcpo_sum', data='toy_ood')}; GDPO "
         f"{error('lcpo_gdpo', data='toy_ood')}",
-        "Supervised training instead?": "on its own answers, each behind a prompt that asks for its length: "
+        "Supervised instead?": "on its own answers, each behind a prompt that asks for its length: "
         f"error {error('supervised')}; by special length tokens {error('ruler')} (one seed)",
-        "Twice the largest trained budget?": f"no: asked for 96 it writes {length('peaked_gdpo', 96)} tokens. "
+        "Beyond the range?": f"no: asked for 96 it writes {length('peaked_gdpo', 96)}. "
         f"Tally marks instead of digits: {length('tally', 96)}, but few right answers",
     }
     block = table(["question", "answer in the toy world"], list(rows.items()))
