@@ -241,36 +241,15 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
     trainer.train()
 
 
-def step_flops(config: "PretrainedConfig", batch: list[dict]) -> list[tuple]:
-    """[(kind, in, out, FLOPs)] of one update without any waste: no padding, nothing computed twice.
-
-    A matrix [in, out] costs 2 in out per token forward, as much for the gradient of its input and again for
-    its own: 6 in out. The layers see the tokens of prompts and responses, the head only responses (d -> V).
-    Attention: q k^T and p v cost 2 * 2 * (heads * head_dim) per pair of positions, L^2 / 2 pairs a sequence,
-    and twice that backward: 6 (heads * head_dim) L^2. Softmax, norms, embedding, AdamW: not counted.
-    """
-    c, d = config, config.hidden_size
-    head_dim = d // c.num_attention_heads
-    kv = c.num_key_value_heads * head_dim
-    lengths = [len(r["prompt_ids"]) + len(r["ids"]) for r in batch]
-    tokens, responses = sum(lengths), sum(len(r["ids"]) for r in batch)
-    wide = c.intermediate_size
-    shapes = [(d, d, 2), (d, kv, 2), (d, wide, 2), (wide, d, 1)]  # q and o; k and v; gate and up; down
-    parts = [("linear", i, o, 6 * i * o * n * c.num_hidden_layers * tokens) for i, o, n in shapes]
-    parts.append(("linear", d, c.vocab_size, 6 * d * c.vocab_size * responses))
-    squares = sum(length**2 for length in lengths)
-    parts.append(("attention", c.num_attention_heads, head_dim, 6 * d * squares * c.num_hidden_layers))
-    return parts
-
-
 def step_floor(variant: str, s: dict, folder: str) -> None:
     """Worker: seconds of the update's matrix products at this machine's best rate for their shapes."""
     import torch
 
     device, batch = race.pick_device(), step_rollouts(s)
     dtype = getattr(torch, s["dtype"])
-    parts = step_flops(step_config(s), batch)
-    length = int(np.mean([len(r["prompt_ids"]) + len(r["ids"]) for r in batch]))
+    lengths = [(len(r["prompt_ids"]), len(r["ids"])) for r in batch]
+    parts = plan.update_flops(step_config(s).to_dict(), lengths)
+    length = int(np.mean([sum(both) for both in lengths]))
 
     def rate(flops, product):  # FLOP/s, best of 3
         best = float("inf")

@@ -1,4 +1,4 @@
-"""The memory that training takes, from a model's config alone: `python bench.py plan` prints the table.
+"""Memory and work of training, from a model's config alone: `python bench.py plan` prints the memory table.
 
 Counted in bytes per GPU, for dense models of the Llama family (Llama, Mistral, Qwen2, Qwen3), n parameters:
 
@@ -12,6 +12,7 @@ Counted in bytes per GPU, for dense models of the Llama family (Llama, Mistral, 
 
 import json
 import os
+import re
 from collections.abc import Iterator
 
 from data import BadInput
@@ -92,6 +93,46 @@ def parameters(c: dict) -> int:
     if c["model_type"] == "qwen3":
         layer += 2 * q // heads  # norms of queries and keys
     return layers * layer + d + vocab * d * (1 if c.get("tie_word_embeddings") else 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Work
+
+# Peak of a GPU without sparsity, TFLOP/s: bf16 products summed in float32; float32 without tensor cores. By
+# NVIDIA's data sheets (their bf16 figures "with sparsity" are twice these), the RTX 4090's by a white paper.
+PEAKS = {
+    r"H[12]00 NVL": (835, 60), r"H100 PCIe": (756, 51), r"\bH[12]00\b": (989, 67), r"\bA100\b": (312, 19.5),
+    r"\bL40S\b": (362, 91.6), r"RTX 4090$": (165, 82.6),
+}  # fmt: skip
+
+
+def peak_tflops(device: str, dtype: str) -> float | None:
+    """Peak of the GPU that torch calls `device`, TFLOP/s; None where it is not known, as of a part of one."""
+    found = [peaks for name, peaks in PEAKS.items() if re.search(name, device) and " MIG " not in device]
+    return found[0][dtype == "float32"] if found else None
+
+
+def update_flops(c: dict, lengths: list[tuple[int, int]]) -> list[tuple]:
+    """[(kind, in, out, FLOPs)] of one update without any waste: no padding, nothing computed twice.
+
+    `lengths` are tokens of (prompt, response). A matrix [in, out] costs 2 in out per token forward, as much
+    for the gradient of its input and again for its own: 6 in out. The layers see the tokens of prompts and
+    responses, the head only responses (d -> V). Attention: q k^T and p v cost 2 * 2 * (heads * head_dim) per
+    pair of positions, L^2 / 2 pairs a sequence, and twice that backward: 6 (heads * head_dim) L^2. Softmax,
+    norms, embedding, AdamW: not counted.
+    """
+    layers, d, wide, q, kv, heads, vocab = sizes(c)
+    totals = [prompt + response for prompt, response in lengths]
+    tokens, responses = sum(totals), sum(response for _, response in lengths)
+    shapes = [(d, q, 2), (d, kv, 2), (d, wide, 2), (wide, d, 1)]  # q and o; k and v; gate and up; down
+    parts = [("linear", i, o, 6 * i * o * n * layers * tokens) for i, o, n in shapes]
+    parts.append(("linear", d, vocab, 6 * d * vocab * responses))
+    parts.append(("attention", heads, q // heads, 6 * q * layers * sum(n * n for n in totals)))
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
 
 
 def layer_bytes(c: dict, dtype: str) -> int:

@@ -97,7 +97,7 @@ def roll_out(
     """
     rank, processes = state.process_index, state.num_processes
     own = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
-    lap(s)
+    lap(s, "rest")
     if plain:
         prompts = [encode_prompt(s.tokenizer, row["prompt"]) for row in own]
         alike = methods.REQUEST | {"n": n, "cap": args.max_tokens, "expected": args.max_tokens}

@@ -475,10 +475,12 @@ def train(args: argparse.Namespace) -> None:
             while done < args.steps:
                 before = pickle.dumps(s.memory)
                 evaluate_if_due(s, args, done, state, log)
+                lap(s)  # evaluations and checkpoints are no part of a step
                 m = take_step(s, args, state, done, log)
                 if state.is_main_process:
                     tell(m, args, s.unwritten, bar, log)
                     trackers.log_step(s.tracker, m)
+                lap(s, "rest")  # of the next step: this one's line is written
                 done = s.done = done + 1
                 if done == args.steps or is_due(done, args):
                     save(s, args, state, done, log)
@@ -508,11 +510,10 @@ def take_step(s, args, state, step: int, log) -> dict:
 
     faults.Stopped comes before the weights are changed or not at all.
     """
-    from update import learning_rate, update
+    from update import learning_rate, training_speed, update
 
     rank, processes, device = state.process_index, state.num_processes, state.device
     # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ----------
-    s.seconds.clear()
     rows, groups, counts, m = sample_batch(s, args, state, step)
 
     # ---- Reward --------------------------------------------------------------------------------------------
@@ -537,6 +538,7 @@ def take_step(s, args, state, step: int, log) -> dict:
     m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
     faults.check_finite(step, {"loss": m["loss"], "grad_norm": m["grad_norm"]}, batch, write)
     lap(s, "train")
+    m |= training_speed(s.model, reference, batch, args, s.seconds["train"], processes, device)
 
     # ---- Push the new weights into the sampler -------------------------------------------------------------
     # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
@@ -546,7 +548,9 @@ def take_step(s, args, state, step: int, log) -> dict:
     lap(s, "sync")
 
     m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
+    lap(s, "rest")
     m = step_metrics(step, rollouts, total, parts, m, s.seconds)
+    s.seconds.clear()
     for text in faults.watch(m, counts, groups, s.tokenizer, args, s.memory, gap_limit(args, device)):
         log(text)
     return m

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import plan
 from data import BadInput, first_line
 from losses import drpo_weights, head_loss, mixture_logp, policy_loss, response_weights, token_logps
 from weights import is_sharded, whole
@@ -228,6 +229,35 @@ def update(
     if args.objective == "drpo":
         means["drpo_kl"] = sums["drpo_kl"] / n
     return means | {"padding": 1 - sums["real"] / max(sums["padded"], 1)}
+
+
+def training_speed(
+    model,
+    reference: "PreTrainedModel | None",
+    batch: list[dict],
+    args,
+    seconds: float,
+    processes: int = 1,
+    device="cpu",
+) -> dict:
+    """{"train_tflops": TFLOP/s of a process, "train_mfu": their share of the GPU's peak, where it is known}.
+
+    Counted is what the update of `batch` needs (plan.update_flops): padding and recomputation are no work.
+    """
+    try:
+        config = plan.checked(model.config.to_dict(), "")
+    except BadInput:  # no dense Llama-like model: its FLOPs are not known
+        return {}
+    parts = plan.update_flops(config, [(len(r["prompt_ids"]), len(r["ids"])) for r in batch])
+    # Of 6 FLOPs 2 are the forward pass. Frozen weights need no gradient: 4. Passes without gradient: 2 each.
+    forward = (reference is not None) + (args.objective == "drpo") + 1 - 1 / args.minibatches
+    spent = sum(f * (4 if args.lora and kind == "linear" else 6) for kind, _, _, f in parts) / 6
+    spent += forward * sum(part[3] for part in parts) / 3
+    found = {"train_tflops": spent / seconds / processes / 1e12}
+    if torch.device(device).type == "cuda":
+        peak = plan.peak_tflops(torch.cuda.get_device_name(device), args.dtype)
+        found |= {"train_mfu": found["train_tflops"] / peak} if peak else {}
+    return found
 
 
 def weigh_drpo(

@@ -146,13 +146,27 @@ def test_bad_input(capsys, words, part):
 
 def test_flops_by_hand():
     # One layer of width 64 with one head and a vocabulary of 10; a sequence of 2 + 3 tokens.
-    config = bench.step_config({"width": 64, "layers": 1, "vocab": 10})
-    parts = bench.step_flops(config, [{"prompt_ids": [1, 2], "ids": [3, 4, 5]}])
+    config = bench.step_config({"width": 64, "layers": 1, "vocab": 10}).to_dict()
+    parts = plan.update_flops(config, [(2, 3)])
     q_and_o, k_and_v, gate_and_up, down, head, attention = (part[3] for part in parts)
     assert q_and_o == k_and_v == 6 * 64 * 64 * 2 * 5
     assert gate_and_up == 6 * 64 * 256 * 2 * 5 and down == gate_and_up / 2
     assert head == 6 * 64 * 10 * 3
     assert attention == 6 * 64 * 5**2
+
+
+@pytest.mark.parametrize(
+    "device, peaks",
+    [
+        ("NVIDIA H100 80GB HBM3", (989, 67)), ("NVIDIA H200", (989, 67)), ("NVIDIA H100 NVL", (835, 60)),
+        ("NVIDIA H100 PCIe", (756, 51)), ("NVIDIA A100-SXM4-80GB", (312, 19.5)), ("NVIDIA L40S", (362, 91.6)),
+        ("NVIDIA A100 80GB PCIe", (312, 19.5)), ("NVIDIA GeForce RTX 4090", (165, 82.6)),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (None, None)), ("NVIDIA L40", (None, None)),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", (None, None)), ("NVIDIA A1000", (None, None)),
+    ],
+)  # fmt: skip
+def test_peaks_of_gpus(device, peaks):
+    assert tuple(plan.peak_tflops(device, dtype) for dtype in ("bfloat16", "float32")) == peaks
 
 
 def test_gradient_distance_by_hand(tmp_path):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TIMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +162,25 @@ def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
         assert len(part) == 1 or len(part) * max(map(updates.total_length, part)) <= limit
 
 
+def test_training_speed_by_hand(tiny):
+    """2 layers of width 64, 2 heads, keys and values of 32, MLP of 128, 600 words; 2 + 3 tokens."""
+    model, r = samplers.load_model(tiny), {"prompt_ids": [5, 6], "ids": [7, 8, 9]}
+    head, attention = 64 * 600 * 3, 2 * 64 * 5**2
+    linear = 2 * 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + head
+
+    def flops(words="", reference=None):
+        found = updates.training_speed(model, reference, [r], arguments(*words.split()), 2.0)
+        return found["train_tflops"] * 2e12
+
+    assert flops() == pytest.approx(6 * (linear + attention))
+    assert flops(reference=model) == pytest.approx(8 * (linear + attention))
+    # Of two minibatches the second one's old log-probs are computed first: half of a forward pass.
+    assert flops("--minibatches 2") == pytest.approx(7 * (linear + attention))
+    assert flops("--lora 4") == pytest.approx(4 * linear + 6 * attention)
+    model.config.num_experts = 4
+    assert updates.training_speed(model, None, [r], arguments(), 2.0) == {}
+
+
 def test_learning_rate_by_hand():
     args = arguments("--lr", "1", "--warmup-steps", "2", "--steps", "6", "--lr-schedule", "linear")
     assert [updates.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -235,7 +254,7 @@ def lines(out):
 
 
 def timeless(line):
-    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per", "peak"))}
+    return {k: v for k, v in line.items() if not k.startswith(TIMES)}
 
 
 def test_resume_after_kill_is_exact(tiny, script, tmp_path):
@@ -331,6 +350,11 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr", "peak_gib"} <= set(
         line
     )
+    times = {k: v for k, v in line.items() if k.startswith("seconds_")}
+    assert set(times) == {f"seconds_{part}" for part in "sample verify train sync rest".split()}
+    useful = line["seconds_sample"] + line["seconds_train"]
+    assert line["overhead"] == pytest.approx(1 - useful / sum(times.values())) and 0 < line["overhead"] < 1
+    assert line["train_tflops"] > 0 and "train_mfu" not in line  # a CPU's peak is not known
     assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
 
 
