@@ -160,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice("--loss-reduction", "token_mean sequence_mean constant", "what a token weighs in the whole batch")
     number("--kl-coef", 0.0, "weight of the KL to the starting model; 0: that model is not loaded")
     choice("--kl-estimator", "k3 k1 k2", "estimator of that KL")
+    add("--offload-reference", action="store_true", help="that model in CPU memory, on the GPU when used")
     number("--tis-cap", 2.0, "cap of the sampler/trainer importance weight; 0: off")
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -284,6 +285,9 @@ def check_args(args: argparse.Namespace) -> None:
          "leave it out"),
         (args.fsdp and args.optim == "adamw8bit",
          "--fsdp shards plain tensors, and bitsandbytes' 8-bit states are not: use --optim adamw"),
+        (args.offload_reference and (args.fsdp or args.lora or not (args.kl_coef or args.reference_samples)),
+         "--offload-reference is for a second, whole model: --fsdp shards it, --lora needs none, and without "
+         "--kl-coef or --reference-samples there is none; leave it out"),
         (0 < args.dual_clip <= 1,
          f"--dual-clip ({args.dual_clip:g}) must be more than 1 (3 is usual), or 0: off"),
         (not 0 < args.vllm_memory < 1,
@@ -438,8 +442,12 @@ def build_model(s, args, state) -> None:
     if args.gradient_checkpointing:
         s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.kl_coef or args.reference_samples:
-        s.reference = load_model(s.path, device).eval().requires_grad_(False)
-    for model in [s.model, s.reference] if args.fsdp else []:
+        # Without its adapters the model is the starting model: no second one is held.
+        home = "cpu" if args.offload_reference else device
+        s.reference = s.model if args.lora else load_model(s.path, home).eval().requires_grad_(False)
+    for p in s.reference.parameters() if args.offload_reference and state.device.type == "cuda" else []:
+        p.data = p.data.pin_memory()  # copied at the full speed of the bus, while the CPU goes on
+    for model in dict.fromkeys([s.model, s.reference]) if args.fsdp else []:
         if model is not None:
             weights.shard(model, run, args, state.device, state.num_processes)
     # The learning rate is a function of the step: no scheduler state.

@@ -4,6 +4,7 @@ whole_weights() is what the sampler is given and what checkpoints hold, one tens
 process needs room for a second model. All processes call it together: a shard is gathered from all of them.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,36 @@ def add_lora(model, rank: int) -> None:
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     # Recomputed activations need an input with a gradient, and the embedding's is frozen now.
     model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def as_reference(model, device) -> Iterator:
+    """The starting model on `device`, for as long as the block lasts.
+
+    `model` with adapters is the trained one: they are left out. One in CPU memory (--offload-reference) is
+    copied to the device; afterwards the copies are dropped.
+    """
+    adapted = [module for module in model.modules() if hasattr(module, "set_scale")]
+    training, device = model.training, torch.device(device)
+    tables = [(m, table) for m in model.modules() for table in (m._parameters, m._buffers)]
+    held = [(m, name, t) for m, table in tables for name, t in table.items() if t is not None]
+    away, copies = [(m, name, t) for m, name, t in held if t.device.type != device.type], {}
+    try:
+        for layer in adapted:
+            layer.set_scale(ADAPTER, 0.0)
+        for module, name, t in away:
+            if id(t) not in copies:  # input and output embeddings may be one
+                copies[id(t)] = t.detach().to(device, non_blocking=True)
+                if isinstance(t, torch.nn.Parameter):
+                    copies[id(t)] = torch.nn.Parameter(copies[id(t)], requires_grad=False)
+            setattr(module, name, copies[id(t)])
+        yield model.eval()
+    finally:
+        for module, name, t in away:
+            setattr(module, name, t)
+        for layer in adapted:
+            layer.set_scale(ADAPTER, 1.0)
+        model.train(training)
 
 
 def shard(model, run: Callable, args, device, processes: int) -> None:

@@ -73,6 +73,8 @@ TRAIN = [
     ("--reward hbpo", ["hbpo", "subgroup_budget", "--subgroups hbpo"]),
     ("--reward adaptthink --subgroups adaptthink", ["ref_accuracy", "--reference-samples"]),
     ("--reward o1_pruner", ["o1_pruner", "--reference-samples"]),
+    ("--offload-reference", ["--offload-reference", "--kl-coef", "leave it out"]),
+    ("--offload-reference --kl-coef 0.1 --lora 4", ["--offload-reference", "--lora needs none"]),
     ("--reward crf", ["crf", "--conciseness-model"]),
     ("--reward crf --conciseness-model {root}/plain", ["{root}/plain", "tokenizer"]),
     ("--reward crf --conciseness-model {tiny}", ["{tiny}", "label"]),

@@ -150,6 +150,63 @@ def test_two_processes_learn_what_one_does(tiny, script, tmp_path, flags):
     assert moved == set(plain) or (moved and "lora" in flags and not any("embed" in name for name in moved))
 
 
+# The starting model -----------------------------------------------------------------------------------------
+
+
+def test_kl_is_that_to_the_starting_model(tiny):
+    """By hand from a plain forward pass of each model, over minibatches and micro-batches."""
+    reference, batch = samplers.load_model(tiny).eval(), random_batch()
+    model = copy.deepcopy(reference)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    kl, tokens = 0.0, sum(len(r["ids"]) for r in batch)
+    for r in batch:
+        ids, first = torch.tensor([r["prompt_ids"] + r["ids"]]), len(r["prompt_ids"]) - 1
+        with torch.no_grad():
+            both = [m(ids).logits[0, first:-1].log_softmax(-1) for m in (model, reference)]
+        d = (both[0] - both[1]).gather(-1, torch.tensor(r["ids"])[:, None])
+        kl += (torch.expm1(-d) + d).sum().item()
+    args = arguments("--kl-coef", "0.5", "--micro-tokens", "60", "--minibatches", "2", "--lr", "1e-9")
+    stats = updates.update(model, reference, updates.make_optimizer(model, args), batch, args)
+    assert stats["kl"] == pytest.approx(kl / tokens, rel=1e-4) and kl / tokens > 1e-3
+
+
+def test_the_starting_model_visits_the_device(tiny):
+    model = samplers.load_model(tiny).eval()
+    homes = {name: t.data_ptr() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with pytest.raises(KeyError), weights.as_reference(model, "meta") as there:
+        assert {t.device.type for t in (*there.parameters(), *there.buffers())} == {"meta"}
+        assert tied and there.get_output_embeddings().weight is there.get_input_embeddings().weight
+        raise KeyError  # whatever happens there, it comes home, and nothing was copied back
+    assert homes == {n: t.data_ptr() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def test_adapters_left_out_are_the_starting_model(tiny):
+    """No second model beside adapters; with them on again training goes on where it was."""
+    plain, model, batch = samplers.load_model(tiny), samplers.load_model(tiny).train(), random_batch()
+    weights.add_lora(model, 4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    logps = {}
+    for name in ("adapted", "again"):
+        updates.add_logps(model, batch, arguments(), "cpu")
+        logps[name] = [r["old_logps"] for r in batch]
+        with weights.as_reference(model, "cpu") as starting:
+            assert not starting.training
+            updates.add_logps(starting, batch, arguments(), "cpu", "ref_logps")
+    updates.add_logps(plain, batch, arguments(), "cpu")
+    assert [r["ref_logps"] for r in batch] == [r["old_logps"] for r in batch] != logps["adapted"]
+    assert logps["adapted"] == logps["again"] and model.training
+    state = argparse.Namespace(device=torch.device("cpu"))
+    made = argparse.Namespace(path=tiny, folder=None, reference=None)
+    train_grpo.build_model(made, arguments("--lora", "4", "--kl-coef", "0.1"), state)
+    assert made.reference is made.model
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 5))
 def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
@@ -404,6 +461,7 @@ def test_every_switch_of_the_update_at_once(tiny, tmp_path):
         "2",
     ]
     flags += ["--dtype", "bfloat16", "--gradient-checkpointing", "--kl-coef", "0.01", "--minibatches", "2"]
+    flags += ["--offload-reference"]
     flags += [
         "--ratio",
         "sequence",
