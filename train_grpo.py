@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     number("--max-tokens", 4096, "cap of a response, tokens")
     number("--temperature", 1.0, "of sampling, and of the log-probs in the loss")
     number("--vllm-memory", 0.35, "vLLM's share of the GPU memory")
+    add("--vllm-sleep", action="store_true", help="give that share to the trainer during the update")
     choice("--dynamic-sampling", "none correct reward", "replace groups without a difference in it")
     number("--refills", 4, "rounds of sampling to replace them, at most")
     choice("--subgroups", " ".join(methods.SUBGROUPS), "parts of a group asked, or begun, differently")
@@ -324,6 +325,17 @@ def check_args(args: argparse.Namespace) -> None:
     card.check_login(args.push_to_hub)
 
 
+def check_device(args: argparse.Namespace, sampler: str, device: str) -> None:
+    """The rules that need to know where the run takes place: "vllm" or "hf" on "cuda" or "cpu"."""
+    if args.optim == "adamw8bit" and device != "cuda":
+        raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
+    if args.vllm_sleep and (sampler, device) != ("vllm", "cuda"):
+        raise BadInput(
+            f"--vllm-sleep needs vLLM on a CUDA device, whose memory it frees; here it is {sampler} on {device}: "
+            f"leave it out"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The sampler's check
 
@@ -373,8 +385,8 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.path = args.model
     if args.eval_data:
         s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
-    if args.optim == "adamw8bit" and state.device.type != "cuda":
-        raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
+    kind = pick_sampler(args.sampler, log)
+    check_device(args, kind, state.device.type)
     cache = os.path.dirname(os.path.abspath(args.out))
     if s.path is None:
         with state.main_process_first():  # one process makes the toy's models, the others find them there
@@ -390,7 +402,6 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     longest = s.longest = check_prompts(s.rows, s.tokenizer, args, context)
     # Not kept for their own sake: a resumed run is the same run only where these are the same.
     s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
-    kind = pick_sampler(args.sampler, log)
     build_model(s, args, state)
     if saved:
         load_trained_state(s.model, s.optimizer, saved)
@@ -408,7 +419,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     # transformers cannot generate with shards: that sampler gets a model of its own.
     sampled = load_model(s.path, state.device) if args.fsdp and kind == "hf" else s.model
     s.sampler = make_sampler(
-        kind, sampled, s.path, s.tokenizer, room, args.dtype, seed, args.vllm_memory, own
+        kind, sampled, s.path, s.tokenizer, room, args.dtype, seed, args.vllm_memory, own, args.vllm_sleep
     )
     if saved:
         torch.set_rng_state(saved["torch_rng"])
@@ -471,7 +482,11 @@ def train(args: argparse.Namespace) -> None:
     s.sampler.sync(s.model)
     check_sync(s.sampler, s.model, s.probe, args, state.device)
     if args.check_memory or (args.check_memory is None and state.device.type == "cuda"):
+        if args.vllm_sleep:
+            s.sampler.rest()
         check_memory(s.model, s.reference, s.optimizer, s.longest, args, state.device)
+        if args.vllm_sleep:
+            s.sampler.sync(s.model)
     if bar:  # the time left is that of steps: neither the set-up nor the steps before a --resume count
         bar.initial = bar.n = bar.last_print_n = s.start
         bar.unpause()
@@ -543,6 +558,8 @@ def take_step(s, args, state, step: int, log) -> dict:
     lr = learning_rate(step, args)
     for param_group in s.optimizer.param_groups:
         param_group["lr"] = lr
+    if args.vllm_sleep:
+        s.sampler.rest()
     m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
     faults.check_finite(step, {"loss": m["loss"], "grad_norm": m["grad_norm"]}, batch, write)
     lap(s, "train")

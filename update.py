@@ -212,6 +212,7 @@ def update(
             p.grad.mul_(processes) if is_sharded(model) else dist.all_reduce(p.grad)
         norms.append(whole(torch.nn.utils.clip_grad_norm_(learned, args.grad_clip)).item())
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # the sampler may need the room
     if processes > 1:
         total = torch.stack(list(sums.values())).to(device)
         dist.all_reduce(total)
@@ -342,6 +343,6 @@ def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: 
             f"--micro-tokens ({args.micro_tokens}) does not fit into memory: an update with {len(batch)} "
             f"responses of {args.max_tokens} tokens, with prompts {longest}, was tried "
             f"({first_line(error)}); lower --micro-tokens, --max-tokens or --vllm-memory, or add "
-            f"--gradient-checkpointing or --optim adamw8bit"
+            f"--gradient-checkpointing, --vllm-sleep or --optim adamw8bit"
         ) from None
     optimizer.zero_grad(set_to_none=True)
