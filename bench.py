@@ -79,7 +79,8 @@ SETTINGS = {
         "small": TINY | {
             "budgets": [4096, 8192, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
             "sequences": 16, "rounds": 1,
-            "checks": ["--micro-tokens 1024", "--micro-tokens 2048 --gradient-checkpointing"],
+            "checks": ["--micro-tokens 1024", "--micro-tokens 2048 --gradient-checkpointing",
+                       "--micro-tokens 1024 --dtype bfloat16 --param-dtype bfloat16"],
         },
         "full": ACCEPTED,
     },
@@ -167,11 +168,13 @@ def save_gradient(optimizer, path: str) -> None:
 
 def step_ours(variant: str, s: dict, folder: str) -> None:
     """Worker: our update."""
+    import torch
+
     from update import make_optimizer, update
 
     device, batch, args = race.pick_device(), step_rollouts(s), step_args(s)
     imports = step_imports(device)
-    model = step_model(s).to(device).train()
+    model = step_model(s).to(device, getattr(torch, args.param_dtype)).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(model, args)
@@ -663,11 +666,11 @@ def bench_plan(s: dict, model: str | None) -> dict:
     given = s["budgets"], s["gpus"], s["gpu_gib"], s["longest_prompt"]
     rows = plan.table(plan.load_configs(model), *given)
     cells = [
-        [r["model"], f"{r['cap']:,}", f"{r['gpus']}+", f"{r['trainer_gib']:.1f}", f"{r['engine_gib']:.1f}",
-         r["flags"]]
+        [r["model"], f"{r['cap']:,}", f"{r['gpus']}+",
+         *(f"{r[k]:.1f}" for k in ("peak_gib", "trainer_gib", "engine_gib")), r["flags"]]
         for r in rows
     ]  # fmt: skip
-    race.print_table(["model", "response cap", "GPUs", "trainer GiB", "vLLM GiB", "flags"], cells)
+    race.print_table(["model", "response cap", "GPUs", "peak GiB", "trainer GiB", "vLLM GiB", "flags"], cells)
     print(f"per GPU of {given[2]} GiB, prompts up to {given[3]} tokens; computed, not measured")
     # The check: a small model, on this machine, with and without recomputed activations.
     checks, config = [], step_config(s).to_dict()
@@ -676,7 +679,8 @@ def bench_plan(s: dict, model: str | None) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             found = race.race("step", ["ours"], setting, folder)["ours"]
         a = step_args(setting)
-        predicted = plan.trainer_bytes(config, a.micro_tokens, a.dtype, a.gradient_checkpointing, a.optim)
+        how = {"recompute": a.gradient_checkpointing, "optim": a.optim, "param_dtype": a.param_dtype}
+        predicted = plan.trainer_bytes(config, a.micro_tokens, a.dtype, **how)
         checks.append({"flags": flags, "predicted": predicted, "measured": found["peak"] - found["imports"]})
         checks[-1]["ratio"] = predicted / checks[-1]["measured"]
     race.print_table(

@@ -360,15 +360,15 @@ def keep_cpu_weights_unpacked() -> None:
 # Building one
 
 
-def load_model(path: str, device="cpu") -> "PreTrainedModel":
-    """A causal language model in float32 (in training: the master weights) on `device`."""
+def load_model(path: str, device="cpu", dtype: str = "float32") -> "PreTrainedModel":
+    """A causal language model on `device`, its weights in `dtype` (in training: the master weights)."""
     import torch
     import transformers
     from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     # A pickle could run code, and so could a folder that brings its own classes.
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -147,7 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
     add("--fsdp", action="store_true", help="shard weights, gradients, optimizer over the processes (FSDP2)")
     number("--lora", 0, "train adapters of this rank (peft) and leave the weights; 0: train the weights")
-    choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
+    choice("--dtype", "float32 bfloat16", "type to compute in; the optimizer's state stays float32")
+    choice("--param-dtype", "float32 bfloat16", "type of weights, gradients: 4 or 2 bytes a parameter each")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
     worst = "the longest prompt and response through one update before training (default: on CUDA)"
     add("--check-memory", action=argparse.BooleanOptionalAction, help=worst)
@@ -286,6 +287,10 @@ def check_args(args: argparse.Namespace) -> None:
          "leave it out"),
         (args.fsdp and args.optim == "adamw8bit",
          "--fsdp shards plain tensors, and bitsandbytes' 8-bit states are not: use --optim adamw"),
+        (args.param_dtype == "bfloat16" and args.dtype != "bfloat16",
+         "--param-dtype bfloat16 has no float32 weights to compute with: add --dtype bfloat16"),
+        (args.param_dtype == "bfloat16" and args.fsdp,
+         "--param-dtype bfloat16 rounds whole weights, and --fsdp holds parts of them: use one of the two"),
         (args.offload_reference and (args.fsdp or args.lora or not (args.kl_coef or args.reference_samples)),
          "--offload-reference is for a second, whole model: --fsdp shards it, --lora needs none, and without "
          "--kl-coef or --reference-samples there is none; leave it out"),
@@ -331,8 +336,8 @@ def check_device(args: argparse.Namespace, sampler: str, device: str) -> None:
         raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
     if args.vllm_sleep and (sampler, device) != ("vllm", "cuda"):
         raise BadInput(
-            f"--vllm-sleep needs vLLM on a CUDA device, whose memory it frees; here it is {sampler} on {device}: "
-            f"leave it out"
+            f"--vllm-sleep needs vLLM on a CUDA device, whose memory it frees; here it is {sampler} on "
+            f"{device}: leave it out"
         )
 
 
@@ -446,7 +451,7 @@ def build_model(s, args, state) -> None:
 
     # Adapters start from the starting model. Shards come from the CPU: no GPU has to hold the whole model.
     start, device = s.path if args.lora else s.folder or s.path, "cpu" if args.fsdp else state.device
-    s.model = load_model(start, device).train()
+    s.model = load_model(start, device, args.param_dtype).train()
     if args.lora:
         torch.manual_seed(args.seed)  # the same adapters on every process
         weights.add_lora(s.model, args.lora)
@@ -454,8 +459,9 @@ def build_model(s, args, state) -> None:
         s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.kl_coef or args.reference_samples:
         # Without its adapters the model is the starting model: no second one is held.
-        home = "cpu" if args.offload_reference else device
-        s.reference = s.model if args.lora else load_model(s.path, home).eval().requires_grad_(False)
+        s.reference, home = s.model, "cpu" if args.offload_reference else device
+        if not args.lora:
+            s.reference = load_model(s.path, home, args.param_dtype).eval().requires_grad_(False)
     for p in s.reference.parameters() if args.offload_reference and state.device.type == "cuda" else []:
         p.data = p.data.pin_memory()  # copied at the full speed of the bus, while the CPU goes on
     for model in dict.fromkeys([s.model, s.reference]) if args.fsdp else []:

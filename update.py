@@ -211,7 +211,7 @@ def update(
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad.mul_(processes) if is_sharded(model) else dist.all_reduce(p.grad)
         norms.append(whole(torch.nn.utils.clip_grad_norm_(learned, args.grad_clip)).item())
-        optimizer.step()
+        optimizer_step(optimizer, args.seed)
     optimizer.zero_grad(set_to_none=True)  # the sampler may need the room
     if processes > 1:
         total = torch.stack(list(sums.values())).to(device)
@@ -316,6 +316,38 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     return bitsandbytes.optim.AdamW8bit(learned, **options)
 
 
+def round_at_random(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 -> bfloat16, up or down with the odds that make the mean exact."""
+    # bfloat16 is the upper half of the bits: a random lower half, added, carries as often as it should.
+    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
+
+
+def optimizer_step(optimizer, seed: int) -> None:
+    """optimizer.step(); weights in bfloat16 take it one at a time in float32 and are rounded at random.
+
+    Its 8 bits lose changes below a 256th: rounded to the nearest, most weights would never move
+    (2010.06192). At random they follow the float32 ones in the mean. The draw depends on `seed` and the
+    number of the step alone.
+    """
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    if learned[0].dtype == torch.float32:
+        optimizer.step()
+        return
+    gradients = [p.grad for p in learned]
+    optimizer.zero_grad(set_to_none=True)  # what has no gradient is left out of a step
+    for i, p in enumerate(learned):
+        if gradients[i] is None:
+            continue
+        weight, p.data = p.data, p.data.float()
+        p.grad, gradients[i] = gradients[i].float(), None
+        optimizer.step()
+        p.grad = None
+        draw = np.random.SeedSequence([seed, int(optimizer.state[p]["step"]), i]).generate_state(1)[0]
+        generator = torch.Generator(p.device).manual_seed(int(draw))
+        p.data = weight.copy_(round_at_random(p.data, generator))
+
+
 def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: int, args, device) -> None:
     """One update as large as any will be: BadInput, now and not in hour ten, where it does not fit.
 
@@ -334,7 +366,7 @@ def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: 
         if fresh:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # the training loop sets it at every step
-            optimizer.step()
+            optimizer_step(optimizer, args.seed)
             optimizer.state.clear()
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):

@@ -26,6 +26,8 @@ def add_lora(model, rank: int) -> None:
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # few, and those that learn
     # Recomputed activations need an input with a gradient, and the embedding's is frozen now.
     model.enable_input_require_grads()
 
@@ -94,7 +96,7 @@ def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
         weight = whole(p)
         if name.endswith(".base_layer.weight"):
             a, b = (whole(getattr(owner, side)[ADAPTER].weight) for side in ("lora_A", "lora_B"))
-            weight = weight + owner.scaling[ADAPTER] * (b @ a).to(weight.dtype)
+            weight = (weight + owner.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight
 
 
@@ -124,4 +126,10 @@ def load_trained_state(model, optimizer, saved: dict) -> None:
                 p.copy_(like(p, saved["adapter"][name].to(p.device)))
     state, parameters = saved["optimizer"], [p for g in optimizer.param_groups for p in g["params"]]
     entries = {i: {k: like(parameters[i], v) for k, v in e.items()} for i, e in state["state"].items()}
-    optimizer.load_state_dict(state | {"state": entries})
+    optimizer.load_state_dict(state | {"state": {}})
+    for (
+        i,
+        entry,
+    ) in entries.items():  # load_state_dict would round the moments of bfloat16 weights to their type
+        p = parameters[i]
+        optimizer.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in entry.items()}

@@ -73,6 +73,7 @@ TRAIN = [
     ("--reward hbpo", ["hbpo", "subgroup_budget", "--subgroups hbpo"]),
     ("--reward adaptthink --subgroups adaptthink", ["ref_accuracy", "--reference-samples"]),
     ("--reward o1_pruner", ["o1_pruner", "--reference-samples"]),
+    ("--param-dtype bfloat16", ["--param-dtype bfloat16", "add --dtype bfloat16"]),
     ("--vllm-sleep --sampler hf", ["--vllm-sleep", "CUDA", "here it is hf on cpu", "leave it out"]),
     ("--offload-reference", ["--offload-reference", "--kl-coef", "leave it out"]),
     ("--offload-reference --kl-coef 0.1 --lora 4", ["--offload-reference", "--lora needs none"]),

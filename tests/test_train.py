@@ -1,6 +1,7 @@
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import plan
 import rollouts
 import sampler as samplers
 import toy
@@ -243,6 +245,93 @@ def test_learning_rate_by_hand():
     assert [updates.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     args = arguments("--lr", "1", "--steps", "4", "--lr-schedule", "cosine")
     assert updates.learning_rate(2, args) == pytest.approx(0.5)
+
+
+# Weights in bfloat16 ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), st.integers(0, 9))
+def test_rounding_at_random_hits_the_neighbours(value, seed):
+    x = torch.full((500,), value)
+    got = updates.round_at_random(x, torch.Generator().manual_seed(seed)).float()
+    step = torch.tensor(value).bfloat16().float().abs() * 2**-7 + 1e-38  # at least the space between two
+    assert ((got - x).abs() <= step).all() and len(got.unique()) <= 2
+    assert torch.equal(updates.round_at_random(got, torch.Generator().manual_seed(1)).float(), got)
+
+
+def test_rounding_at_random_is_right_in_the_mean():
+    """1 + k / 1024 lies k eighths of the way from 1 to its next bfloat16, 1 + 1 / 128; the sign is free."""
+    for k in range(9):
+        for sign in (1, -1):
+            x = torch.full((40_000,), sign * (1 + k / 1024))
+            up = updates.round_at_random(x, torch.Generator().manual_seed(k)).float().abs() > 1
+            assert up.float().mean().item() == pytest.approx(k / 8, abs=0.01)
+    infinite = torch.tensor([math.inf, -math.inf])
+    assert torch.equal(updates.round_at_random(infinite, torch.Generator()).float(), infinite)
+
+
+def small_steps(dtype, step, count=200, size=4000):
+    """Mean move of weights of 1 under AdamW with lr 1e-5 and a constant gradient: 1e-5 a step, relative."""
+    p = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+    optimizer = torch.optim.AdamW([p], lr=1e-5, weight_decay=0.0, fused=True)
+    for _ in range(count):
+        p.grad = torch.full_like(p, 0.25)
+        step(optimizer)
+    assert p.dtype == dtype
+    return (1 - p.float()).mean().item(), optimizer.state[p]
+
+
+def test_bfloat16_weights_follow_the_float32_ones():
+    """200 updates of 1e-5 relative, each far below what bfloat16 can tell apart (4e-3)."""
+    exact, _ = small_steps(torch.float32, lambda optimizer: optimizer.step())
+    lost, _ = small_steps(torch.bfloat16, lambda optimizer: optimizer.step())
+    ours, state = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 3))
+    assert exact == pytest.approx(2e-3, rel=0.01) and lost == 0
+    assert ours == pytest.approx(exact, rel=0.1)  # a weight moves by 2^-8 with odds of 1/2: +- 3%
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32 and int(state["step"]) == 200
+    again, _ = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 3))
+    other, _ = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 4))
+    assert again == ours != other
+
+
+def test_bfloat16_learns_and_resumes_exactly(tiny, tmp_path):
+    """3 steps equal 2 and a resumed one, bit for bit; half the bytes; the memory check learns nothing."""
+    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    common += ["--dtype", "bfloat16", "--param-dtype", "bfloat16", "--save-every", "2", "--steps", "3"]
+    common += ["--minibatches", "2"]
+    assert train_grpo.main([*common, "--check-memory", "--out", str(tmp_path / "whole")]) == 0
+    assert train_grpo.main([*common, "--out", str(tmp_path / "cut")]) == 0
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
+    assert train_grpo.main(["--resume", "--out", str(tmp_path / "cut")]) == 0
+    assert [timeless(m) for m in lines(tmp_path / "whole")] == [timeless(m) for m in lines(tmp_path / "cut")]
+    end, again = (dict(samplers.load_model(str(tmp_path / name / "checkpoint-3"), dtype="bfloat16")
+                       .named_parameters()) for name in ("whole", "cut"))  # fmt: skip
+    start = dict(samplers.load_model(tiny, dtype="bfloat16").named_parameters())
+    assert all(torch.equal(p, again[name]) and not torch.equal(p, start[name]) for name, p in end.items())
+    sizes = [os.path.getsize(os.path.join(f, "model.safetensors"))
+             for f in (tiny, tmp_path / "whole" / "checkpoint-3")]  # fmt: skip
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
+
+
+def test_bytes_of_bfloat16_weights_and_adapters(tiny):
+    """2 a parameter and 2 of gradient, 8 of moments; beside adapters, which learn in float32, 2."""
+    state = argparse.Namespace(device=torch.device("cpu"))
+    flags = ["--dtype", "bfloat16", "--param-dtype", "bfloat16"]
+    found = {}
+    for name, more in {"full": [], "lora": ["--lora", "4"]}.items():
+        made = argparse.Namespace(path=tiny, folder=None, reference=None)
+        args = arguments(*flags, *more)
+        train_grpo.build_model(made, args, state)
+        batch = random_batch()
+        updates.backward(made.model, batch, args, "cpu", dict.fromkeys(updates.SUMMED, torch.zeros(())))
+        gradients = sum(p.grad.nbytes for p in made.model.parameters() if p.grad is not None)
+        updates.optimizer_step(made.optimizer, 0)
+        moments = [v for e in made.optimizer.state.values() for k, v in e.items() if k != "step"]
+        held = sum(p.nbytes for p in made.model.parameters()) + gradients + sum(v.nbytes for v in moments)
+        c = made.model.config.to_dict()
+        found[name] = held / plan.state_bytes(c, "adamw", lora=args.lora, param_dtype="bfloat16")
+    assert found == {"full": 1, "lora": 1}
 
 
 # Data and samples -------------------------------------------------------------------------------------------
