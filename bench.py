@@ -549,9 +549,10 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
         import vllm
 
         options = {"gpu_memory_utilization": 0.3} if device == "cuda" else {}
+        options |= {"enforce_eager": True} if variant == "bare_eager" else {}
         llm = vllm.LLM(path, dtype=s["dtype"], max_model_len=limit, **options)
         params = vllm.SamplingParams(
-            n=s["group"], max_tokens=s["max_tokens"], logprobs=0 if variant == "bare_logps" else None
+            n=s["group"], max_tokens=s["max_tokens"], logprobs=None if variant == "bare" else 0
         )
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
 
@@ -594,15 +595,22 @@ def bench_sampler(s: dict) -> dict:
     """Tokens per second of the colocated engine and of a bare one, each in its process."""
     if importlib.util.find_spec("vllm") is None:
         raise BadInput("bench.py sampler needs vllm: see the README and requirements-test.txt")
+    variants = ["ours", "bare", "bare_logps"]
+    if race.pick_device() == "cpu":
+        variants.append("bare_eager")  # as ours: there, compiling takes longer than it saves
     with tempfile.TemporaryDirectory() as folder:
-        found = race.race("sampler", ["ours", "bare", "bare_logps"], s, folder)
+        found = race.race("sampler", variants, s, folder)
     rows = []
     for name, f in found.items():
         f["tokens_per_second"] = 1 / f["seconds"]
         rows.append([name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"])
         rows[-1].append(f"{found['bare']['seconds'] / f['seconds']:.2f}")
     race.print_table(["sampler", "tokens", "tokens/s", "of bare"], rows)
-    print("bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs")
+    print(
+        "bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs; ",
+        end="",
+    )
+    print("bare_eager: and not compiled, as ours on a CPU")
     print(f"ours: the weights are pushed in {found['ours']['sync']:.3f} s")
     return {"variants": found}
 

@@ -566,6 +566,7 @@ def take_step(s, args, state, step: int, log) -> dict:
         param_group["lr"] = lr
     if args.vllm_sleep:
         s.sampler.rest()
+        lap(s, "sync")
     m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
     faults.check_finite(step, {"loss": m["loss"], "grad_norm": m["grad_norm"]}, batch, write)
     lap(s, "train")

@@ -103,7 +103,7 @@ def test_verify(capsys):
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vllm")
 def test_sampler(capsys):
     found, _ = run(capsys, "sampler", "--set", "prompts=2", "group=2", "max_tokens=8", "rounds=1")
-    assert set(found["variants"]) == {"ours", "bare", "bare_logps"}
+    assert set(found["variants"]) - {"bare_eager"} == {"ours", "bare", "bare_logps"}
     for cell in found["variants"].values():
         assert 4 <= cell["tokens"] <= 32 and cell["tokens_per_second"] > 0
 
