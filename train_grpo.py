@@ -353,13 +353,14 @@ def gap_limit(args, device) -> float:
 
 def check_sync(sampler, model, prompt_ids: list[int], args, device) -> float:
     """Mean log-prob gap between sampler and trainer on a probe, in nats; a stale engine stops the run."""
-    from update import add_logps
+    from update import add_logps, trained_positions
 
     probe = sampler.generate([prompt_ids], 4, min(32, args.max_tokens), args.temperature, seed=args.seed)[0]
     batch = [r | {"prompt_ids": prompt_ids, "advantage": 0.0, "weight": 0.0} for r in probe]
     add_logps(model, batch, args, device)
-    pairs = [p for r in batch for p in zip(r["logps"], r["old_logps"], strict=True)]
-    gap, limit = float(np.mean([abs(a - b) for a, b in pairs])), gap_limit(args, device)
+    sampled = [r["logps"][t] for r in batch for t in trained_positions(r)]
+    gap = float(np.mean(np.abs(np.subtract(sampled, [logp for r in batch for logp in r["old_logps"]]))))
+    limit = gap_limit(args, device)
     # A small step hides in the noise of bf16: so the weights themselves are compared as well.
     stale = sampler.stale_weights(model) if sampler.name == "vllm" else []
     if stale or not gap < limit:
