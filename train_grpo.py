@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     number("--max-tokens", 4096, "cap of a response, tokens")
     number("--temperature", 1.0, "of sampling, and of the log-probs in the loss")
     number("--vllm-memory", 0.35, "vLLM's share of the GPU memory")
+    add("--vllm-sleep", action="store_true", help="give that share to the trainer during the update")
     choice("--dynamic-sampling", "none correct reward", "replace groups without a difference in it")
     number("--refills", 4, "rounds of sampling to replace them, at most")
     choice("--subgroups", " ".join(methods.SUBGROUPS), "parts of a group asked, or begun, differently")
@@ -146,7 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     number("--micro-tokens", 16384, "tokens in one forward pass, padding included")
     add("--fsdp", action="store_true", help="shard weights, gradients, optimizer over the processes (FSDP2)")
     number("--lora", 0, "train adapters of this rank (peft) and leave the weights; 0: train the weights")
-    choice("--dtype", "float32 bfloat16", "type to compute in; weights and optimizer stay float32")
+    choice("--dtype", "float32 bfloat16", "type to compute in; the optimizer's state stays float32")
+    choice("--param-dtype", "float32 bfloat16", "type of weights, gradients: 4 or 2 bytes a parameter each")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
     worst = "the longest prompt and response through one update before training (default: on CUDA)"
     add("--check-memory", action=argparse.BooleanOptionalAction, help=worst)
@@ -160,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     choice("--loss-reduction", "token_mean sequence_mean constant", "what a token weighs in the whole batch")
     number("--kl-coef", 0.0, "weight of the KL to the starting model; 0: that model is not loaded")
     choice("--kl-estimator", "k3 k1 k2", "estimator of that KL")
+    add("--offload-reference", action="store_true", help="that model in CPU memory, on the GPU when used")
     number("--tis-cap", 2.0, "cap of the sampler/trainer importance weight; 0: off")
 
     add = parser.add_argument_group("evaluation and checkpoints").add_argument
@@ -284,6 +287,13 @@ def check_args(args: argparse.Namespace) -> None:
          "leave it out"),
         (args.fsdp and args.optim == "adamw8bit",
          "--fsdp shards plain tensors, and bitsandbytes' 8-bit states are not: use --optim adamw"),
+        (args.param_dtype == "bfloat16" and args.dtype != "bfloat16",
+         "--param-dtype bfloat16 has no float32 weights to compute with: add --dtype bfloat16"),
+        (args.param_dtype == "bfloat16" and args.fsdp,
+         "--param-dtype bfloat16 rounds whole weights, and --fsdp holds parts of them: use one of the two"),
+        (args.offload_reference and (args.fsdp or args.lora or not (args.kl_coef or args.reference_samples)),
+         "--offload-reference is for a second, whole model: --fsdp shards it, --lora needs none, and without "
+         "--kl-coef or --reference-samples there is none; leave it out"),
         (0 < args.dual_clip <= 1,
          f"--dual-clip ({args.dual_clip:g}) must be more than 1 (3 is usual), or 0: off"),
         (not 0 < args.vllm_memory < 1,
@@ -318,6 +328,17 @@ def check_args(args: argparse.Namespace) -> None:
     methods.check_flags(args)
     trackers.check(args.log_with)
     card.check_login(args.push_to_hub)
+
+
+def check_device(args: argparse.Namespace, sampler: str, device: str) -> None:
+    """The rules that need to know where the run takes place: "vllm" or "hf" on "cuda" or "cpu"."""
+    if args.optim == "adamw8bit" and device != "cuda":
+        raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
+    if args.vllm_sleep and (sampler, device) != ("vllm", "cuda"):
+        raise BadInput(
+            f"--vllm-sleep needs vLLM on a CUDA device, whose memory it frees; here it is {sampler} on "
+            f"{device}: leave it out"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -370,8 +391,8 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.path = args.model
     if args.eval_data:
         s.held_out = evaluate.load_data(args.eval_data, args.eval_limit, 0)
-    if args.optim == "adamw8bit" and state.device.type != "cuda":
-        raise BadInput("--optim adamw8bit needs a CUDA device, where its kernels run: use --optim adamw")
+    kind = pick_sampler(args.sampler, log)
+    check_device(args, kind, state.device.type)
     cache = os.path.dirname(os.path.abspath(args.out))
     if s.path is None:
         with state.main_process_first():  # one process makes the toy's models, the others find them there
@@ -387,7 +408,6 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     longest = s.longest = check_prompts(s.rows, s.tokenizer, args, context)
     # Not kept for their own sake: a resumed run is the same run only where these are the same.
     s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
-    kind = pick_sampler(args.sampler, log)
     build_model(s, args, state)
     if saved:
         load_trained_state(s.model, s.optimizer, saved)
@@ -405,7 +425,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     # transformers cannot generate with shards: that sampler gets a model of its own.
     sampled = load_model(s.path, state.device) if args.fsdp and kind == "hf" else s.model
     s.sampler = make_sampler(
-        kind, sampled, s.path, s.tokenizer, room, args.dtype, seed, args.vllm_memory, own
+        kind, sampled, s.path, s.tokenizer, room, args.dtype, seed, args.vllm_memory, own, args.vllm_sleep
     )
     if saved:
         torch.set_rng_state(saved["torch_rng"])
@@ -432,15 +452,20 @@ def build_model(s, args, state) -> None:
 
     # Adapters start from the starting model. Shards come from the CPU: no GPU has to hold the whole model.
     start, device = s.path if args.lora else s.folder or s.path, "cpu" if args.fsdp else state.device
-    s.model = load_model(start, device).train()
+    s.model = load_model(start, device, args.param_dtype).train()
     if args.lora:
         torch.manual_seed(args.seed)  # the same adapters on every process
         weights.add_lora(s.model, args.lora)
     if args.gradient_checkpointing:
         s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.kl_coef or args.reference_samples:
-        s.reference = load_model(s.path, device).eval().requires_grad_(False)
-    for model in [s.model, s.reference] if args.fsdp else []:
+        # Without its adapters the model is the starting model: no second one is held.
+        s.reference, home = s.model, "cpu" if args.offload_reference else device
+        if not args.lora:
+            s.reference = load_model(s.path, home, args.param_dtype).eval().requires_grad_(False)
+    for p in s.reference.parameters() if args.offload_reference and state.device.type == "cuda" else []:
+        p.data = p.data.pin_memory()  # copied at the full speed of the bus, while the CPU goes on
+    for model in dict.fromkeys([s.model, s.reference]) if args.fsdp else []:
         if model is not None:
             weights.shard(model, run, args, state.device, state.num_processes)
     # The learning rate is a function of the step: no scheduler state.
@@ -464,7 +489,11 @@ def train(args: argparse.Namespace) -> None:
     s.sampler.sync(s.model)
     check_sync(s.sampler, s.model, s.probe, args, state.device)
     if args.check_memory or (args.check_memory is None and state.device.type == "cuda"):
+        if args.vllm_sleep:
+            s.sampler.rest()
         check_memory(s.model, s.reference, s.optimizer, s.longest, args, state.device)
+        if args.vllm_sleep:
+            s.sampler.sync(s.model)
     if bar:  # the time left is that of steps: neither the set-up nor the steps before a --resume count
         bar.initial = bar.n = bar.last_print_n = s.start
         bar.unpause()
@@ -476,10 +505,12 @@ def train(args: argparse.Namespace) -> None:
             while done < args.steps:
                 before = pickle.dumps(s.memory)
                 evaluate_if_due(s, args, done, state, log)
+                lap(s)  # evaluations and checkpoints are no part of a step
                 m = take_step(s, args, state, done, log)
                 if state.is_main_process:
                     tell(m, args, s.unwritten, bar, log)
                     trackers.log_step(s.tracker, m)
+                lap(s, "rest")  # of the next step: this one's line is written
                 done = s.done = done + 1
                 if done == args.steps or is_due(done, args):
                     save(s, args, state, done, log)
@@ -509,11 +540,10 @@ def take_step(s, args, state, step: int, log) -> dict:
 
     faults.Stopped comes before the weights are changed or not at all.
     """
-    from update import learning_rate, update
+    from update import learning_rate, training_speed, update
 
     rank, processes, device = state.process_index, state.num_processes, state.device
     # ---- Sample and verify: a group of responses to each prompt, the whole batch on every process ----------
-    s.seconds.clear()
     rows, groups, counts, m = sample_batch(s, args, state, step)
 
     # ---- Reward --------------------------------------------------------------------------------------------
@@ -535,9 +565,13 @@ def take_step(s, args, state, step: int, log) -> dict:
     lr = learning_rate(step, args)
     for param_group in s.optimizer.param_groups:
         param_group["lr"] = lr
+    if args.vllm_sleep:
+        s.sampler.rest()
+        lap(s, "sync")
     m |= update(s.model, reference, s.optimizer, batch, args, rank, processes, device)
     faults.check_finite(step, {"loss": m["loss"], "grad_norm": m["grad_norm"]}, batch, write)
     lap(s, "train")
+    m |= training_speed(s.model, reference, batch, args, s.seconds["train"], processes, device)
 
     # ---- Push the new weights into the sampler -------------------------------------------------------------
     # A stale engine is the commonest silent failure of this kind of trainer; hence the check.
@@ -547,7 +581,9 @@ def take_step(s, args, state, step: int, log) -> dict:
     lap(s, "sync")
 
     m |= {"lr": lr} | counts | methods.metrics(groups, rollouts, total, args, s.memory)
+    lap(s, "rest")
     m = step_metrics(step, rollouts, total, parts, m, s.seconds)
+    s.seconds.clear()
     for text in faults.watch(m, counts, groups, s.tokenizer, args, s.memory, gap_limit(args, device)):
         log(text)
     return m

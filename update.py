@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import plan
 from data import BadInput, first_line
 from losses import drpo_weights, head_loss, mixture_logp, policy_loss, response_weights, token_logps
-from weights import is_sharded, whole
+from weights import as_reference, is_sharded, whole
 
 if TYPE_CHECKING:  # libraries that are loaded late
     from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ def to_tensors(micro: list[dict], device) -> dict:
     """Padded input ids [N, width], and flat [T] tensors of the response tokens: place, target, cargo."""
     # Which tokens count follows from lengths alone: the end token is trained even if it is also the padding.
     ids = np.zeros((len(micro), max(map(total_length, micro))), dtype=np.int64)
-    names = "row column target sampler_logp old_logp advantage weight mix_a mix_b".split()
+    names = "row column target sampler_logp old_logp ref_logp advantage weight mix_a mix_b".split()
     flat = {name: [] for name in names}
     for i, r in enumerate(micro):
         p, kept = len(r["prompt_ids"]), trained_positions(r)
@@ -86,6 +87,7 @@ def to_tensors(micro: list[dict], device) -> dict:
         flat["target"] += [r["ids"][t] for t in kept]
         flat["sampler_logp"] += [r["logps"][t] for t in kept]
         flat["old_logp"] += r.get("old_logps", [])
+        flat["ref_logp"] += r.get("ref_logps", [])
         flat["advantage"] += [r["advantage"]] * len(kept)
         flat["weight"] += [r["weight"]] * len(kept)
         a, b = r.get("mix", (-math.inf, 0.0))
@@ -124,9 +126,7 @@ def model_logps(model, t: dict, args, loss_of: Callable | None = None) -> tuple[
     return model(t, args, loss_of) if is_sharded(model) else run(model, t, args, loss_of)
 
 
-def loss_of_tokens(
-    logp: torch.Tensor, t: dict, ref: torch.Tensor | None, args, part: slice = slice(None)
-) -> tuple:
+def loss_of_tokens(logp: torch.Tensor, t: dict, args, part: slice = slice(None)) -> tuple:
     """(loss, diagnostics, old and sampler's log-probs) of the tokens `part` of `t`; all that --flags say."""
     # With one optimizer step a batch, and in the first of several, the policy is still the one that sampled.
     old = t["old_logp"][part] if len(t["old_logp"]) else logp.detach()
@@ -137,29 +137,25 @@ def loss_of_tokens(
     loss, stats = policy_loss(
         logp, old, t["advantage"][part], t["weight"][part], t["row"][part], ratio=args.ratio,
         clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip or None,
-        sampler_logp=sampled, tis_cap=args.tis_cap or None, ref_logp=None if ref is None else ref[part],
+        sampler_logp=sampled, tis_cap=args.tis_cap or None,
+        ref_logp=t["ref_logp"][part] if len(t["ref_logp"]) else None,
         kl_coef=args.kl_coef, kl_estimator=args.kl_estimator,
     )  # fmt: skip
     return loss, stats | {"loss": loss.detach()}, old, sampled
 
 
-def backward(
-    model, reference: "PreTrainedModel | None", micro: list[dict], args, device, sums: dict
-) -> torch.Tensor:
+def backward(model, micro: list[dict], args, device, sums: dict) -> torch.Tensor:
     """Adds a micro-batch's gradient to p.grad and its diagnostics to `sums`; its largest log-prob gap."""
-    t, ref = to_tensors(micro, device), None
-    if reference is not None:
-        with torch.no_grad():
-            ref, _ = model_logps(reference, t, args)
+    t = to_tensors(micro, device)
     if args.ratio == "sequence":  # a token's loss depends on its whole response: the head runs once more
         logp, entropy = model_logps(model, t, args)
-        loss = loss_of_tokens(logp, t, ref, args)[0]
+        loss = loss_of_tokens(logp, t, args)[0]
     else:
-        part_loss = lambda logp, part: loss_of_tokens(logp, t, ref, args, part)[0]  # noqa: E731
+        part_loss = lambda logp, part: loss_of_tokens(logp, t, args, part)[0]  # noqa: E731
         loss, logp, entropy = model_logps(model, t, args, part_loss)
     # Gradients of micro-batches add up in p.grad; their weights make the sum the mean over the minibatch.
     loss.backward()
-    _, stats, old, sampled = loss_of_tokens(logp.detach(), t, ref, args)
+    _, stats, old, sampled = loss_of_tokens(logp.detach(), t, args)
     gap = (old - sampled).abs()
     stats |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "tokens": torch.tensor(len(logp))}
     stats |= {"padded": torch.tensor(t["ids"].numel()), "real": torch.tensor(sum(map(total_length, micro)))}
@@ -196,6 +192,10 @@ def update(
     shares = [part[rank] for part in shares]
     for k in range(1, n):  # the first optimizer step updates the policy that sampled: its ratios are 1
         add_logps(model, shares[k], args, device, count=counts[k])
+    if reference is not None:  # in one go, before any activation of the policy is held
+        with as_reference(reference, device) as starting:
+            for mine, count in zip(shares, counts, strict=True):
+                add_logps(starting, mine, args, device, "ref_logps", count)
     for part, mine, count in zip(parts, shares, counts, strict=True):
         if not part:  # fewer informative responses than optimizer steps
             continue
@@ -204,14 +204,15 @@ def update(
             for name, value in weigh_drpo(model, part, mine, args, processes, device, count).items():
                 sums[name] = sums[name] + value / processes
         for micro in micro_batches(mine, args.micro_tokens, count):
-            gap_max = torch.maximum(gap_max, backward(model, reference, micro, args, device, sums))
+            gap_max = torch.maximum(gap_max, backward(model, micro, args, device, sums))
         learned = [p for p in model.parameters() if p.requires_grad]
         for p in learned if processes > 1 else []:
             # A sum, not a mean: the weights divide by the whole batch already.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad.mul_(processes) if is_sharded(model) else dist.all_reduce(p.grad)
         norms.append(whole(torch.nn.utils.clip_grad_norm_(learned, args.grad_clip)).item())
-        optimizer.step()
+        optimizer_step(optimizer, args.seed)
+    optimizer.zero_grad(set_to_none=True)  # the sampler may need the room
     if processes > 1:
         total = torch.stack(list(sums.values())).to(device)
         dist.all_reduce(total)
@@ -228,6 +229,35 @@ def update(
     if args.objective == "drpo":
         means["drpo_kl"] = sums["drpo_kl"] / n
     return means | {"padding": 1 - sums["real"] / max(sums["padded"], 1)}
+
+
+def training_speed(
+    model,
+    reference: "PreTrainedModel | None",
+    batch: list[dict],
+    args,
+    seconds: float,
+    processes: int = 1,
+    device="cpu",
+) -> dict:
+    """{"train_tflops": TFLOP/s of a process, "train_mfu": their share of the GPU's peak, where it is known}.
+
+    Counted is what the update of `batch` needs (plan.update_flops): padding and recomputation are no work.
+    """
+    try:
+        config = plan.checked(model.config.to_dict(), "")
+    except BadInput:  # no dense Llama-like model: its FLOPs are not known
+        return {}
+    parts = plan.update_flops(config, [(len(r["prompt_ids"]), len(r["ids"])) for r in batch])
+    # Of 6 FLOPs 2 are the forward pass. Frozen weights need no gradient: 4. Passes without gradient: 2 each.
+    forward = (reference is not None) + (args.objective == "drpo") + 1 - 1 / args.minibatches
+    spent = sum(f * (4 if args.lora and kind == "linear" else 6) for kind, _, _, f in parts) / 6
+    spent += forward * sum(part[3] for part in parts) / 3
+    found = {"train_tflops": spent / seconds / processes / 1e12}
+    if torch.device(device).type == "cuda":
+        peak = plan.peak_tflops(torch.cuda.get_device_name(device), args.dtype)
+        found |= {"train_mfu": found["train_tflops"] / peak} if peak else {}
+    return found
 
 
 def weigh_drpo(
@@ -286,6 +316,38 @@ def make_optimizer(model, args) -> torch.optim.Optimizer:
     return bitsandbytes.optim.AdamW8bit(learned, **options)
 
 
+def round_at_random(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 -> bfloat16, up or down with the odds that make the mean exact."""
+    # bfloat16 is the upper half of the bits: a random lower half, added, carries as often as it should.
+    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
+
+
+def optimizer_step(optimizer, seed: int) -> None:
+    """optimizer.step(); weights in bfloat16 take it one at a time in float32 and are rounded at random.
+
+    Its 8 bits lose changes below a 256th: rounded to the nearest, most weights would never move
+    (2010.06192). At random they follow the float32 ones in the mean. The draw depends on `seed` and the
+    number of the step alone.
+    """
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    if learned[0].dtype == torch.float32:
+        optimizer.step()
+        return
+    gradients = [p.grad for p in learned]
+    optimizer.zero_grad(set_to_none=True)  # what has no gradient is left out of a step
+    for i, p in enumerate(learned):
+        if gradients[i] is None:
+            continue
+        weight, p.data = p.data, p.data.float()
+        p.grad, gradients[i] = gradients[i].float(), None
+        optimizer.step()
+        p.grad = None
+        draw = np.random.SeedSequence([seed, int(optimizer.state[p]["step"]), i]).generate_state(1)[0]
+        generator = torch.Generator(p.device).manual_seed(int(draw))
+        p.data = weight.copy_(round_at_random(p.data, generator))
+
+
 def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: int, args, device) -> None:
     """One update as large as any will be: BadInput, now and not in hour ten, where it does not fit.
 
@@ -297,11 +359,14 @@ def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: 
     batch = [r | {"advantage": 0.0, "weight": 0.0} for _ in range(max(1, args.micro_tokens // longest))]
     fresh = not optimizer.state
     try:
-        backward(model, reference, batch, args, device, dict.fromkeys(SUMMED, torch.zeros(())))
+        if reference is not None:
+            with as_reference(reference, device) as starting:
+                add_logps(starting, batch, args, device, "ref_logps")
+        backward(model, batch, args, device, dict.fromkeys(SUMMED, torch.zeros(())))
         if fresh:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # the training loop sets it at every step
-            optimizer.step()
+            optimizer_step(optimizer, args.seed)
             optimizer.state.clear()
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
@@ -310,6 +375,6 @@ def check_memory(model, reference: "PreTrainedModel | None", optimizer, prompt: 
             f"--micro-tokens ({args.micro_tokens}) does not fit into memory: an update with {len(batch)} "
             f"responses of {args.max_tokens} tokens, with prompts {longest}, was tried "
             f"({first_line(error)}); lower --micro-tokens, --max-tokens or --vllm-memory, or add "
-            f"--gradient-checkpointing or --optim adamw8bit"
+            f"--gradient-checkpointing, --vllm-sleep or --optim adamw8bit"
         ) from None
     optimizer.zero_grad(set_to_none=True)

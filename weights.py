@@ -4,6 +4,7 @@ whole_weights() is what the sampler is given and what checkpoints hold, one tens
 process needs room for a second model. All processes call it together: a shard is gathered from all of them.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
@@ -25,8 +26,40 @@ def add_lora(model, rank: int) -> None:
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # few, and those that learn
     # Recomputed activations need an input with a gradient, and the embedding's is frozen now.
     model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def as_reference(model, device) -> Iterator:
+    """The starting model on `device`, for as long as the block lasts.
+
+    `model` with adapters is the trained one: they are left out. One in CPU memory (--offload-reference) is
+    copied to the device; afterwards the copies are dropped.
+    """
+    adapted = [module for module in model.modules() if hasattr(module, "set_scale")]
+    training, device = model.training, torch.device(device)
+    tables = [(m, table) for m in model.modules() for table in (m._parameters, m._buffers)]
+    held = [(m, name, t) for m, table in tables for name, t in table.items() if t is not None]
+    away, copies = [(m, name, t) for m, name, t in held if t.device.type != device.type], {}
+    try:
+        for layer in adapted:
+            layer.set_scale(ADAPTER, 0.0)
+        for module, name, t in away:
+            if id(t) not in copies:  # input and output embeddings may be one
+                copies[id(t)] = t.detach().to(device, non_blocking=True)
+                if isinstance(t, torch.nn.Parameter):
+                    copies[id(t)] = torch.nn.Parameter(copies[id(t)], requires_grad=False)
+            setattr(module, name, copies[id(t)])
+        yield model.eval()
+    finally:
+        for module, name, t in away:
+            setattr(module, name, t)
+        for layer in adapted:
+            layer.set_scale(ADAPTER, 1.0)
+        model.train(training)
 
 
 def shard(model, run: Callable, args, device, processes: int) -> None:
@@ -63,7 +96,7 @@ def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
         weight = whole(p)
         if name.endswith(".base_layer.weight"):
             a, b = (whole(getattr(owner, side)[ADAPTER].weight) for side in ("lora_A", "lora_B"))
-            weight = weight + owner.scaling[ADAPTER] * (b @ a).to(weight.dtype)
+            weight = (weight + owner.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight
 
 
@@ -93,4 +126,10 @@ def load_trained_state(model, optimizer, saved: dict) -> None:
                 p.copy_(like(p, saved["adapter"][name].to(p.device)))
     state, parameters = saved["optimizer"], [p for g in optimizer.param_groups for p in g["params"]]
     entries = {i: {k: like(parameters[i], v) for k, v in e.items()} for i, e in state["state"].items()}
-    optimizer.load_state_dict(state | {"state": entries})
+    optimizer.load_state_dict(state | {"state": {}})
+    for (
+        i,
+        entry,
+    ) in entries.items():  # load_state_dict would round the moments of bfloat16 weights to their type
+        p = parameters[i]
+        optimizer.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in entry.items()}

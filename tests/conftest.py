@@ -10,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+# Metrics that differ between two runs of the same thing.
+TIMES = ("seconds", "tokens_per", "peak", "overhead", "train_")
+
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow (minutes each)")

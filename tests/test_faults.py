@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TIMES
 
 import checkpoints
 import faults
@@ -60,7 +60,7 @@ def metrics(out):
 
 
 def timeless(line):
-    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per", "peak"))}
+    return {k: v for k, v in line.items() if not k.startswith(TIMES)}
 
 
 def equal(a, b):

@@ -325,7 +325,7 @@ def test_a_line_every_n_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(logbook.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(logbook.show_step, "quiet_until", 0.0)
     m = {"reward": 0.5, "accuracy": 0.5, "length": 9.0, "truncated": 0.0, "entropy": 0.1, "grad_norm": 1.0,
-         "logp_gap_max": 0.0, "seconds_sample": 1.0}  # fmt: skip
+         "logp_gap_max": 0.0, "seconds_sample": 1.0, "overhead": 0.0}  # fmt: skip
     for step in range(10):  # 4 seconds a step
         logbook.show_step(m | {"step": step}, Namespace(log_seconds=10.0, steps=10), None, lines.append)
         now[0] += 4.0

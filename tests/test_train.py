@@ -1,6 +1,7 @@
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,11 +12,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TIMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import plan
 import rollouts
 import sampler as samplers
 import toy
@@ -150,6 +152,63 @@ def test_two_processes_learn_what_one_does(tiny, script, tmp_path, flags):
     assert moved == set(plain) or (moved and "lora" in flags and not any("embed" in name for name in moved))
 
 
+# The starting model -----------------------------------------------------------------------------------------
+
+
+def test_kl_is_that_to_the_starting_model(tiny):
+    """By hand from a plain forward pass of each model, over minibatches and micro-batches."""
+    reference, batch = samplers.load_model(tiny).eval(), random_batch()
+    model = copy.deepcopy(reference)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    kl, tokens = 0.0, sum(len(r["ids"]) for r in batch)
+    for r in batch:
+        ids, first = torch.tensor([r["prompt_ids"] + r["ids"]]), len(r["prompt_ids"]) - 1
+        with torch.no_grad():
+            both = [m(ids).logits[0, first:-1].log_softmax(-1) for m in (model, reference)]
+        d = (both[0] - both[1]).gather(-1, torch.tensor(r["ids"])[:, None])
+        kl += (torch.expm1(-d) + d).sum().item()
+    args = arguments("--kl-coef", "0.5", "--micro-tokens", "60", "--minibatches", "2", "--lr", "1e-9")
+    stats = updates.update(model, reference, updates.make_optimizer(model, args), batch, args)
+    assert stats["kl"] == pytest.approx(kl / tokens, rel=1e-4) and kl / tokens > 1e-3
+
+
+def test_the_starting_model_visits_the_device(tiny):
+    model = samplers.load_model(tiny).eval()
+    homes = {name: t.data_ptr() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with pytest.raises(KeyError), weights.as_reference(model, "meta") as there:
+        assert {t.device.type for t in (*there.parameters(), *there.buffers())} == {"meta"}
+        assert tied and there.get_output_embeddings().weight is there.get_input_embeddings().weight
+        raise KeyError  # whatever happens there, it comes home, and nothing was copied back
+    assert homes == {n: t.data_ptr() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def test_adapters_left_out_are_the_starting_model(tiny):
+    """No second model beside adapters; with them on again training goes on where it was."""
+    plain, model, batch = samplers.load_model(tiny), samplers.load_model(tiny).train(), random_batch()
+    weights.add_lora(model, 4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    logps = {}
+    for name in ("adapted", "again"):
+        updates.add_logps(model, batch, arguments(), "cpu")
+        logps[name] = [r["old_logps"] for r in batch]
+        with weights.as_reference(model, "cpu") as starting:
+            assert not starting.training
+            updates.add_logps(starting, batch, arguments(), "cpu", "ref_logps")
+    updates.add_logps(plain, batch, arguments(), "cpu")
+    assert [r["ref_logps"] for r in batch] == [r["old_logps"] for r in batch] != logps["adapted"]
+    assert logps["adapted"] == logps["again"] and model.training
+    state = argparse.Namespace(device=torch.device("cpu"))
+    made = argparse.Namespace(path=tiny, folder=None, reference=None)
+    train_grpo.build_model(made, arguments("--lora", "4", "--kl-coef", "0.1"), state)
+    assert made.reference is made.model
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 5))
 def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
@@ -162,11 +221,117 @@ def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
         assert len(part) == 1 or len(part) * max(map(updates.total_length, part)) <= limit
 
 
+def test_training_speed_by_hand(tiny):
+    """2 layers of width 64, 2 heads, keys and values of 32, MLP of 128, 600 words; 2 + 3 tokens."""
+    model, r = samplers.load_model(tiny), {"prompt_ids": [5, 6], "ids": [7, 8, 9]}
+    head, attention = 64 * 600 * 3, 2 * 64 * 5**2
+    linear = 2 * 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + head
+
+    def flops(words="", reference=None):
+        found = updates.training_speed(model, reference, [r], arguments(*words.split()), 2.0)
+        return found["train_tflops"] * 2e12
+
+    assert flops() == pytest.approx(6 * (linear + attention))
+    assert flops(reference=model) == pytest.approx(8 * (linear + attention))
+    # Of two minibatches the second one's old log-probs are computed first: half of a forward pass.
+    assert flops("--minibatches 2") == pytest.approx(7 * (linear + attention))
+    assert flops("--lora 4") == pytest.approx(4 * linear + 6 * attention)
+    model.config.num_experts = 4
+    assert updates.training_speed(model, None, [r], arguments(), 2.0) == {}
+
+
 def test_learning_rate_by_hand():
     args = arguments("--lr", "1", "--warmup-steps", "2", "--steps", "6", "--lr-schedule", "linear")
     assert [updates.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     args = arguments("--lr", "1", "--steps", "4", "--lr-schedule", "cosine")
     assert updates.learning_rate(2, args) == pytest.approx(0.5)
+
+
+# Weights in bfloat16 ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), st.integers(0, 9))
+def test_rounding_at_random_hits_the_neighbours(value, seed):
+    x = torch.full((500,), value)
+    got = updates.round_at_random(x, torch.Generator().manual_seed(seed)).float()
+    step = torch.tensor(value).bfloat16().float().abs() * 2**-7 + 1e-38  # at least the space between two
+    assert ((got - x).abs() <= step).all() and len(got.unique()) <= 2
+    assert torch.equal(updates.round_at_random(got, torch.Generator().manual_seed(1)).float(), got)
+
+
+def test_rounding_at_random_is_right_in_the_mean():
+    """1 + k / 1024 lies k eighths of the way from 1 to its next bfloat16, 1 + 1 / 128; the sign is free."""
+    for k in range(9):
+        for sign in (1, -1):
+            x = torch.full((40_000,), sign * (1 + k / 1024))
+            up = updates.round_at_random(x, torch.Generator().manual_seed(k)).float().abs() > 1
+            assert up.float().mean().item() == pytest.approx(k / 8, abs=0.01)
+    infinite = torch.tensor([math.inf, -math.inf])
+    assert torch.equal(updates.round_at_random(infinite, torch.Generator()).float(), infinite)
+
+
+def small_steps(dtype, step, count=200, size=4000):
+    """Mean move of weights of 1 under AdamW with lr 1e-5 and a constant gradient: 1e-5 a step, relative."""
+    p = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+    optimizer = torch.optim.AdamW([p], lr=1e-5, weight_decay=0.0, fused=True)
+    for _ in range(count):
+        p.grad = torch.full_like(p, 0.25)
+        step(optimizer)
+    assert p.dtype == dtype
+    return (1 - p.float()).mean().item(), optimizer.state[p]
+
+
+def test_bfloat16_weights_follow_the_float32_ones():
+    """200 updates of 1e-5 relative, each far below what bfloat16 can tell apart (4e-3)."""
+    exact, _ = small_steps(torch.float32, lambda optimizer: optimizer.step())
+    lost, _ = small_steps(torch.bfloat16, lambda optimizer: optimizer.step())
+    ours, state = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 3))
+    assert exact == pytest.approx(2e-3, rel=0.01) and lost == 0
+    assert ours == pytest.approx(exact, rel=0.1)  # a weight moves by 2^-8 with odds of 1/2: +- 3%
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32 and int(state["step"]) == 200
+    again, _ = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 3))
+    other, _ = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 4))
+    assert again == ours != other
+
+
+def test_bfloat16_learns_and_resumes_exactly(tiny, tmp_path):
+    """3 steps equal 2 and a resumed one, bit for bit; half the bytes; the memory check learns nothing."""
+    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
+    common += ["--dtype", "bfloat16", "--param-dtype", "bfloat16", "--save-every", "2", "--steps", "3"]
+    common += ["--minibatches", "2"]
+    assert train_grpo.main([*common, "--check-memory", "--out", str(tmp_path / "whole")]) == 0
+    assert train_grpo.main([*common, "--out", str(tmp_path / "cut")]) == 0
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
+    assert train_grpo.main(["--resume", "--out", str(tmp_path / "cut")]) == 0
+    assert [timeless(m) for m in lines(tmp_path / "whole")] == [timeless(m) for m in lines(tmp_path / "cut")]
+    end, again = (dict(samplers.load_model(str(tmp_path / name / "checkpoint-3"), dtype="bfloat16")
+                       .named_parameters()) for name in ("whole", "cut"))  # fmt: skip
+    start = dict(samplers.load_model(tiny, dtype="bfloat16").named_parameters())
+    assert all(torch.equal(p, again[name]) and not torch.equal(p, start[name]) for name, p in end.items())
+    sizes = [os.path.getsize(os.path.join(f, "model.safetensors"))
+             for f in (tiny, tmp_path / "whole" / "checkpoint-3")]  # fmt: skip
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
+
+
+def test_bytes_of_bfloat16_weights_and_adapters(tiny):
+    """2 a parameter and 2 of gradient, 8 of moments; beside adapters, which learn in float32, 2."""
+    state = argparse.Namespace(device=torch.device("cpu"))
+    flags = ["--dtype", "bfloat16", "--param-dtype", "bfloat16"]
+    found = {}
+    for name, more in {"full": [], "lora": ["--lora", "4"]}.items():
+        made = argparse.Namespace(path=tiny, folder=None, reference=None)
+        args = arguments(*flags, *more)
+        train_grpo.build_model(made, args, state)
+        batch = random_batch()
+        updates.backward(made.model, batch, args, "cpu", dict.fromkeys(updates.SUMMED, torch.zeros(())))
+        gradients = sum(p.grad.nbytes for p in made.model.parameters() if p.grad is not None)
+        updates.optimizer_step(made.optimizer, 0)
+        moments = [v for e in made.optimizer.state.values() for k, v in e.items() if k != "step"]
+        held = sum(p.nbytes for p in made.model.parameters()) + gradients + sum(v.nbytes for v in moments)
+        c = made.model.config.to_dict()
+        found[name] = held / plan.state_bytes(c, "adamw", lora=args.lora, param_dtype="bfloat16")
+    assert found == {"full": 1, "lora": 1}
 
 
 # Data and samples -------------------------------------------------------------------------------------------
@@ -235,7 +400,7 @@ def lines(out):
 
 
 def timeless(line):
-    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per", "peak"))}
+    return {k: v for k, v in line.items() if not k.startswith(TIMES)}
 
 
 def test_resume_after_kill_is_exact(tiny, script, tmp_path):
@@ -331,6 +496,11 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr", "peak_gib"} <= set(
         line
     )
+    times = {k: v for k, v in line.items() if k.startswith("seconds_")}
+    assert set(times) == {f"seconds_{part}" for part in "sample verify train sync rest".split()}
+    useful = line["seconds_sample"] + line["seconds_train"]
+    assert line["overhead"] == pytest.approx(1 - useful / sum(times.values())) and 0 < line["overhead"] < 1
+    assert line["train_tflops"] > 0 and "train_mfu" not in line  # a CPU's peak is not known
     assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
 
 
@@ -380,6 +550,7 @@ def test_every_switch_of_the_update_at_once(tiny, tmp_path):
         "2",
     ]
     flags += ["--dtype", "bfloat16", "--gradient-checkpointing", "--kl-coef", "0.01", "--minibatches", "2"]
+    flags += ["--offload-reference"]
     flags += [
         "--ratio",
         "sequence",

@@ -205,6 +205,46 @@ def test_the_prefix_cache_is_dropped_with_the_old_weights(tiny, script):
     assert "did not drop its prefix cache" in message
 
 
+SLEEP = """
+import inspect, sys, torch, vllm
+import sampler, train_grpo
+from argparse import Namespace
+assert {"level"} <= set(inspect.signature(vllm.LLM.sleep).parameters)
+assert {"tags"} <= set(inspect.signature(vllm.LLM.wake_up).parameters)
+assert "enable_sleep_mode" in inspect.signature(vllm.EngineArgs).parameters
+engine, model = sampler.load_sampler(sys.argv[1], "vllm", 256), sampler.load_model(sys.argv[1])
+order, llm, inner = [], engine.llm, engine.engine_model()
+def noted(owner, name):
+    real = getattr(owner, name)
+    def call(*words, **options):
+        order.append(" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
+        return real(*words, **options)
+    setattr(owner, name, call)
+for owner, name in (llm, "sleep"), (llm, "wake_up"), (inner, "load_weights"), (llm, "reset_prefix_cache"):
+    noted(owner, name)
+args = Namespace(max_tokens=16, temperature=1.0, seed=0, dtype="float32", micro_tokens=4096)
+for _ in range(2):
+    engine.rest()
+    assert llm.llm_engine.is_sleeping()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    engine.sync(model)
+    assert not llm.llm_engine.is_sleeping()
+    train_grpo.check_sync(engine, model, [5, 6, 7], args, torch.device("cpu"))
+engine.sync(model)
+print("; ".join(order))
+"""
+
+
+def test_the_engine_sleeps_and_wakes_in_the_right_order(tiny, script):
+    """The real calls on the real engine; its CPU worker keeps its memory, so what they free is not tested."""
+    done = script("-c", SLEEP, tiny, env=os.environ | {"PYTHONPATH": ROOT})
+    night = (
+        "sleep level=2; wake_up tags=['weights']; load_weights; wake_up tags=['kv_cache']; reset_prefix_cache"
+    )
+    assert done.stdout.strip().splitlines()[-1] == f"{night}; {night}; load_weights; reset_prefix_cache"
+
+
 @pytest.mark.slow
 def test_a_signal_while_the_engine_samples(tiny, tmp_path):
     data = os.path.join(DATA, "math_train_small.jsonl.gz")
