@@ -125,9 +125,15 @@ def onset(name: str) -> str:
     return text + (f" ({found.count(None)} of {len(found)} never)" if None in found else "")
 
 
-def late(name: str, key: str = "error", form: Callable = percent) -> str:
-    """The end of a learning curve: `key` over the last 20 steps of training."""
-    return show([float(np.mean(r[key][-4:])) for r in seeds(name) if key in r], form)
+def paired(name: str, other: str, key: str = "abs_error") -> str:
+    """How many points of a percent `key` is below that of `other`, seed by seed (same base, same prompts)."""
+    common = [s for n, s in RECORDS if n == name and (other, s) in RECORDS]
+    by_seed = {
+        n: dict(zip([r["seed"] for r in seeds(n)], figures(n, key), strict=True)) for n in (name, other)
+    }
+    lower = [100 * (by_seed[other][s] - by_seed[name][s]) for s in common]
+    text = show(lower, lambda v: f"{v:.1f}")
+    return f"{text} points lower, in {sum(d > 0 for d in lower)} of {len(lower)} seeds"
 
 
 # ------------------------------------------------------------------------------------------------------------
