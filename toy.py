@@ -101,7 +101,7 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
 
 
 def make_tokenizer() -> "PreTrainedTokenizerBase":
-    """Tokenizer of 67 tokens; numbers are spelled digit by digit, so any budget can be written."""
+    """Tokenizer of 66 tokens; numbers are spelled digit by digit, so any budget can be written."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
