@@ -126,7 +126,7 @@ def test_two_steps_of_a_run_and_its_record(base, tmp_path, monkeypatch, script):
     [record] = json.loads((tmp_path / "docs" / "study.json").read_text())
     assert record["name"] == "remind" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "72"}
     assert record["cells"]["exact"]["toy"]["72"]["n"] == 20 and record["onset"] is None
-    left = script("recipes/study.py", "names", "--quick").stdout.split()
+    left = script("recipes/study.py", "names").stdout.split()
     assert "remind:0" not in left and "tally:0" in left
 
 
