@@ -333,7 +333,8 @@ def identity(ax, high: int) -> None:
 
 def below(ax, columns: int = 2) -> None:
     """A legend under the axes."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=8.5)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=8.5)
 
 
 def draw_blog() -> None:
