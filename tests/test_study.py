@@ -60,7 +60,7 @@ def test_no_result_is_typed_by_hand():
     own = "\n".join(line for line in own.splitlines() if not line.startswith(("> ", "    ")))
     assert not re.findall(r"\d+(?:\.\d+)? ?%|\d percent", own)
     # Decimals that are left are settings: alpha, arXiv numbers, multiples of the largest budget.
-    settings = r"alpha[ =]\S+|\d{4}\.\d{4,5}|1\.5 times|0\.0003|0\.02|0\.5M|trl==\S+"
+    settings = r"alpha[ =_]\S+|\d{4}\.\d{4,5}|1\.5 times|0\.0003|0\.02|0\.5M|trl==\S+"
     assert not re.findall(r"\d+\.\d+", re.sub(settings, "", own))
 
 
