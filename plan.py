@@ -63,11 +63,12 @@ def load_configs(model: str | None) -> dict[str, dict]:
         raise BadInput(f"--model ({model}): its config could not be loaded: {reason}") from None
 
 
+NEEDED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
+
+
 def checked(config: dict, name: str) -> dict:
     """`config`, if it is one that the formulas below are right for."""
-    missing = [
-        k for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size") if k not in config
-    ]
+    missing = [k for k in NEEDED if k not in config]
     experts = [k for k in config if "expert" in k and config[k]]
     if missing or experts:
         raise BadInput(

@@ -148,7 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdp", action="store_true", help="shard weights, gradients, optimizer over the processes (FSDP2)")
     number("--lora", 0, "train adapters of this rank (peft) and leave the weights; 0: train the weights")
     choice("--dtype", "float32 bfloat16", "type to compute in; the optimizer's state stays float32")
-    choice("--param-dtype", "float32 bfloat16", "type of weights, gradients: 4 or 2 bytes a parameter each")
+    choice(
+        "--param-dtype",
+        "float32 bfloat16",
+        "of weights and of gradients, summed over passes: 4 or 2 bytes each",
+    )
     add("--gradient-checkpointing", action="store_true", help="recompute activations: slower, leaner")
     worst = "the longest prompt and response through one update before training (default: on CUDA)"
     add("--check-memory", action=argparse.BooleanOptionalAction, help=worst)

@@ -42,7 +42,7 @@ def micro_batches(batch: list[dict], limit: int, count: int = 0) -> list[list[di
             parts.append([])
         parts[-1].append(r)
     while parts and len(parts) < count:
-        most = max(range(len(parts)), key=lambda i: len(parts[i]))
+        most = max(range(len(parts)), key=lambda i: (len(parts[i]), i))  # of equals the shortest
         half, r = len(parts[most]) // 2, parts[most][-1]
         halves = [parts[most][:half], parts[most][half:]] if half else [[r], [filler(r)]]
         parts[most : most + 1] = halves
@@ -164,6 +164,25 @@ def backward(model, micro: list[dict], args, device, sums: dict) -> torch.Tensor
     return gap.max()
 
 
+def deal_out(batch: list[dict], args, rank: int, processes: int) -> tuple[list, list, list]:
+    """(minibatches, this process's share of each, passes for each); sets every response's token weight."""
+    n = args.minibatches
+    parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
+    for part in parts:
+        # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
+        lengths = torch.tensor([len(trained_positions(r)) for r in part])
+        weights = response_weights(lengths, args.loss_reduction, args.max_tokens)
+        for r, weight in zip(part, weights.tolist(), strict=True):
+            r["weight"] = weight
+    shares = [[share_of(part, i, processes) for i in range(processes)] for part in parts]
+    # With sharded weights each pass is a matter of all processes: they run equally many, an idle one fillers.
+    for part, each in zip(parts, shares, strict=True):
+        spare = [filler(min(part, key=total_length))] if part else []
+        each[:] = [share or spare for share in each]
+    counts = [max(len(micro_batches(share, args.micro_tokens)) for share in part) for part in shares]
+    return parts, [part[rank] for part in shares], counts
+
+
 def update(
     model,
     reference: "PreTrainedModel | None",
@@ -177,19 +196,7 @@ def update(
     """Optimizer steps over the batch (the same list on every process); means of the diagnostics."""
     n, gap_max, norms = args.minibatches, torch.zeros(1, device=device), []
     sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64))
-    parts = [batch[len(batch) * k // n : len(batch) * (k + 1) // n] for k in range(n)]
-    for part in parts:
-        # The denominator of the loss is that of all processes and micro-batches, fixed before any is run.
-        lengths = torch.tensor([len(trained_positions(r)) for r in part])
-        weights = response_weights(lengths, args.loss_reduction, args.max_tokens)
-        for r, weight in zip(part, weights.tolist(), strict=True):
-            r["weight"] = weight
-    shares = [[share_of(part, i, processes) for i in range(processes)] for part in parts]
-    # With sharded weights each pass is a matter of all processes: they run equally many, an idle one fillers.
-    for part, each in zip(parts, shares, strict=True):
-        each[:] = [share or [filler(r) for r in part[:1]] for share in each]
-    counts = [max(len(micro_batches(share, args.micro_tokens)) for share in part) for part in shares]
-    shares = [part[rank] for part in shares]
+    parts, shares, counts = deal_out(batch, args, rank, processes)
     for k in range(1, n):  # the first optimizer step updates the policy that sampled: its ratios are 1
         add_logps(model, shares[k], args, device, count=counts[k])
     if reference is not None:  # in one go, before any activation of the policy is held

@@ -127,9 +127,7 @@ def load_trained_state(model, optimizer, saved: dict) -> None:
     state, parameters = saved["optimizer"], [p for g in optimizer.param_groups for p in g["params"]]
     entries = {i: {k: like(parameters[i], v) for k, v in e.items()} for i, e in state["state"].items()}
     optimizer.load_state_dict(state | {"state": {}})
-    for (
-        i,
-        entry,
-    ) in entries.items():  # load_state_dict would round the moments of bfloat16 weights to their type
+    # load_state_dict would round the moments of bfloat16 weights to their type.
+    for i, entry in entries.items():
         p = parameters[i]
         optimizer.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in entry.items()}

@@ -48,7 +48,7 @@ def relative(budget: int) -> str:
 
 
 def tally(budget: int, worth: int = 4) -> str:
-    """A mark for every `worth` tokens; the toy's tokenizer lends a word that says nothing else."""
+    """A mark for every `worth` tokens; the toy's tokenizer lends a word."""
     return "Think for " + "up " * max(1, round(budget / worth)) + "tokens."
 
 

@@ -7,11 +7,11 @@ $OUT (default out/study) holds models and samples, $DOCS (default docs) the figu
 already holds is not repeated, so the study goes on where it stopped, on any machine.
 """
 
-import contextlib
 import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,23 +28,13 @@ TRAIN = (
     "--minibatches 2 --micro-tokens 2048 --lr 3e-4 --lr-schedule cosine --warmup-steps 10 --sampler hf "
     "--save-every 0 --budgets uniform:16:48"
 )
-ASKED = [
-    16,
-    20,
-    24,
-    32,
-    40,
-    48,
-    56,
-    64,
-    72,
-    96,
-]  # trained 16 to 48; 72 and 96 are 1.5 and 2 times the largest
-WIDE = [16, 24, 32, 48, 64, 80, 96, 112, 128, 144]  # for runs trained up to 96
+# Trained are 16 to 48; 72 and 96 are 1.5 times and twice the largest.
+ASKED = [16, 20, 24, 32, 40, 48, 56, 64, 72, 96]
+WIDE = [16, 24, 32, 48, 64, 72, 80, 96, 112, 128, 144]  # for runs trained up to 96
 LCPO = "--reward lcpo_exact --reward-args alpha=0.02 --advantage"  # the paper's 0.0003, scaled to 48 tokens
 PEAKED = "--reward peaked_exact --advantage"
-# The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 96 is its 8192.
 SAMPLED = "--n 4 --limit 100 --temperature 1 --top-p 1 --sampler hf"
+# The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 96 is its 8192.
 TULU = "--advantage grpo --reward-args scale=96 --max-tokens 112 --reward"
 FREE = "--budgets uniform:16:96 --advantage gdpo --reward"
 
@@ -146,7 +136,7 @@ def add(record: dict) -> None:
     """Put a record into study.json, in the study's order; another run may do so at the same time."""
     os.makedirs(DOCS, exist_ok=True)
     path = os.path.join(DOCS, "study.json")
-    with open(os.path.join(OUT, ".lock"), "w") as lock:
+    with open(os.path.join(DOCS, ".study.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         records = read() | {(record["name"], record["seed"]): record}
         order = [records[key] for key in wanted(False) if key in records]
@@ -178,31 +168,27 @@ def base_model(seed: int) -> str:
         return toy.make_base(OUT, seed, log=lambda text: None)
 
 
-def trained(name: str, seed: int) -> str:
-    """Folder of the model that a run ended with."""
-    return os.path.join(OUT, f"{name}-{seed}", f"checkpoint-{steps(name)}")
-
-
 def train(name: str, seed: int, log) -> str:
-    """Train (or fine-tune) a run's model; its folder."""
+    """Folder of a run's model; it and what it starts from are trained where they are not yet."""
     run, folder = RUNS[name], os.path.join(OUT, f"{name}-{seed}")
     if run.get("kind") == "base":
         return base_model(seed)
+    start = train(run["start"], seed, log) if run.get("start") else base_model(seed)
     if run.get("kind") == "again":  # another run's model, asked in another way
-        return trained(run["start"], seed)
-    if run.get("kind") == "supervised":
-        idea, model = run.get("idea") or "none", os.path.join(folder, "model")
-        if not os.path.exists(os.path.join(model, "model.safetensors")):
-            command(
-                log, "recipes/supervised.py", base_model(seed), model, "--idea", idea, "--seed", str(seed)
-            )
-        return model
-    if os.path.exists(os.path.join(trained(name, seed), "model.safetensors")):
-        return trained(name, seed)
-    start = trained(run["start"], seed) if run.get("start") else base_model(seed)
-    words = [*script("train_grpo.py", run.get("idea")), *flags_of(name, seed)]
-    command(log, *words, "--model", start, "--out", folder, "--overwrite")
-    return trained(name, seed)
+        return start
+    os.makedirs(folder, exist_ok=True)
+    with open(folder + ".lock", "w") as lock:  # a run that starts from this one waits until it is there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if run.get("kind") == "supervised":
+            model, idea = os.path.join(folder, "model"), run.get("idea") or "none"
+            if not os.path.exists(os.path.join(model, "supervised.json")):
+                command(log, "recipes/supervised.py", start, model, "--idea", idea, "--seed", str(seed))
+        else:
+            model = os.path.join(folder, f"checkpoint-{steps(name)}")
+            words = [*script("train_grpo.py", run.get("idea")), *flags_of(name, seed)]
+            if not os.path.exists(os.path.join(model, "model.safetensors")):
+                command(log, *words, "--model", start, "--out", folder, "--overwrite")
+    return model
 
 
 def evaluate(name: str, seed: int, mode: str, model: str, log) -> str:
@@ -234,7 +220,7 @@ def decode(seed: int, log) -> dict:
     words = f"sweep --model {base_model(seed)} --data toy --budgets {asked} --methods s1,truncate "
     words += f"{SAMPLED} --seed {seed} --out {out}"
     if not os.path.exists(os.path.join(out, "truncate", "results.json")):
-        subprocess.run(["rm", "-rf", out], check=True)
+        shutil.rmtree(out, ignore_errors=True)
         command(log, "baselines.py", *shlex.split(words))
     return {method: cells(os.path.join(out, method), False) for method in ("s1", "truncate")}
 
@@ -309,6 +295,14 @@ def curve(folder: str) -> dict:
     return out
 
 
+def trained_with(folder: str) -> str:
+    """The flags that a run's folder says it was trained with, without what is a default or a path."""
+    with open(os.path.join(folder, "args.json"), encoding="utf-8") as f:
+        args = json.load(f)
+    keys = "budgets mode reward reward_args advantage steps prompts_per_step group_size max_tokens lr kl_coef"
+    return " ".join(f"{key}={args[key]}" for key in keys.split())
+
+
 def run(name: str, seed: int) -> None:
     """Train and evaluate one run; its figures go to study.json, a line to the screen."""
     folder, spec, began = os.path.join(OUT, f"{name}-{seed}"), RUNS[name], time.monotonic()
@@ -326,7 +320,7 @@ def run(name: str, seed: int) -> None:
                 if spec.get("kind") == "base":
                     record |= length_shares(out, *spec["trained"])
     if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-        record |= {"flags": " ".join(flags_of(name, seed)), **curve(folder)}
+        record |= {"flags": trained_with(folder), **curve(folder)}
     add(record)
     inside = [c for c in next(iter(record["cells"].values()))["toy"].values() if c["abs_error"] is not None]
     error, right = (np.mean([c[key] for c in inside]) for key in ("abs_error", "accuracy"))
@@ -343,14 +337,12 @@ if __name__ == "__main__":
     done = read()
     if words and words[0] == "names":
         print("\n".join(f"{n}:{s}" for n, s in wanted("--quick" in words) if (n, s) not in done))
-    elif len(words) == 2 and words[0] == "run":
+    elif len(words) == 2 and words[0] == "run" and words[1] in {f"{n}:{s}" for n, s in wanted(False)}:
         run_name, _, run_seed = words[1].partition(":")
-        with contextlib.suppress(BrokenPipeError):
-            try:
-                run(run_name, int(run_seed))
-            except subprocess.CalledProcessError as failure:
-                sys.exit(
-                    f"{words[1]}: FAILED with code {failure.returncode}, see {OUT}/{run_name}-{run_seed}.log"
-                )
+        try:
+            run(run_name, int(run_seed))
+        except subprocess.CalledProcessError as failure:
+            where = f"see {OUT}/{run_name}-{run_seed}.log"
+            sys.exit(f"{words[1]}: FAILED with code {failure.returncode}, {where}")
     else:
         sys.exit(__doc__)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The study: every experiment of docs/study.md, then its pictures and tables. Runs that docs/study.json holds
 # are not repeated, so it goes on where it stopped.
-#   bash recipes/study.sh            what docs/study.json lacks, two at a time; about 4 hours on two cores from nothing
-#   bash recipes/study.sh --quick    one seed, the fewest models, from nothing, in about an hour; to out/study_quick/
+#   bash recipes/study.sh            what docs/study.json lacks, two at a time; hours on two cores from nothing
+#   bash recipes/study.sh --quick    one seed, the fewest models, from nothing, to out/study_quick/
 #   ONLY="remind:0 tally:0" bash recipes/study.sh      some of the runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
