@@ -385,7 +385,6 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     import torch
 
     from sampler import load_model, make_sampler, pick_sampler
-    from weights import load_trained_state
 
     s = argparse.Namespace(memory={}, reference=None, start=0, rows=load_rows(args), held_out=[], epochs={})
     s.seconds, s.clock, s.conciseness, s.unwritten = Counter(), time.monotonic(), None, []
@@ -414,13 +413,7 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
     s.run = {"processes": state.num_processes, "data": evaluate.hash_data(s.rows)}
     build_model(s, args, state)
     if saved:
-        load_trained_state(s.model, s.optimizer, saved)
-        for group in s.optimizer.param_groups:  # flags that were changed for the resumed run count
-            group.update(betas=tuple(args.betas), weight_decay=args.weight_decay)
-        s.memory, s.start = saved["memory"], saved["step"]
-        for name in s.run:
-            if saved["run"].get(name) != s.run[name]:
-                log(f"warning: --resume: {name} changed since step {s.start}: it is no longer the same run")
+        restore(s, saved, args, log)
     # The toy's last evaluation asks for more than was trained: its engine takes the whole context.
     room = max(longest + args.max_tokens, plan_held_out(s, args, context))
     room = context if args.model is None else room
@@ -444,6 +437,19 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
         f"steps {s.start}..{args.steps}"
     )
     return s
+
+
+def restore(s, saved: dict, args, log) -> None:
+    """Optimizer, memory and step of a checkpoint; words where the resumed run cannot be the same run."""
+    from weights import load_trained_state
+
+    load_trained_state(s.model, s.optimizer, saved)
+    for group in s.optimizer.param_groups:  # flags that were changed for the resumed run count
+        group.update(betas=tuple(args.betas), weight_decay=args.weight_decay)
+    s.memory, s.start = saved["memory"], saved["step"]
+    for name in s.run:
+        if saved["run"].get(name) != s.run[name]:
+            log(f"warning: --resume: {name} changed since step {s.start}: it is no longer the same run")
 
 
 def build_model(s, args, state) -> None:
@@ -520,14 +526,7 @@ def train(args: argparse.Namespace) -> None:
                     save(s, args, state, done, log)
             log(f"trained in {(time.monotonic() - began) / 60:.1f} min; model: {s.folder}; {best(args.out)}")
             must_be_saved(s, args, state, done)
-            evaluate_if_due(s, args, done, state, log)
-            if args.model is None:
-                evaluate_toy(s, args, "eval", state, log)
-                if state.is_main_process and (args.budgets != "none" or args.budget_schedule != "none"):
-                    log(toy.summary(args.out))
-            if state.is_main_process:
-                last = os.path.join(args.out, "eval" if args.model is None else f"eval-{done}")
-                card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
+            wrap_up(s, args, state, log)
         except faults.Stopped:
             if done < args.steps:  # the memory has seen prompts of the step that is dropped
                 s.memory = pickle.loads(before)
@@ -537,6 +536,19 @@ def train(args: argparse.Namespace) -> None:
     trackers.finish(s.tracker)
     if bar:
         bar.close()
+
+
+def wrap_up(s, args, state, log) -> None:
+    """The evaluation after the last step, the toy's summary, the model card (and the upload)."""
+    evaluate_if_due(s, args, s.done, state, log)
+    if args.model is None:
+        evaluate_toy(s, args, "eval", state, log)
+    if not state.is_main_process:
+        return
+    if args.model is None and (args.budgets != "none" or args.budget_schedule != "none"):
+        log(toy.summary(args.out))
+    last = os.path.join(args.out, "eval" if args.model is None else f"eval-{s.done}")
+    card.finish(s.folder, vars(args), s.rows, last, args.push_to_hub, log)
 
 
 def take_step(s, args, state, step: int, log) -> dict:
