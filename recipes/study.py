@@ -81,7 +81,6 @@ RUNS = {
     ),
     "more_rl": made(f"{LCPO} grpo --lr 1e-4", start="lcpo_sum"),
     "alpha_0.0005": made(f"{LCPO} grpo --reward-args alpha=0.0005"),
-    "alpha_0.005": made(f"{LCPO} grpo --reward-args alpha=0.005"),
     "alpha_0.1": made(f"{LCPO} grpo --reward-args alpha=0.1"),
     # Supervised training on traces that are annotated with their own lengths.
     "supervised": made(kind="supervised"),

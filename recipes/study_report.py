@@ -220,7 +220,6 @@ METHODS = [  # label, experiment, mode or method
 ]
 ALPHAS = {
     0.0005: "alpha_0.0005",
-    0.005: "alpha_0.005",
     0.02: "lcpo_sum",
     0.1: "alpha_0.1",
 }
