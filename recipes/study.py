@@ -86,7 +86,6 @@ RUNS = {
     "supervised": made(kind="supervised"),
     "ruler": made(kind="supervised", idea="mlt"),
     # Ideas against the limit at the largest trained budget; each otherwise as peaked_gdpo.
-    "log_uniform": made(f"{PEAKED} gdpo --budgets log:16:48"),
     "relative": made(f"{PEAKED} gdpo", idea="relative"),
     "tally": made(f"{PEAKED} gdpo", 3, idea="tally"),
     "tally_8": made(f"{PEAKED} gdpo", idea="tally_8"),

@@ -24,14 +24,14 @@ LABELS = BLOG | {
     "lcpo_sum": "L1's reward, summed (GRPO)", "lcpo_gdpo": "L1's reward, GDPO",
     "peaked_sum": "peaked reward, summed (GRPO)", "peaked_gdpo": "peaked reward, GDPO",
     "supervised": "supervised, sentence", "ruler": "supervised, length tokens",
-    "log_uniform": "log-uniform budgets", "relative": "relative wording",
+    "relative": "relative wording",
     "tally": "tally marks", "tally_8": "tally marks worth 8", "tally_kl": "these, KL 0.05",
     "remind": "reminders", "remind_capped": "capped reminders",
     "remind_16": "rarer reminders", "remind_16_capped": "rarer reminders, capped",
     "free_beyond": "beyond without answers", "unfinished": "unfinished responses",
 }  # fmt: skip
 # Those that write the budget in another way, and those that say or show more than a budget.
-IDEAS = ["peaked_gdpo", "log_uniform", "relative", "tally", "tally_8", "tally_kl"], ["peaked_gdpo", "remind"]
+IDEAS = ["peaked_gdpo", "relative", "tally", "tally_8", "tally_kl"], ["peaked_gdpo", "remind"]
 IDEAS[1].extend("remind_capped remind_16 remind_16_capped unfinished free_beyond".split())
 
 

@@ -488,7 +488,7 @@ def test_resume_is_exact(world, words, tmp_path):
 def test_draws_differ_between_rounds_and_are_repeatable(tiny):
     args = checked("--max-tokens", "8")
     s = SimpleNamespace(sampler=samplers.load_sampler(tiny, "hf"), memory={}, conciseness=None, clock=0.0)
-    s.tokenizer, s.seconds = s.sampler.tokenizer, dict.fromkeys(("sample", "verify"), 0.0)
+    s.tokenizer, s.seconds = s.sampler.tokenizer, Counter()
     row = {"id": "a", "prompt": "1 + 1?", "answer": "2", "kind": "math", "budget": None}
     made = [rollouts.roll_out(s, args, ONE, [row], 2, key)[0] for key in ([1], [1, 1], [1])]
     assert made[0] == made[2] != made[1]
