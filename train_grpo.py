@@ -536,6 +536,8 @@ def train(args: argparse.Namespace) -> None:
     trackers.finish(s.tracker)
     if bar:
         bar.close()
+    if s.sampler.name == "hf":  # vLLM takes its groups down itself
+        state.destroy_process_group()  # its threads, left to the interpreter's end, can abort a finished run
 
 
 def wrap_up(s, args, state, log) -> None:

@@ -17,3 +17,4 @@ if __name__ == "__main__":
     found = five_updates(sys.argv[1], sys.argv[3:], state)
     if state.is_main_process:
         torch.save(found | {"processes": state.num_processes}, sys.argv[2])
+    state.destroy_process_group()
