@@ -873,7 +873,7 @@ def build(args: argparse.Namespace, dist: dict) -> str:
         raise BadInput(f"nothing left of {counts['read']} rows ({reasons(+counts)}): nothing was written")
     written = rows
     if args.export:
-        from hosts import export
+        from integrations.hosts import export
 
         written = export(rows, args.export)
     write_rows(written, args.out)

@@ -30,16 +30,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-import curves
 import data
-import engines
-import metrics
-import plots
-import report
 import rewards
-import toy
 from data import BadInput
-from metrics import jsonable
+from evaluation import curves, engines, metrics, plots, report
+from evaluation.metrics import jsonable
+from toy.task import task as toy
 
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
@@ -648,7 +644,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.watch:
             curves.watch(args.watch, args.out)
         elif args.compare:
-            from compare import compare
+            from evaluation.compare import compare
 
             compare(args.compare, args.out, args.seed)
         else:

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from metrics import jsonable
+from evaluation.metrics import jsonable
 
 
 def length_metrics(rollouts: dict) -> dict:

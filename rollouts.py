@@ -17,9 +17,9 @@ import numpy as np
 import evaluate
 import faults
 import methods
-import toy
 from data import BadInput, annotate, encode_prompt, load_problems
 from rewards import ADVANTAGES, REWARDS, check_answers, response_length
+from toy.task import task as toy
 
 # ------------------------------------------------------------------------------------------------------------
 # Which rows

@@ -25,12 +25,9 @@ from collections import Counter
 
 import numpy as np
 
-import card
 import evaluate
 import faults
 import methods
-import toy
-import trackers
 from checkpoints import best, holds_run, is_due, newest_state, open_run, save_checkpoint
 from data import (
     BadInput,
@@ -42,6 +39,7 @@ from data import (
     one_line_errors,
     parse_budgets,
 )
+from integrations import card, trackers
 from logbook import let_go_of_the_screen, make_log, show_samples, step_metrics, tell
 from rewards import ADVANTAGES, REWARDS
 from rollouts import (
@@ -53,6 +51,7 @@ from rollouts import (
     sample_batch,
     to_rollouts,
 )
+from toy.task import task as toy
 
 # What `python train_grpo.py` without a model does: these replace the defaults below, flags still win.
 TOY = {

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import plan
 from data import BadInput, first_line
 from losses import drpo_weights, head_loss, mixture_logp, policy_loss, response_weights, token_logps
+from scaling import plan
 from weights import as_reference, is_sharded, whole
 
 if TYPE_CHECKING:  # libraries that are loaded late

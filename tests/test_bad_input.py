@@ -7,10 +7,10 @@ import shutil
 import pytest
 from conftest import ROOT
 
-import baselines
 import data
 import evaluate
 import train_grpo
+from evaluation import baselines
 
 DATA = os.path.join(ROOT, "tests", "data")
 MATH = os.path.join(DATA, "math_train_small.jsonl.gz")

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import baselines
 import data
 import evaluate
 import sampler as samplers
-import toy
+from evaluation import baselines
+from toy.task import task as toy
 
 DATA = os.path.join(ROOT, "tests", "data")
 GOLDEN = [0.05, 0.6, 0.35]  # of the end token and two others, at every position

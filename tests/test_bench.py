@@ -9,9 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import bench
-import plan
-import race
+from scaling import bench, plan, race
 
 SMALL = "layers=1 width=64 vocab=512 sequences=8 high=40 rounds=1".split()
 BIGGER = "layers=2 width=256 vocab=4096 sequences=8 high=120".split()  # some 100 MiB
@@ -220,7 +218,7 @@ def test_parameters_and_saved_bytes_of_real_models(kind, tied):
 def test_the_table_in_the_docs_is_the_plan():
     rows = plan.table(plan.MODELS, [4096, 16_384], [1, 4, 8], 80, 1024)
     with open(os.path.join(os.path.dirname(bench.__file__), "docs", "scaling.md"), encoding="utf-8") as f:
-        assert plan.markdown(rows) in f.read(), "python plan.py prints the new one"
+        assert plan.markdown(rows) in f.read(), "python -m scaling.plan prints the new one"
 
 
 @given(

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import bench
 import data
 import evaluate
 import rewards
 import train_grpo
+from scaling import bench
 
 
 def read(*path):

@@ -17,12 +17,11 @@ import pytest
 from conftest import same
 
 import data
-import engines
 import evaluate
-import metrics
-import toy
 from data import BadInput
+from evaluation import engines, metrics
 from sampler import load_sampler
+from toy.task import task as toy
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ("violins", "accuracy", "error", "over", "patterns")

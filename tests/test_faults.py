@@ -23,9 +23,9 @@ import checkpoints
 import faults
 import logbook
 import sampler
-import toy
 import train_grpo
 import update
+from toy.task import task as toy
 
 FLAGS = "--data toy --limit 12 --wording tulu --max-tokens 24 --prompts-per-step 4 --group-size 4 --lr 1e-3"
 FLAGS = [*FLAGS.split(), "--sampler", "hf", "--require-think"]

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import losses
-import metrics
 import rewards
+from evaluation import metrics
 
 FILES = [Path(__file__).parent / "data" / "golden.json"]
 if os.environ.get("GOLDEN"):

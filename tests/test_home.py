@@ -23,14 +23,13 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import card
-import curves
 import evaluate
 import logbook
-import toy
-import trackers
 import train_grpo
 from data import annotate
+from evaluation import curves
+from integrations import card, trackers
+from toy.task import task as toy
 
 SAMPLES = os.path.join(ROOT, "tests", "data", "samples_small.jsonl")
 METRICS = {"step": 0, "reward": 0.5, "reward_std": 0.1, "accuracy": np.float64(0.75), "kl": None,

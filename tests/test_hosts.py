@@ -19,9 +19,9 @@ import pytest
 from conftest import ROOT
 
 import data
-import hosts
-import toy
+from integrations import hosts
 from rewards import REWARDS
+from toy.task import task as toy
 
 RIGHT, WRONG = "3 +6 =9 </think> 9 <eos>", "3 +6 =9 wait =9 </think> 8 <eos>"  # 6 and 8 tokens
 ROW = {
@@ -430,7 +430,7 @@ def test_group_rewards_in_verl(verl_rows, tokenizer):
 
 @pytest.mark.hosts
 def test_the_verl_recipe_is_a_configuration_of_verl(verl_rows, tokenizer):
-    """verl takes every flag of recipes/verl_l1_exact.sh, and its reward is L1's. Nothing is launched."""
+    """verl takes every flag of integrations/verl_l1_exact.sh, and its reward is L1's. Nothing is launched."""
     from omegaconf import OmegaConf
     from verl.trainer.ppo.reward import load_reward_manager
     from verl.utils.config import validate_config

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import metrics
+from evaluation import metrics
 
 SAMPLES = Path(__file__).parent / "data" / "samples_small.jsonl"
 

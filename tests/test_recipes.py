@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import data
 import rewards
-import toy
 import train_grpo
+from toy.task import task as toy
 
 
 def load(*path):
@@ -26,7 +26,7 @@ def load(*path):
     return module
 
 
-zoo, links = load("recipes", "zoo.py"), load("docs", "link_methods.py")
+zoo, links = load("studies", "zoo.py"), load("docs", "link_methods.py")
 RUNS = zoo.runs()
 RECIPES = [name for name in RUNS if name not in zoo.EXTRA]
 with open(os.path.join(ROOT, "docs", "methods.md"), encoding="utf-8") as f:

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from test_evaluate import SAMPLES, run, sample, write
 
-import metrics
-import plots
-import report
+from evaluation import metrics, plots, report
 
 HOSTILE = (
     "</script><script>document.title='taken'</script><!--CONTENT--><!--END--> /*DATA*/[] \u2028 <b>x</b>"

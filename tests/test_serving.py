@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 import data
-import toy
+from toy.task import task as toy
 
 with open(os.path.join(ROOT, "docs", "serving.md"), encoding="utf-8") as f:
     PAGE = f.read()
@@ -133,7 +133,7 @@ def test_evaluate_measures_the_server(server, script, tmp_path):
 ENGINE = """
 import json, sys
 from vllm import LLM, SamplingParams
-from hard_cap import HardCap, force_close
+from integrations.hard_cap import HardCap, force_close
 llm = LLM(sys.argv[1], logits_processors=[HardCap], enforce_eager=True, dtype="float32", max_model_len=512)
 tokenizer = llm.get_tokenizer()
 caps = [None, 1, 2, 7, 30, 60]
@@ -162,7 +162,7 @@ def test_hard_cap_in_the_engine(model_folder, script):
 def test_forced_tokens_by_hand():
     import torch
 
-    from hard_cap import force_close
+    from integrations.hard_cap import force_close
 
     def forced(output, close=(7, 8, 9), cap=5):  # the three tokens of `</think>` as numbers 3, 4 and 5
         logits = force_close(list(close), cap, list(output), torch.zeros(10))

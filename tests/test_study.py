@@ -14,8 +14,8 @@ import data
 import methods
 import rewards
 import sampler
-import toy
 from sampler import load_model, load_sampler
+from toy.task import task as toy
 
 sys.path.insert(0, os.path.join(ROOT, "recipes"))
 
@@ -25,7 +25,7 @@ import study_report
 import supervised
 
 DOCS = os.path.join(ROOT, "docs")
-with open(os.path.join(ROOT, "recipes", "study_text.md"), encoding="utf-8") as f:
+with open(os.path.join(ROOT, "studies", "study_text.md"), encoding="utf-8") as f:
     TEXT = f.read()
 
 
@@ -52,7 +52,7 @@ def test_the_page_is_that_of_the_committed_figures():
 
 
 def test_the_readme_repeats_the_page():
-    """The README's block is computed, too: `python recipes/study_report.py` writes it."""
+    """The README's block is computed, too: `python -m studies.study_report` writes it."""
     study_report.load(DOCS)
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         assert study_report.readme_block() in f.read()
@@ -131,7 +131,7 @@ def test_two_steps_of_a_run_and_its_record(base, tmp_path, monkeypatch, script):
     [record] = json.loads((tmp_path / "docs" / "study.json").read_text())
     assert record["name"] == "remind" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "72"}
     assert record["cells"]["exact"]["toy"]["72"]["n"] == 20 and record["onset"] is None
-    left = script("recipes/study.py", "names").stdout.split()
+    left = script("studies/study.py", "names").stdout.split()
     assert "remind:0" not in left and "tally:0" in left
 
 

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import plan
 import rollouts
 import sampler as samplers
-import toy
 import train_grpo
 import update as updates
 import weights
 from data import load_tokenizer
+from scaling import plan
+from toy.task import task as toy
 
 DATA = os.path.join(ROOT, "tests", "data")
 SMALL = (

@@ -12,11 +12,11 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import baselines
 import checkpoints
 import data
 import evaluate
 import train_grpo
+from evaluation import baselines
 
 MATH = os.path.join(ROOT, "tests", "data", "math_train_small.jsonl.gz")
 GOOD = json.dumps({"problem": "1 + 1?", "answer": "2"})

@@ -1,8 +1,8 @@
-"""The toy study behind recipes/zoo.sh: its runs, its table (docs/zoo.md, zoo.json) and its picture (zoo.png).
+"""The toy study behind studies/zoo.sh: its runs, its table (docs/zoo.md, zoo.json) and its picture (zoo.png).
 
-    python recipes/zoo.py names [NAME ...]    the runs, one a line
-    python recipes/zoo.py run NAME            one run, into $OUT/NAME; a finished one is not repeated
-    python recipes/zoo.py report              table and picture of the finished runs
+    python -m studies.zoo names [NAME ...]    the runs, one a line
+    python -m studies.zoo run NAME            one run, into $OUT/NAME; a finished one is not repeated
+    python -m studies.zoo report              table and picture of the finished runs
 
 $OUT (default out/zoo) holds the runs. $STEPS, if set, replaces the steps of every run; the report
 then goes to $OUT as well.
@@ -36,7 +36,7 @@ OWN = """
 INTRO = """# The toy study
 
 Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
-nothing. Made by `bash recipes/zoo.sh`; the flags stand in each recipe's line `# toy:`, with 16 prompts per
+nothing. Made by `bash studies/zoo.sh`; the flags stand in each recipe's line `# toy:`, with 16 prompts per
 step where no budget is asked for (32 otherwise). 100 new problems, 4 samples each (with a budget: 4 to each
 of the four).
 
@@ -172,7 +172,7 @@ def report() -> None:
     done = [n for n in runs() if os.path.exists(os.path.join(OUT, n, "eval", "results.json"))]
     methods = [read_run(name) for name in done]
     if not methods:
-        sys.exit(f"zoo.py: error: {OUT} holds no finished run: bash recipes/zoo.sh makes them")
+        sys.exit(f"zoo.py: error: {OUT} holds no finished run: bash studies/zoo.sh makes them")
     kinds = {
         "Asked for 16, 32, 48 and 64 tokens (means over the four)": [m for m in methods if m["asked"]],
         "Asked for no length": [m for m in methods if not m["asked"]],
@@ -268,7 +268,7 @@ def draw(kinds: dict[str, list[dict]], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from plots import STYLE
+    from evaluation.plots import STYLE
 
     with plt.rc_context(STYLE):
         panels = []

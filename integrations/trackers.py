@@ -14,8 +14,8 @@ import os
 import uuid
 from typing import TYPE_CHECKING
 
-import metrics
 from data import BadInput, first_line
+from evaluation import metrics
 
 if TYPE_CHECKING:  # libraries that are loaded late
     from accelerate.tracking import GeneralTracker

@@ -1,7 +1,7 @@
 """Ideas against the open question of docs/study.md: can control reach beyond the largest trained budget?
 
-    python recipes/ideas.py NAME train_grpo.py FLAGS...     the script with that idea put in
-    python recipes/ideas.py NAME evaluate.py FLAGS...
+    python -m studies.ideas NAME train_grpo.py FLAGS...     the script with that idea put in
+    python -m studies.ideas NAME evaluate.py FLAGS...
 
 Also an example of how to fork: an idea is a function that replaces one function of the project, or adds a
 reward. The budgets up to 48 tokens are the trained ones; those up to 96 are what is hoped for.

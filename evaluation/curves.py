@@ -9,8 +9,8 @@ import os
 
 import numpy as np
 
-import plots
 from data import BadInput, first_line
+from evaluation import plots
 
 COLOURS = ("#1f3f5f", "#8a4b08", "#3a7d44", "#7b3f8c", "#c0392b", "#2a9d8f", "#6b6b6b", "#b8860b")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))

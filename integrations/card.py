@@ -1,8 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
 """The model card of a trained checkpoint (README.md in its folder), and the way to the hub.
 
-    python card.py out/run/checkpoint-500 --eval out/math500     its table from another evaluation
-    python card.py out/run/checkpoint-500 --push-to-hub ME/NAME
+    python -m integrations.card out/run/checkpoint-500 --eval out/math500     its table from another evaluation
+    python -m integrations.card out/run/checkpoint-500 --push-to-hub ME/NAME
 
 Training writes the card into its last checkpoint, and with --push-to-hub uploads that. The card says how to
 ask the model for a length, how well it obeys, and how it was made. The trainer's state stays here.
@@ -190,7 +190,7 @@ def push(folder: str, repo: str, log=print) -> None:
             commit_message=f"{os.path.basename(folder)}, trained with nanoL1",
         )  # fmt: skip
     except (HfHubHTTPError, OSError) as error:
-        again = f"python card.py {folder} --push-to-hub {repo}"
+        again = f"python -m integrations.card {folder} --push-to-hub {repo}"
         raise BadInput(f"--push-to-hub {repo} failed ({first_line(error)}); later: {again}") from None
     log(f"uploaded: {done.commit_url}")
 

@@ -1,4 +1,4 @@
-"""Memory and work of training, from a model's config alone: `python bench.py plan` prints the memory table.
+"""Memory and work of training, from a model's config alone: `python -m scaling.bench plan` prints the memory table.
 
 Counted in bytes per GPU, for dense models of the Llama family (Llama, Mistral, Qwen2, Qwen3), n parameters:
 
@@ -262,7 +262,7 @@ def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, promp
 
 
 def markdown(rows: list[dict]) -> str:
-    """table() as the table of docs/scaling.md, which `python plan.py` prints."""
+    """table() as the table of docs/scaling.md, which `python -m scaling.plan` prints."""
     lines = [
         "| model | response cap | GPUs | peak, GiB | flags beside `--dtype bfloat16` |",
         "| --- | ---: | ---: | ---: | --- |",

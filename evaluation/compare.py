@@ -9,10 +9,8 @@ import os
 
 import numpy as np
 
-import metrics
-import plots
-import report
 from data import BadInput
+from evaluation import metrics, plots, report
 
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 

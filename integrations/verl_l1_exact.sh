@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # L1-Exact (arXiv 2503.04697) on verl and Ray: the rows, the reward and the settings of l1_exact.args.
-#   bash recipes/verl_l1_exact.sh [NODES] [GPUS_PER_NODE]     one node of 8 GPUs unless said otherwise
+#   bash integrations/verl_l1_exact.sh [NODES] [GPUS_PER_NODE]     one node of 8 GPUs unless said otherwise
 # NOT RUN: neither GPUs nor a cluster were at hand. What the tests run with the real verl 0.9.1 on a CPU: its
 # configuration takes every flag below, its dataset class reads the rows, its reward loop returns our scores.
 #

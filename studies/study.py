@@ -1,7 +1,7 @@
-"""The study behind recipes/study.sh: its runs; study_report.py makes pictures and docs/study.md of them.
+"""The study behind studies/study.sh: its runs; study_report.py makes pictures and docs/study.md of them.
 
-    python recipes/study.py names [--quick]     the runs that docs/study.json lacks, one a line, as NAME:SEED
-    python recipes/study.py run NAME:SEED       one run; its figures become a line of $DOCS/study.json
+    python -m studies.study names [--quick]     the runs that docs/study.json lacks, one a line, as NAME:SEED
+    python -m studies.study run NAME:SEED       one run; its figures become a line of $DOCS/study.json
 
 $OUT (default out/study) holds models and samples, $DOCS (default docs) the figures. A run that study.json
 already holds is not repeated, so the study goes on where it stopped, on any machine.
@@ -153,12 +153,12 @@ def command(log, *words: str) -> None:
 
 def script(name: str, idea: str | None) -> list[str]:
     """The words that run a script of the project, with an idea put in."""
-    return ["recipes/ideas.py", idea, name] if idea else [name]
+    return ["studies/ideas.py", idea, name] if idea else [name]
 
 
 def base_model(seed: int) -> str:
     """Folder of the toy's base model; made by one process while others wait."""
-    import toy
+    from toy.task import task as toy
 
     with open(os.path.join(OUT, f".base{seed}"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -179,7 +179,7 @@ def train(name: str, seed: int, log) -> str:
         if run.get("kind") == "supervised":
             model, idea = os.path.join(folder, "model"), run.get("idea") or "none"
             if not os.path.exists(os.path.join(model, "supervised.json")):
-                command(log, "recipes/supervised.py", start, model, "--idea", idea, "--seed", str(seed))
+                command(log, "studies/supervised.py", start, model, "--idea", idea, "--seed", str(seed))
         else:
             model = os.path.join(folder, f"checkpoint-{steps(name)}")
             words = [*script("train_grpo.py", run.get("idea")), *flags_of(name, seed)]

@@ -1,10 +1,10 @@
 # PYTHON_ARGCOMPLETE_OK
 r"""What people do instead of RL: length control at decoding time, and small edits of finished checkpoints.
 
-    python baselines.py sweep --model DIR --data math500 --budgets 512,1024 --n 16 --out out/baselines
-    python baselines.py merge --base A --tuned B --out C
-    python baselines.py thinkedit --model A --samples out/eval/samples.jsonl --out C --heads 20
-    python baselines.py tops --samples out/eval/samples.jsonl --out rows.jsonl
+    python -m evaluation.baselines sweep --model DIR --data math500 --budgets 512,1024 --n 16 --out out/baselines
+    python -m evaluation.baselines merge --base A --tuned B --out C
+    python -m evaluation.baselines thinkedit --model A --samples out/eval/samples.jsonl --out C --heads 20
+    python -m evaluation.baselines tops --samples out/eval/samples.jsonl --out rows.jsonl
 
 sweep asks without a budget sentence and writes OUT/METHOD/samples.jsonl and results.json for each METHOD:
   none        no control
@@ -36,9 +36,9 @@ import numpy as np
 
 import data
 import rewards
-import toy
 from data import BadInput
 from sampler import load_sampler, think_token
+from toy.task import task as toy
 
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch

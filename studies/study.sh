@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The study: every experiment of docs/study.md, then its pictures and tables. Runs that docs/study.json holds
 # are not repeated, so it goes on where it stopped.
-#   bash recipes/study.sh            what docs/study.json lacks, two at a time; hours on two cores from nothing
-#   bash recipes/study.sh --quick    one seed, the fewest models, from nothing, to out/study_quick/
-#   ONLY="remind:0 tally:0" bash recipes/study.sh      some of the runs
+#   bash studies/study.sh            what docs/study.json lacks, two at a time; hours on two cores from nothing
+#   bash studies/study.sh --quick    one seed, the fewest models, from nothing, to out/study_quick/
+#   ONLY="remind:0 tally:0" bash studies/study.sh      some of the runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
@@ -12,7 +12,7 @@ fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false OUT="${OUT:-out/study}" DOCS="${DOCS:-docs}"
 code=0
 # A run that fails is named and leaves the others alone.
-{ [ -n "${ONLY:-}" ] && printf '%s\n' $ONLY || python recipes/study.py names "$@"; } |
-  xargs -r -P 2 -n 1 python recipes/study.py run || code=1
-python recipes/study_report.py
+{ [ -n "${ONLY:-}" ] && printf '%s\n' $ONLY || python -m studies.study names "$@"; } |
+  xargs -r -P 2 -n 1 python -m studies.study run || code=1
+python -m studies.study_report
 exit $code

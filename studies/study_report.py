@@ -1,6 +1,6 @@
 """docs/study.md and its pictures, from the figures in $DOCS/study.json alone: no model, no samples needed.
 
-    python recipes/study_report.py
+    python -m studies.study_report
 
 The words are in study_text.md. What stands there in double braces is computed here: no number is typed.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import study
-from study import DOCS, ROOT, RUNS
+from studies.study import DOCS, ROOT, RUNS
 
 sys.path.insert(0, ROOT)
 
@@ -261,7 +261,7 @@ def canvas(columns: int = 1, rows: int = 1, size: tuple = (6.2, 4.4)) -> tuple:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from plots import STYLE
+    from evaluation.plots import STYLE
 
     plt.rcParams.update(STYLE)
     width, height = size
@@ -332,7 +332,7 @@ def below(ax, columns: int = 2) -> None:
 
 def draw_blog() -> None:
     """Violins of the blog's four settings; the middle 90% of each budget's responses."""
-    import plots
+    from evaluation import plots
 
     fig, axes = canvas(2, 2, (7, 5))
     for ax, (name, label) in zip(axes.flat, BLOG.items(), strict=True):
@@ -467,7 +467,7 @@ def render(text: str) -> str:
 
 def page() -> str:
     """docs/study.md."""
-    with open(os.path.join(ROOT, "recipes", "study_text.md"), encoding="utf-8") as f:
+    with open(os.path.join(ROOT, "studies", "study_text.md"), encoding="utf-8") as f:
         return render(f.read())
 
 
@@ -507,7 +507,7 @@ def main() -> None:
     """Pictures and page of what study.json holds; the README's block where it is the committed study."""
     load()
     if not RECORDS:
-        sys.exit(f"study_report.py: error: {DOCS} holds no study.json: bash recipes/study.sh makes it")
+        sys.exit(f"study_report.py: error: {DOCS} holds no study.json: bash studies/study.sh makes it")
     for draw in (draw_blog, draw_tasks, draw_l1, draw_onset, draw_gdpo, draw_alpha):
         draw()
     draw_lengths([["lcpo_sum", "supervised", "ruler"]], "supervised")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 # verl loads this file by its path, in Ray workers that do not know its folder.
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from rewards import REWARDS, check_answers, response_length  # noqa: E402
 
 if TYPE_CHECKING:  # libraries that are loaded late

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The toy study: every reward from the same base model and seed, two runs at a time; then docs/zoo.md, zoo.json, zoo.png.
-#   bash recipes/zoo.sh                                47 runs, some 2 hours on two idle cores; finished ones are not repeated
-#   STEPS=2 OUT=out/zoo_try bash recipes/zoo.sh        every run with 2 steps: tries the machinery, writes into OUT
-#   ONLY="dler kimi" bash recipes/zoo.sh               some of the runs
+#   bash studies/zoo.sh                                47 runs, some 2 hours on two idle cores; finished ones are not repeated
+#   STEPS=2 OUT=out/zoo_try bash studies/zoo.sh        every run with 2 steps: tries the machinery, writes into OUT
+#   ONLY="dler kimi" bash studies/zoo.sh               some of the runs
 # The flags are those of the line "# toy:" in each recipe. A run's output goes to OUT/NAME.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,6 @@ mkdir -p "$OUT"
 python -c 'import os, toy; toy.make_base(os.environ["OUT"])'
 code=0
 # A run that fails is named and leaves the others alone.
-python recipes/zoo.py names ${ONLY:-} | xargs -P 2 -n 1 python recipes/zoo.py run || code=1
-python recipes/zoo.py report
+python -m studies.zoo names ${ONLY:-} | xargs -P 2 -n 1 python -m studies.zoo run || code=1
+python -m studies.zoo report
 exit $code

@@ -13,8 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 
-import metrics
-import plots
+from evaluation import metrics, plots
 
 SHOWN = 800  # samples in the page's browser: all of some problems, rather than one of each
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_page.html")

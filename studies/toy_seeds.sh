@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's table: five seeds, each with a base model of its own, of the toy's default; the same with vLLM, and with LCPO-Exact
-# and plain GRPO.  bash recipes/toy_seeds.sh    about 6 minutes a run on two idle cores; finished runs are not repeated
+# and plain GRPO.  bash studies/toy_seeds.sh    about 6 minutes a run on two idle cores; finished runs are not repeated
 # Results go to out/seeds/, and their summary to docs/toy_runs.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,12 +1,12 @@
 """Times and weighs the pieces of the training loop: against the naive version, against TRL 1.16.0.
 
-    python bench.py step [--full]       one update: ours, TRL's GRPOTrainer, the machine's own matmul rate
-    python bench.py logprobs            log-probs and their gradient: ours, full logits; by vocabulary
-    python bench.py padding             share of padded tokens: ours, TRL's batching
-    python bench.py scale               step time against tokens, 1 and 2 processes
-    python bench.py sampler             responses from the trainer's vLLM, from a bare vllm.LLM
-    python bench.py verify              answers checked per second: ours, math-verify one by one
-    python bench.py plan [--model M]    memory: model, response cap, GPUs -> peak GiB and the flags it takes
+    python -m scaling.bench step [--full]       one update: ours, TRL's GRPOTrainer, the machine's own matmul rate
+    python -m scaling.bench logprobs            log-probs and their gradient: ours, full logits; by vocabulary
+    python -m scaling.bench padding             share of padded tokens: ours, TRL's batching
+    python -m scaling.bench scale               step time against tokens, 1 and 2 processes
+    python -m scaling.bench sampler             responses from the trainer's vLLM, from a bare vllm.LLM
+    python -m scaling.bench verify              answers checked per second: ours, math-verify one by one
+    python -m scaling.bench plan [--model M]    memory: model, response cap, GPUs -> peak GiB and the flags it takes
 
 Each prints a table and, last, one JSON line. Without --full the sizes are small: a minute on a laptop.
 Every variant runs in a process of its own, which is what its peak memory is measured in; the processes take
@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import plan
-import race
 from data import BadInput, one_line_errors
+from scaling import plan, race
 
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch
@@ -577,7 +576,7 @@ def sampler_model(s: dict) -> tuple:
     import torch
     from transformers import LlamaForCausalLM
 
-    import toy
+    from toy.task import task as toy
 
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()

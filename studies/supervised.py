@@ -1,6 +1,6 @@
 """Supervised training on traces that are annotated with their own lengths: what L1 says does not work.
 
-    python recipes/supervised.py MODEL OUT [--idea mlt]
+    python -m studies.supervised MODEL OUT [--idea mlt]
 
 MODEL (a toy base model) answers training problems as it likes; its right answers are then taught to it again,
 each behind a prompt that asks for exactly the length it has. No reward, no sampling while it learns.
@@ -20,8 +20,8 @@ import torch
 
 import data
 import rewards
-import toy
 from sampler import load_model, make_sampler
+from toy.task import task as toy
 
 # 2,000 problems, 8 samples of each, three times over, with RL's learning rate: about as many responses are
 # learned from as in 200 steps of RL.
