@@ -35,7 +35,7 @@ import rewards
 from data import BadInput
 from evaluation import curves, engines, metrics, plots, report
 from evaluation.metrics import jsonable
-from toy.task import task as toy
+from toy import task as toy
 
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)

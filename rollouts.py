@@ -19,7 +19,7 @@ import faults
 import methods
 from data import BadInput, annotate, encode_prompt, load_problems
 from rewards import ADVANTAGES, REWARDS, check_answers, response_length
-from toy.task import task as toy
+from toy import task as toy
 
 # ------------------------------------------------------------------------------------------------------------
 # Which rows

@@ -51,7 +51,7 @@ from rollouts import (
     sample_batch,
     to_rollouts,
 )
-from toy.task import task as toy
+from toy import task as toy
 
 # What `python train_grpo.py` without a model does: these replace the defaults below, flags still win.
 TOY = {

@@ -38,7 +38,7 @@ import data
 import rewards
 from data import BadInput
 from sampler import load_sampler, think_token
-from toy.task import task as toy
+from toy import task as toy
 
 if TYPE_CHECKING:  # libraries that are loaded late
     import torch

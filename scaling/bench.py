@@ -576,7 +576,7 @@ def sampler_model(s: dict) -> tuple:
     import torch
     from transformers import LlamaForCausalLM
 
-    from toy.task import task as toy
+    from toy import task as toy
 
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()

@@ -158,7 +158,7 @@ def script(name: str, idea: str | None) -> list[str]:
 
 def base_model(seed: int) -> str:
     """Folder of the toy's base model; made by one process while others wait."""
-    from toy.task import task as toy
+    from toy import task as toy
 
     with open(os.path.join(OUT, f".base{seed}"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

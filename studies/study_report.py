@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import study
+
+from studies import study
 from studies.study import DOCS, ROOT, RUNS
 
 sys.path.insert(0, ROOT)

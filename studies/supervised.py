@@ -15,13 +15,13 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import ideas
 import torch
 
 import data
 import rewards
 from sampler import load_model, make_sampler
-from toy.task import task as toy
+from studies import ideas
+from toy import task as toy
 
 # 2,000 problems, 8 samples of each, three times over, with RL's learning rate: about as many responses are
 # learned from as in 200 steps of RL.

@@ -17,7 +17,7 @@ import data
 import evaluate
 import sampler as samplers
 from evaluation import baselines
-from toy.task import task as toy
+from toy import task as toy
 
 DATA = os.path.join(ROOT, "tests", "data")
 GOLDEN = [0.05, 0.6, 0.35]  # of the end token and two others, at every position

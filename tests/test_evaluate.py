@@ -21,7 +21,7 @@ import evaluate
 from data import BadInput
 from evaluation import engines, metrics
 from sampler import load_sampler
-from toy.task import task as toy
+from toy import task as toy
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ("violins", "accuracy", "error", "over", "patterns")

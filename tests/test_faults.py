@@ -25,7 +25,7 @@ import logbook
 import sampler
 import train_grpo
 import update
-from toy.task import task as toy
+from toy import task as toy
 
 FLAGS = "--data toy --limit 12 --wording tulu --max-tokens 24 --prompts-per-step 4 --group-size 4 --lr 1e-3"
 FLAGS = [*FLAGS.split(), "--sampler", "hf", "--require-think"]

@@ -29,7 +29,7 @@ import train_grpo
 from data import annotate
 from evaluation import curves
 from integrations import card, trackers
-from toy.task import task as toy
+from toy import task as toy
 
 SAMPLES = os.path.join(ROOT, "tests", "data", "samples_small.jsonl")
 METRICS = {"step": 0, "reward": 0.5, "reward_std": 0.1, "accuracy": np.float64(0.75), "kl": None,

@@ -21,7 +21,7 @@ from conftest import ROOT
 import data
 from integrations import hosts
 from rewards import REWARDS
-from toy.task import task as toy
+from toy import task as toy
 
 RIGHT, WRONG = "3 +6 =9 </think> 9 <eos>", "3 +6 =9 wait =9 </think> 8 <eos>"  # 6 and 8 tokens
 ROW = {

@@ -20,7 +20,7 @@ import sampler as samplers
 import train_grpo
 import update as updates
 from data import load_tokenizer
-from toy.task import task as toy
+from toy import task as toy
 
 MATH = os.path.join(DATA, "math_train_small.jsonl.gz")
 ONE = SimpleNamespace(process_index=0, num_processes=1)

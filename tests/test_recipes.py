@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import data
 import rewards
 import train_grpo
-from toy.task import task as toy
+from toy import task as toy
 
 
 def load(*path):

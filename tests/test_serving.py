@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 import data
-from toy.task import task as toy
+from toy import task as toy
 
 with open(os.path.join(ROOT, "docs", "serving.md"), encoding="utf-8") as f:
     PAGE = f.read()

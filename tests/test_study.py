@@ -15,14 +15,13 @@ import methods
 import rewards
 import sampler
 from sampler import load_model, load_sampler
-from toy.task import task as toy
+from toy import task as toy
 
-sys.path.insert(0, os.path.join(ROOT, "recipes"))
+sys.path.insert(0, os.path.join(ROOT, "studies"))
 
-import ideas
-import study
-import study_report
 import supervised
+
+from studies import ideas, study, study_report
 
 DOCS = os.path.join(ROOT, "docs")
 with open(os.path.join(ROOT, "studies", "study_text.md"), encoding="utf-8") as f:

@@ -24,7 +24,7 @@ import update as updates
 import weights
 from data import load_tokenizer
 from scaling import plan
-from toy.task import task as toy
+from toy import task as toy
 
 DATA = os.path.join(ROOT, "tests", "data")
 SMALL = (
