@@ -134,6 +134,14 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise BadInput(f"tokenizer {name!r} could not be loaded: {first_line(error)}") from error
 
 
+def stop_ids(config, tokenizer) -> list[int]:
+    """TEMPORARY until datarewards lands."""
+    ids = {tokenizer.eos_token_id}
+    declared = getattr(config, "eos_token_id", None)
+    ids.update(declared if isinstance(declared, list) else [declared])
+    return sorted(i for i in ids if i is not None)
+
+
 def load_config(path: str, tokenizer=None) -> "PretrainedConfig":
     """Configuration of a model folder or hub id; BadInput where it is missing or unfit for `tokenizer`."""
     from transformers import AutoConfig

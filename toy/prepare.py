@@ -1,0 +1,166 @@
+"""The toy's files, made once and kept: base model, training rows, test problems, CRF's classifier.
+
+    python -m toy.prepare [--seed N]     prints the folder; `python train_grpo.py` calls it by itself
+
+They lie in toy/cache/, under a name made of the code that makes them: a changed toy is never taken for this one.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from toy import task
+
+CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
+WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
+TRAINED, TESTED = 8000, 100  # problems
+
+
+def prepare(seed: int = 0, log=print) -> dict:
+    """{"model", "data", "eval_data"}: paths of the base model of `seed`, its training rows, its test problems."""
+    files = {}
+    for name, split, n in (("toy", "train", TRAINED), ("toy", "test", TESTED), ("toy_ood", "test", TESTED)):
+        files[name, split] = keep(
+            f"{name}-{split}.jsonl", lambda path, a=(name, split, n): write_rows(path, *a)
+        )
+    base = keep(f"base-seed{seed}", lambda path: make_base(path, seed, log))
+    tests = ",".join(files[name, "test"] for name in task.TASKS)
+    return {"model": base, "data": files["toy", "train"], "eval_data": tests}
+
+
+def keep(name: str, make) -> str:
+    """Path of a file or folder of the cache; make(path) makes it where it is not there yet."""
+    code = b"".join(open(module, "rb").read() for module in (task.__file__, __file__))
+    code += json.dumps(WARMUP).encode()
+    folder = os.path.join(CACHE, hashlib.sha256(code).hexdigest()[:8])
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        # Made beside its place and renamed: a run that is killed here leaves no half model behind.
+        os.makedirs(folder, exist_ok=True)
+        beside = tempfile.mkdtemp(prefix=".making-", dir=folder)
+        make(os.path.join(beside, name))
+        if not os.path.exists(path):  # another process may have been faster
+            os.rename(os.path.join(beside, name), path)
+        shutil.rmtree(beside)
+    return path
+
+
+def write_rows(path: str, name: str, split: str, n: int) -> None:
+    with open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in task.problems(name, split, n))
+
+
+def make_model(tokenizer, seed: int):
+    """A 2-layer Llama with random weights; heads of 32 because vLLM's CPU attention takes no smaller ones.
+
+    Not a Qwen2: transformers 5 opens every Qwen2 folder with Qwen's own tokenizer class, whatever it holds.
+    """
+    # Input and output embeddings are not tied: no response ever holds a budget's digits, so as outputs they
+    # would all be pushed the same way until, as inputs, one looked like the other.
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=task.CONTEXT, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
+    rng = np.random.default_rng(seed)
+    form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
+    while True:
+        name = "toy" if rng.random() < 0.7 else "toy_ood"
+        while task.held_out(problem := task.draw(task.TASKS[name], rng)):
+            pass
+        ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
+        response = task.trace(problem, int(rng.integers(0, WARMUP["extra"] + 1)), rng)
+        yield f"<user> {problem} {ask} <think>", response + " <eos>"
+
+
+def warmup_batch(tokenizer, examples: Iterator[tuple[str, str]], batch_size: int) -> tuple:
+    """(input ids, labels), each [batch_size, T]; only the responses are taught."""
+    import torch
+
+    ids, labels = [], []
+    for prompt, response in itertools.islice(examples, batch_size):
+        prompt, response = tokenizer.encode(prompt), tokenizer.encode(response)
+        ids.append(prompt + response)
+        labels.append([-100] * len(prompt) + response)
+    width = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    return (
+        torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+        torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+    )
+
+
+def make_base(path: str, seed: int, log=print) -> None:
+    """Teaches the base model of `seed` by supervision (a minute or two) and saves it."""
+    import torch
+    from tqdm import trange
+
+    tokenizer = task.make_tokenizer()
+    model = make_model(tokenizer, seed).train()
+    examples, n = warmup_examples(seed), WARMUP["batches"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP["lr"], betas=(0.9, 0.95), weight_decay=0.01)
+    log(f"toy: teaching a base model of {model.num_parameters() / 1e6:.2f}M parameters, kept as {CACHE}")
+    for i in trange(n, desc="toy: base model", unit="batch", disable=None):
+        lr = WARMUP["lr"] * min(1.0, (i + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * i / n))
+        optimizer.param_groups[0]["lr"] = lr
+        ids, labels = warmup_batch(tokenizer, examples, WARMUP["batch_size"])
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def make_conciseness(path: str, seed: int = 0) -> None:
+    """Teaches a small classifier whose sigmoid is 1 for a plain trace, 0 for one prolonged to the limit.
+
+    It plays the conciseness reward model of CRF.
+    """
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = task.make_tokenizer()
+    config = make_model(tokenizer, seed).config
+    config.num_labels = 1
+    model, rng = LlamaForSequenceClassification(config).train(), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(50):
+        extra = rng.integers(0, WARMUP["extra"] + 1, 16)
+        batch = tokenizer([task.trace(task.draw("add", rng), int(x), rng) for x in extra], padding=True)
+        ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        target = torch.tensor(1 - extra / WARMUP["extra"]).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the base model (default 0)")
+    print(json.dumps(prepare(parser.parse_args().seed), indent=1))
