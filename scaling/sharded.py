@@ -1,15 +1,15 @@
 """Weights that are not one plain tensor each: adapters (LoRA) and shards (FSDP2), and how they become whole.
 
-whole_weights() is what the sampler is given and what checkpoints hold, one tensor at a time, so that no process
-needs room for a second model. All processes call it together: a shard is gathered from all of them.
+whole_weights() is what the sampler is given and what checkpoints hold, one tensor at a time, so that no
+process needs room for a second model. All processes call it together: a shard is gathered from all of them.
 """
 
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -53,14 +53,29 @@ def without_adapters(model):
 
 
 def shard(model, forward, bf16: bool, device) -> None:
-    """Spreads weights, gradients and optimizer over the processes; `forward(model, ids)` becomes its forward()."""
+    """Spreads weights, gradients and optimizer over the processes; `forward(model, ids)` is its forward().
+
+    The first process holds the model; on the others it may be without contents (device_map="meta").
+    """
+    contents = model.state_dict() if dist.get_rank() == 0 else {}
+    if model.device.type == "meta":
+        model.to_empty(device="cpu")  # room that costs memory only where it is written to
+        model.tie_weights()
     # FSDP gathers a layer's weights around that module's forward(); the decoder alone is called in training.
     model.forward = lambda ids: forward(model, ids)
-    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, contents, options=options)
+    for buffer in model.buffers():  # those of rotary embeddings are in no state
+        dist.broadcast(buffer, 0)
+
+
+def whole(p):
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
 def whole_weights(model):
@@ -68,33 +83,25 @@ def whole_weights(model):
     if isinstance(model, FSDPModule):
         # After a pass without gradient the root still holds gathered weights, rounded to the compute type.
         model.reshard()
-
-    def whole(p):
-        return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
-
     modules = dict(model.named_modules())
     for name, p in model.named_parameters():
-        owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
         if ".lora_" in name:
             continue
         weight = whole(p)
         if name.endswith(".base_layer.weight"):
+            owner = modules[name.removesuffix(".base_layer.weight")]
             a, b = (whole(getattr(owner, side)[ADAPTER].weight) for side in ("lora_A", "lora_B"))
             weight = (weight + owner.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight
 
 
-# Gathered in the memory of the first process alone.
-GATHERED = {"full_state_dict": True, "cpu_offload": True}
-
-
 def trained_state(model, optimizer) -> dict:
-    """{"optimizer", "adapter"}: what a checkpoint holds beside whole weights, in the first process's memory."""
-    adapter = get_model_state_dict(model, options=StateDictOptions(**GATHERED, ignore_frozen_params=True))
-    return {
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**GATHERED)),
-        "adapter": {name: p for name, p in adapter.items() if ".lora_" in name},
-    }
+    """{"optimizer", "adapter"}: what a checkpoint holds beside whole weights, whole on the first process."""
+    adapter = {name: whole(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    if not isinstance(model, FSDPModule):  # bitsandbytes unwraps its state in its own methods alone
+        return {"optimizer": optimizer.state_dict(), "adapter": adapter}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {"optimizer": get_optimizer_state_dict(model, optimizer, options=options), "adapter": adapter}
 
 
 def load_trained_state(model, optimizer, saved: dict) -> None:
@@ -102,4 +109,7 @@ def load_trained_state(model, optimizer, saved: dict) -> None:
     options = StateDictOptions(full_state_dict=True, strict=False)
     if saved["adapter"]:
         set_model_state_dict(model, saved["adapter"], options=options)
-    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+    if isinstance(model, FSDPModule):
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+    else:
+        optimizer.load_state_dict(saved["optimizer"])
