@@ -1,6 +1,6 @@
-"""GRPO with a colocated vLLM engine, in one file: a language model learns to think for as many tokens as asked.
+"""GRPO with a colocated vLLM engine, in one file: a language model learns to think for as long as it is asked.
 
-Every process owns one GPU, and on it both the model that is trained and the vLLM engine that samples. A step is
+Every process owns one GPU, and on it both the model that is trained and the vLLM engine that samples. A step:
 
     rows -> responses (vLLM) -> right or wrong, length -> reward -> advantage -> loss -> new weights -> vLLM
 
@@ -8,7 +8,7 @@ $ python train_grpo.py                                                   a lapto
 $ python train_grpo.py @recipes/l1_exact.args                            one GPU
 $ torchrun --nproc_per_node 8 train_grpo.py @recipes/l1_exact.args       a box of eight
 
-A response is a dict: prompt_ids, ids [L], logps [L] (the sampler's), text, length, correct, truncated, advantage.
+A response is a dict: prompt_ids, ids [L], logps [L] (the sampler's), text, length, correct, truncated, ...
 What a paper needs besides its reward is in methods/, one file each. Every random draw is a function of
 (seed, step, rank), so a resumed run is the same run.
 """
@@ -40,15 +40,7 @@ import data
 import methods
 from data import BadInput
 from rewards import ADVANTAGES, REWARDS
-from scaling.model import (
-    add_lora,
-    load_trained_state,
-    output_head,
-    shard,
-    trained_state,
-    whole_weights,
-    without_adapters,
-)
+from scaling import model as net
 from verifier import check_answers
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -71,6 +63,7 @@ def build_parser():
         parser.add_argument(name, default=default, help=help, **options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
+
     # model, data, output
     add("--model", help="folder or hub id; without --model and --data: the toy, as in recipes/toy.args")
     add("--data", help="rows of data.py (.jsonl), a preset or a hub id")
@@ -93,12 +86,7 @@ def build_parser():
     add("--require-think", False, "an answer without the end of thinking is wrong")
     add("--think-end", "</think>", "the text that ends thinking")
     # sampling
-    add(
-        "--sampler",
-        "auto",
-        "auto: vllm where there is CUDA and it is installed",
-        choices=["auto", "vllm", "hf"],
-    )
+    add("--sampler", "auto", "auto: vllm if there is CUDA and vllm", choices=["auto", "vllm", "hf"])
     add("--steps", 500, "training steps, each on one batch of responses")
     add("--prompts-per-step", 128, "over all processes")
     add("--group-size", 16, "responses to each prompt")
@@ -106,8 +94,7 @@ def build_parser():
     add("--temperature", 1.0, "of sampling, and of the log-probs in the loss")
     add("--vllm-memory", 0.35, "vLLM's share of the GPU memory")
     add("--vllm-sleep", False, "lend that share to the trainer during the update")
-    alike = "replace groups in which this is alike for all, four rounds at most"
-    add("--dynamic-sampling", "none", alike, choices=["none", "correct", "reward"])
+    add("--dynamic-sampling", "none", "replace groups alike in it", choices=["none", "correct", "reward"])
     # update
     add("--lr", 1e-6, "peak learning rate of AdamW")
     add("--lr-schedule", "constant", "after the warm-up", choices=["constant", "cosine", "linear"])
@@ -127,8 +114,8 @@ def build_parser():
     add("--clip-high", 0.2, "upper clip of the ratio; DAPO: 0.28")
     add("--dual-clip", 0.0, "bound the loss of bad responses at this times -advantage; 0: off")
     add("--overlong-filter", False, "truncated responses leave the loss")
-    reductions = ["token_mean", "sequence_mean", "constant"]
-    add("--loss-reduction", "token_mean", "what a token weighs in the whole batch", choices=reductions)
+    reductions = ["token_mean", "sequence_mean", "constant"]  # 1 / (all tokens, N x own tokens, N x cap)
+    add("--loss-reduction", "token_mean", "what a token weighs", choices=reductions)
     add("--kl-coef", 0.0, "weight of the KL to the starting model; 0 loads no such model")
     add("--kl-estimator", "k3", "of that KL", choices=["k2", "k3"])
     add("--tis-cap", 2.0, "cap of the trainer/sampler importance weight; 0: off")
@@ -168,9 +155,14 @@ def parse_args(argv=None):
 
 def check_args(args, out):
     """The mistakes that people make, each told in a line before anything is loaded."""
-    p, highest = args.prompts_per_step, data.parse_budgets(args.budgets or "none")["high"] or 0
-    held, inside = os.path.exists(out + "args.json"), [n for n in (args.model, args.data) if n]
-    inside = [n for n in inside if os.path.abspath(n).startswith(out)]
+    p, cap, dual, fresh = (
+        args.prompts_per_step,
+        args.max_tokens,
+        args.dual_clip,
+        not (args.resume or args.overwrite),
+    )
+    highest = data.parse_budgets(args.budgets or "none")["high"] or 0
+    inside = [n for n in (args.model, args.data) if n and os.path.abspath(n).startswith(out)]
     for wrong, message in (
         (args.model and not args.data, "--data is missing: name the rows to train on (data.py makes them)"),
         (args.data and not args.model, "--model is missing: name the model to train"),
@@ -178,16 +170,13 @@ def check_args(args, out):
         (p % WORLD, f"--prompts-per-step ({p}) must be a multiple of the {WORLD} processes"),
         (args.minibatches > p, f"--minibatches ({args.minibatches}) must not exceed --prompts-per-step ({p})"),
         (not 0 < args.vllm_memory < 1, f"--vllm-memory ({args.vllm_memory}) must lie between 0 and 1"),
-        (highest > args.max_tokens, f"--budgets reaches {highest}: raise --max-tokens ({args.max_tokens})"),
-        (args.dual_clip and not 1 < args.dual_clip < 1e9, f"--dual-clip ({args.dual_clip}) must exceed 1; 0: off"),
-        (args.dual_clip and args.ratio == "cispo", "--dual-clip has no meaning with --ratio cispo: leave it out"),
+        (highest > cap, f"--budgets reaches {highest} tokens, above --max-tokens ({cap}): raise that"),
+        (dual and (args.ratio == "cispo" or not dual > 1), f"--dual-clip ({dual}) must exceed 1; not for cispo"),
         (args.fsdp and WORLD == 1, "--fsdp needs several processes: torchrun --nproc_per_node N"),
         (args.fsdp and args.optim == "adamw8bit", "--fsdp cannot shard 8-bit states: use --optim adamw"),
         (args.eval_every and args.model and not args.eval_data, "--eval-every needs --eval-data"),
-        (args.log_with != "none" and not importlib.util.find_spec(args.log_with),
-         f"--log-with {args.log_with} is not installed: pip install {args.log_with}"),
         (args.resume and args.overwrite, "--resume goes on with a run, --overwrite deletes it: choose one"),
-        (held and not (args.resume or args.overwrite),
+        (fresh and os.path.exists(out + "args.json"),
          f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
         (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
@@ -205,7 +194,7 @@ def print0(*words, **options):
 
 
 def gather(items):
-    """The items of all processes, in the order of the processes: afterwards every process holds the same list."""
+    """The items of all processes, in their order: afterwards every process holds the same list."""
     return gather_object(items) if WORLD > 1 else items
 
 
@@ -223,9 +212,12 @@ class VLLM:
     def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, sequences, sleep=False):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        quiet = {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        os.environ.update(quiet | os.environ)  # what the user has set wins
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         import vllm
         from vllm.model_executor.layers import utils as layers
@@ -245,7 +237,7 @@ class VLLM:
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(
             model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(sequences, 512),
-            logprobs_mode="processed_logprobs",  # with the temperature in: of the distribution that was sampled
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled, temperature included
             enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options,
         )  # fmt: skip
         set_threads(threads)  # the CPU worker changes it for the whole process and disables the setter
@@ -282,7 +274,7 @@ class VLLM:
             self.llm.wake_up(tags=["weights"])
         # The one place that reaches into vLLM (0.32.0): its loader maps the names and fuses q, k and v.
         worker = self.llm.llm_engine.model_executor.driver_worker
-        worker.model_runner.model.load_weights(whole_weights(model))
+        worker.model_runner.model.load_weights(net.whole_weights(model))
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -308,13 +300,11 @@ def pick_sampler(name):
 
 def draw_rows(rows, position, n, seed):
     """n rows from `position` on, without end. A position says it all: a resumed run needs no iterator."""
-    drawn, orders = [], {}
-    for p in range(position, position + n):
-        epoch, i = divmod(p, len(rows))
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(rows))
-        drawn.append(rows[orders[epoch][i]] | {"position": p})
-    return drawn
+    places = [divmod(p, len(rows)) for p in range(position, position + n)]
+    order = {
+        e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in {epoch for epoch, _ in places}
+    }
+    return [rows[order[epoch][i]] | {"position": position + k} for k, (epoch, i) in enumerate(places)]
 
 
 def roll_out(sampler, rows, requests, method, tokenizer, args, key):
@@ -450,13 +440,6 @@ def policy_loss(logp, t, args):
     return loss, stats | {"loss": loss}
 
 
-def sequence_ratio(logp, t):
-    """exp of the mean of logp - old_logp over each response, spread over its tokens [T]."""
-    rows = torch.zeros(len(t["ids"]), device=logp.device)
-    total = rows.index_add(0, t["row"], (logp - t["old_logp"]) * t["mask"])
-    return (total / rows.index_add(0, t["row"], t["mask"]).clamp(min=1)).clamp(-20, 20).exp()[t["row"]]
-
-
 # -----------------------------------------------------------------------------
 # Update
 
@@ -509,7 +492,7 @@ def add_logps(model, batch, name, args):
     """r[name] [L]: log-probs of the response's tokens under `model` as it is now, for this process's share."""
     for micro in micro_batches(batch, args.micro_tokens):
         t = to_tensors(micro)
-        flat = output_head(model, t, args)[2].all_logps(t["target"]).cpu().numpy()
+        flat = net.output_head(model, t, args)[2].all_logps(t["target"]).cpu().numpy()
         ends = np.cumsum([len(r["ids"]) for r in micro])
         for r, logps in zip(micro, np.split(flat, ends[:-1]), strict=True):
             r[name] = logps
@@ -518,9 +501,12 @@ def add_logps(model, batch, name, args):
 def backward(model, micro, args):
     """Adds the gradient of a micro-batch's loss to p.grad; sums of its diagnostics."""
     t, sums = to_tensors(micro), Counter(real=sum(map(size, micro)))
-    hidden, weight, head = output_head(model, t, args)
+    hidden, weight, head = net.output_head(model, t, args)
     if args.ratio == "sequence" and t["old_logp"] is not None:  # of whole responses: the head runs once more
-        t["sequence_ratio"] = sequence_ratio(head.all_logps(t["target"]), t)
+        moved, of_rows = head.all_logps(t["target"]) - t["old_logp"], torch.zeros(len(micro), device=DEVICE)
+        tokens = of_rows.index_add(0, t["row"], t["mask"]).clamp(min=1)
+        mean = of_rows.index_add(0, t["row"], moved * t["mask"]) / tokens
+        t["sequence_ratio"] = mean.clamp(-20, 20).exp()[t["row"]]
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
         of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
         logp, entropy = head.logps(part, of_part["target"])
@@ -536,7 +522,7 @@ def backward(model, micro, args):
 
 
 def update(model, reference, optimizer, batch, method, args):
-    """--minibatches optimizer steps over the batch (the same list on every process); means of the diagnostics."""
+    """--minibatches optimizer steps over the batch, the same on every process; means of the diagnostics."""
     n, sums, norms = args.minibatches, Counter(), []
     parts = [part for k in range(n) if (part := batch[len(batch) * k // n : len(batch) * (k + 1) // n])]
     for part in parts:
@@ -550,7 +536,7 @@ def update(model, reference, optimizer, batch, method, args):
     for part in parts[1:]:  # later steps compare with the policy that sampled
         add_logps(model, part, "old_logps", args)
     for part in parts if args.kl_coef else []:
-        with without_adapters(reference):
+        with net.without_adapters(reference):
             add_logps(reference, part, "ref_logps", args)
     learned = [p for p in model.parameters() if p.requires_grad]
     for part in parts:
@@ -585,14 +571,18 @@ def learning_rate(step, args):
 
 
 def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
-    folder, beside, whole = f"{out}/checkpoint-{step}", f"{out}/checkpoint-{step}.tmp", None
-    if args.fsdp or args.lora:  # gathered by all processes, kept and written by one
-        state |= trained_state(model, optimizer)
-        whole = {name: w.cpu() for name, w in whole_weights(model) if RANK == 0}
+    folder, beside = f"{out}/checkpoint-{step}", f"{out}/checkpoint-{step}.tmp"
+    # Adapters and shards are made whole by all processes; one keeps and writes them.
+    state |= net.trained_state(model, optimizer)
+    whole = (
+        {name: w.cpu() for name, w in net.whole_weights(model) if RANK == 0}
+        if args.fsdp or args.lora
+        else None
+    )
     if RANK == 0:
         model.save_pretrained(beside, state_dict=whole)
         tokenizer.save_pretrained(beside)
-        torch.save({"optimizer": optimizer.state_dict()} | state, f"{beside}/trainer_state.pt")
+        torch.save(state, f"{beside}/trainer_state.pt")
         # A rename may survive a power cut that the data does not: it would look whole and be empty.
         for name in [*os.listdir(beside), "."]:
             handle = os.open(f"{beside}/{name}", os.O_RDONLY)
@@ -618,7 +608,7 @@ def newest_checkpoint(args):
         folder = f"{args.out}/checkpoint-{step}"
         try:
             state = torch.load(f"{folder}/trainer_state.pt", **safe)
-            return state, load_model(args.model if args.lora else folder, args)
+            return state, net.load_model(args.model if args.lora else folder, args)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, BadInput) as error:
             damaged = f"--resume: {folder} is damaged ({str(error).splitlines()[0][:120]})"
             print0(f"{damaged}: skipped")
@@ -641,20 +631,6 @@ def open_run(args, step):
     os.replace(path + ".tmp", path)
     with open(f"{args.out}/args.json", "w") as f:
         json.dump(vars(args) | {"resume": False, "overwrite": False}, f, indent=1)
-
-
-def load_model(path, args, frozen=False):
-    """A causal language model in CPU memory. Weights that learn are float32, others of the compute type."""
-    import transformers
-    from safetensors import SafetensorError
-
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" and (frozen or args.lora) else torch.float32
-    try:  # neither a pickle nor classes of its own: a model folder runs no code here
-        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None
-    return model.eval().requires_grad_(False) if frozen else model.train()
 
 
 # -----------------------------------------------------------------------------
@@ -681,35 +657,22 @@ def main(argv=None):
     asked = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else drawn
     if len(drawn) > 5 and not args.eval_budgets:
         asked = [int(b) for b in np.quantile(drawn, [0.125, 0.375, 0.625, 0.875])]
-    longest = longest_prompt(rows, tokenizer, method, args) + args.max_tokens
+    first = [method.row(row | {"position": i}, 0) for i, row in enumerate(rows)]
+    longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
+    context = data.load_config(args.model, tokenizer).max_position_embeddings
+    if longest > context:
+        raise BadInput(f"--max-tokens ({args.max_tokens}) and the longest prompt make {longest}, above the model's "
+                       f"{context}: lower it, or drop long prompts (data.py --max-prompt-tokens)")  # fmt: skip
 
     # ---- model, starting model, optimizer
     saved, model = newest_checkpoint(args)
-    model = model or load_model(args.model, args)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.lora:
-        add_lora(model, args.lora, args.seed)
-    reference = model if args.lora else None  # without its adapters it is the starting model
-    if (args.kl_coef or method.asks_starting_model) and not args.lora:
-        reference = load_model(args.model, args, frozen=True)
-    for m in {id(m): m for m in (model, reference) if m is not None}.values():
-        shard(m, args.dtype == "bfloat16", DEVICE) if args.fsdp else m.to(DEVICE)
-    adam, options = torch.optim.AdamW, {"fused": True}
-    if args.optim == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        adam, options = AdamW8bit, {}
-    optimizer = adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, **options)
+    model, reference, optimizer = net.build(args, model, args.kl_coef or method.asks_starting_model, DEVICE)
     step, position, method.state = saved.get("step", 0), saved.get("position", 0), saved.get("method", {})
-    if saved and (args.fsdp or args.lora):
-        load_trained_state(model, optimizer, saved)
-    elif saved:
-        optimizer.load_state_dict(saved["optimizer"])
+    if saved:
+        net.load_trained_state(model, optimizer, saved)
 
     # ---- the engine on the same GPU, with room for the longest prompt and response
     stops, seed = data.stop_ids(model.generation_config, tokenizer), args.seed + RANK
-    context = data.load_config(args.model, tokenizer).max_position_embeddings
     room = min(context, longest + 2 * max(asked, default=0))
     if kind == "vllm":
         n = args.prompts_per_step * args.group_size // WORLD
@@ -718,7 +681,7 @@ def main(argv=None):
     else:
         from toy.hf_sampler import HFSampler
 
-        whole = load_model(args.model, args).to(DEVICE) if args.fsdp else model
+        whole = net.load_model(args.model, args).to(DEVICE) if args.fsdp else model
         sampler = HFSampler(whole, tokenizer, stops, room, args.fsdp)
     if args.check_memory:
         from scaling.memory import check_memory
@@ -727,10 +690,10 @@ def main(argv=None):
     sampler.load(model)  # the engine was built from the starting model
 
     def ask(rows, n, key, starting=False):
-        """n checked responses to each row as it stands, for a method: of the policy or of the starting model."""
+        """n checked responses to each row as it stands, for a method: the policy's or the starting model's."""
         plain = methods.Method(args, tokenizer)
         requests = [[q | {"n": n} for q in plain.requests(row)] for row in rows]
-        with without_adapters(model) if starting else nullcontext():
+        with net.without_adapters(model) if starting else nullcontext():
             sampler.load(reference if starting else model)
             groups, _ = roll_out(sampler, rows, requests, plain, tokenizer, args, key)
         sampler.load(model)
@@ -746,10 +709,8 @@ def main(argv=None):
         tracker = start(args)
     for number in (signal.SIGTERM, signal.SIGINT):  # looked at after each step; a second one ends it at once
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
-    print0(
-        f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} process(es) on {DEVICE.type}, {len(rows)} rows, "
-        f"reward {args.reward}, advantage {args.advantage}, method {args.method}, sampler {kind}"
-    )
+    print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, reward "
+           f"{args.reward}, advantage {args.advantage}, method {args.method}, sampler {kind}")  # fmt: skip
     if args.eval_every and step == 0:
         evaluate_now(sampler, asked, args, state, "eval-0")
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
@@ -766,8 +727,10 @@ def main(argv=None):
             for r, a in zip(group, advantage[i], strict=True):
                 r |= {"advantage": a, "group": i}
         method.learn(*seen)
-        if step == 0:
-            show_samples(groups, batch_rows, reward)
+        for row, group, line in list(zip(batch_rows, groups, reward, strict=True))[: 3 if step == 0 else 0]:
+            r = group[0]  # most mistakes can be seen in three responses
+            print0(f"{row['prompt']!r}\n    {r['text'][:600]!r}\n    {r['length']} of {row.get('budget')} tokens, "
+                   f"{'right' if r['correct'] else 'wrong'} ({row['answer']}), reward {line[0]:.3f}, advantage {r['advantage']:.3f}")  # fmt: skip
         batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
         t1 = time.time()
 
@@ -777,7 +740,14 @@ def main(argv=None):
         if args.vllm_sleep:
             sampler.sleep()
         m = update(model, reference, optimizer, batch, method, args)
-        must_be_sound(m, reward, step, args)
+        if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
+            sys.exit(
+                f"train_grpo.py: error: step {step} is not finite, lower --lr: reward {reward.sum()}, {m}"
+            )
+        # float32 engines agree to 2e-5 (measured), bf16 ones may be hundredths off; more is a lost sync.
+        if m.get("logp_gap", 0) > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
+            sys.exit(f"train_grpo.py: error: step {step}: the sampler does not hold the trainer's weights: their "
+                     f"log-probs are {m['logp_gap']:.2g} apart on average")  # fmt: skip
         t2 = time.time()
 
         # ---- the new weights into the engine: the next response comes from them
@@ -827,35 +797,8 @@ def load_rows(args):
     return rows
 
 
-def longest_prompt(rows, tokenizer, method, args):
-    """Tokens of the longest prompt, with what the method adds to it; it must leave room for a response."""
-    prompts = [len(data.encode_prompt(tokenizer, row["prompt"])) for row in rows]
-    tried = [method.row(r | {"position": i}, s) for i, r in enumerate(rows[:3]) for s in (0, args.steps)]
-    added = max(len(q["prompt_ids"]) for row in tried for q in method.requests(row)) - min(prompts[:3])
-    longest, context = max(prompts) + added, data.load_config(args.model, tokenizer).max_position_embeddings
-    if longest + args.max_tokens > context:
-        raise BadInput(
-            f"--max-tokens ({args.max_tokens}) after the longest prompt ({longest}) exceeds the model's context "
-            f"({context}): lower it, or drop long prompts with data.py --max-prompt-tokens"
-        )
-    return longest
-
-
-def must_be_sound(m, reward, step, args):
-    """Stops a run that can only get worse."""
-    if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
-        sys.exit(f"train_grpo.py: error: step {step} is not finite: reward {reward.sum()}, {m}: lower --lr")
-    # float32 engines agree to 2e-5 (measured); bf16 ones may be hundredths off.
-    limit = 1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1
-    if m.get("logp_gap", 0) > limit:
-        sys.exit(
-            f"train_grpo.py: error: step {step}: the sampler does not hold the trainer's weights: log-probs are "
-            f"{m['logp_gap']:.2g} apart on average (limit {limit:g}); it would learn from another policy"
-        )
-
-
 def length_metrics(rollouts, drawn):
-    """Length and its errors, also by budget in at most five buckets of the run's budgets `drawn`, by least one."""
+    """Length and its errors, also in at most five buckets of the run's budgets `drawn`, named by the least."""
     length, budget = rollouts["length"].astype(float), rollouts["budget"]
     m = {"length": length.mean(), "length_p95": np.quantile(length, 0.95)}
     m["truncated"] = rollouts["truncated"].mean()
@@ -889,16 +832,6 @@ def log(m, args, bar, tracker):
     if tracker:
         numbers = {f"train/{k}": v for k, v in m.items() if isinstance(v, (int, float))}
         tracker.log(numbers, step=m["step"] + 1)
-
-
-def show_samples(groups, rows, reward):
-    """Three responses of the first step and what they earned: most mistakes can be seen here."""
-    for row, group, line in list(zip(rows, groups, reward, strict=True))[:3]:
-        r, text = group[0], group[0]["text"]
-        text = text if len(text) < 500 else text[:300] + " [...] " + text[-150:]
-        verdict = ("right" if r["correct"] else "wrong") + (" (cut off)" if r["truncated"] else "")
-        print0(f"  prompt    {row['prompt']!r}\n  response  {text!r}\n  answer    {row['answer']!r}: {verdict}; "
-               f"{r['length']} tokens, budget {row.get('budget')}, reward {line[0]:.3f}\n")  # fmt: skip
 
 
 def evaluate_now(sampler, budgets, args, state, name):

@@ -16,6 +16,45 @@ from torch.distributed.tensor import DTensor
 from data import BadInput
 
 # -----------------------------------------------------------------------------
+# What is trained
+
+
+def load_model(path: str, args, frozen: bool = False):
+    """A causal language model in CPU memory. Weights that learn are float32, others of the compute type."""
+    import transformers
+    from safetensors import SafetensorError
+
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" and (frozen or args.lora) else torch.float32
+    try:  # neither a pickle nor classes of its own: a model folder runs no code here
+        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None
+    return model.eval().requires_grad_(False) if frozen else model.train()
+
+
+def build(args, model=None, with_reference: bool = False, device="cpu"):
+    """(model, reference, optimizer) on `device` or sharded. `model`: that of a checkpoint; None: the starting model.
+
+    reference: the starting model, frozen; with adapters the model itself, see without_adapters(); None: not needed.
+    """
+    model = model or load_model(args.model, args)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.lora:
+        add_lora(model, args.lora, args.seed)
+    reference = model if args.lora else load_model(args.model, args, frozen=True) if with_reference else None
+    for m in {id(m): m for m in (model, reference) if m is not None}.values():
+        shard(m, args.dtype == "bfloat16", device) if args.fsdp else m.to(device)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if args.optim == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return model, reference, AdamW8bit(learned, lr=args.lr)
+    return model, reference, torch.optim.AdamW(learned, lr=args.lr, fused=True)
+
+
+# -----------------------------------------------------------------------------
 # Log-probs of the sampled tokens and their gradient, a chunk of tokens at a time: [tokens x vocabulary] never exists.
 #
 # A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z), z = W h / T and
@@ -154,12 +193,17 @@ def shard(model, bf16: bool, device) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def is_plain(model) -> bool:
+    """Whether every weight is one tensor: no adapters, no shards."""
+    return not isinstance(model, FSDPModule) and not hasattr(model, "peft_config")
+
+
 def whole_weights(model):
     """(name, weight) of every parameter of the plain architecture: adapters merged, shards gathered.
 
     One tensor at a time, so that no process needs room for a second model. All processes call it together.
     """
-    if not isinstance(model, FSDPModule) and not hasattr(model, "peft_config"):
+    if is_plain(model):
         yield from model.named_parameters()
         return
     if isinstance(model, FSDPModule):
@@ -187,6 +231,8 @@ GATHERED = {"full_state_dict": True, "cpu_offload": True}
 
 def trained_state(model, optimizer) -> dict:
     """{"optimizer", "adapter"}: what a checkpoint holds beside whole weights, in the first process's memory."""
+    if is_plain(model):
+        return {"optimizer": optimizer.state_dict()}
     adapter = get_model_state_dict(model, options=StateDictOptions(**GATHERED, ignore_frozen_params=True))
     return {
         "optimizer": get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**GATHERED)),
@@ -196,6 +242,9 @@ def trained_state(model, optimizer) -> dict:
 
 def load_trained_state(model, optimizer, saved: dict) -> None:
     """What trained_state() gave; every process reads it and keeps its own shards."""
+    if is_plain(model):
+        optimizer.load_state_dict(saved["optimizer"])
+        return
     options = StateDictOptions(full_state_dict=True, strict=False)
     if saved["adapter"]:
         set_model_state_dict(model, saved["adapter"], options=options)
