@@ -1,4 +1,4 @@
-"""GRPO with a colocated vLLM engine, in one file: a language model learns to think for as long as it is asked.
+"""GRPO with a colocated vLLM engine, in one file: a language model learns to think as long as it is asked to.
 
 Every process owns one GPU, and on it both the model that is trained and the vLLM engine that samples. A step:
 
@@ -44,8 +44,7 @@ from scaling import model as net
 from verifier import check_answers
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 # -----------------------------------------------------------------------------
 # Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
@@ -56,11 +55,15 @@ def build_parser():
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     def add(name, default=None, help="", **options):
-        if isinstance(default, bool):
-            options["action"] = "store_true"
-        elif default is not None:
-            options, help = {"type": type(default)} | options, f"{help} (default: %(default)s)"
-        parser.add_argument(name, default=default, help=help, **options)
+        kind = (
+            {"action": "store_true"}
+            if default is False
+            else {}
+            if default is None
+            else {"type": type(default)}
+        )
+        help += " (default: %(default)s)" if default else ""
+        parser.add_argument(name, default=default, help=help, **kind | options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
 
@@ -142,12 +145,11 @@ def parse_args(argv=None):
             raise BadInput(f"--resume: no run to go on with in --out ({args.out}): {error}") from None
         args = parser.parse_args(argv)
     positive = "lr steps prompts_per_step max_tokens minibatches micro_tokens temperature".split()
-    least_0 = (
-        "limit seed warmup_steps weight_decay lora clip_low clip_high kl_coef tis_cap eval_every".split()
-    )
-    for name in (*positive, *least_0):
-        value, rule = getattr(args, name), "more than 0" if name in positive else "0 or more"
-        if not 0 <= value < math.inf or (name in positive and value == 0):
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not (
+            0 < value < math.inf or (value == 0 and name not in positive)
+        ):
+            rule = "more than 0" if name in positive else "0 or more"
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {rule}")
     check_args(args, os.path.abspath(args.out) + os.sep)
     return args
@@ -155,37 +157,34 @@ def parse_args(argv=None):
 
 def check_args(args, out):
     """The mistakes that people make, each told in a line before anything is loaded."""
-    p, cap, dual, fresh = (
-        args.prompts_per_step,
-        args.max_tokens,
-        args.dual_clip,
-        not (args.resume or args.overwrite),
-    )
-    highest = data.parse_budgets(args.budgets or "none")["high"] or 0
+    p, cap, dual = args.prompts_per_step, args.max_tokens, args.dual_clip
+    held = os.path.exists(out + "args.json") and not args.resume and not args.overwrite
     inside = [n for n in (args.model, args.data) if n and os.path.abspath(n).startswith(out)]
+    highest = data.parse_budgets(args.budgets or "none")["high"] or 0
     for wrong, message in (
         (args.model and not args.data, "--data is missing: name the rows to train on (data.py makes them)"),
         (args.data and not args.model, "--model is missing: name the model to train"),
         (args.group_size < 2, f"--group-size ({args.group_size}) must be 2 or more: advantages compare"),
         (p % WORLD, f"--prompts-per-step ({p}) must be a multiple of the {WORLD} processes"),
-        (args.minibatches > p, f"--minibatches ({args.minibatches}) must not exceed --prompts-per-step ({p})"),
+        (args.minibatches > p, f"--minibatches ({args.minibatches}) exceeds --prompts-per-step ({p})"),
         (not 0 < args.vllm_memory < 1, f"--vllm-memory ({args.vllm_memory}) must lie between 0 and 1"),
         (highest > cap, f"--budgets reaches {highest} tokens, above --max-tokens ({cap}): raise that"),
-        (dual and (args.ratio == "cispo" or not dual > 1), f"--dual-clip ({dual}) must exceed 1; not for cispo"),
+        (dual and (args.ratio == "cispo" or dual <= 1), f"--dual-clip ({dual}) must exceed 1; not for cispo"),
         (args.fsdp and WORLD == 1, "--fsdp needs several processes: torchrun --nproc_per_node N"),
         (args.fsdp and args.optim == "adamw8bit", "--fsdp cannot shard 8-bit states: use --optim adamw"),
         (args.eval_every and args.model and not args.eval_data, "--eval-every needs --eval-data"),
         (args.resume and args.overwrite, "--resume goes on with a run, --overwrite deletes it: choose one"),
-        (fresh and os.path.exists(out + "args.json"),
-         f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
+        (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
         (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
     ):  # fmt: skip
         if wrong:
             raise BadInput(message)
-    methods.constants("--reward-args", REWARDS[args.reward], args.reward_args)
-    methods.constants("--advantage-args", ADVANTAGES[args.advantage], args.advantage_args)
-    methods.constants("--method-args", methods.find(args.method), args.method_args)
+    args.reward_args = methods.constants("--reward-args", REWARDS[args.reward], args.reward_args)
+    args.advantage_args = methods.constants(
+        "--advantage-args", ADVANTAGES[args.advantage], args.advantage_args
+    )
+    args.method_args = methods.constants("--method-args", methods.find(args.method), args.method_args)
 
 
 def print0(*words, **options):
@@ -212,12 +211,9 @@ class VLLM:
     def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, sequences, sleep=False):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        quiet = {
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        }
-        os.environ.update(quiet | os.environ)  # what the user has set wins
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         import vllm
         from vllm.model_executor.layers import utils as layers
@@ -243,7 +239,7 @@ class VLLM:
         set_threads(threads)  # the CPU worker changes it for the whole process and disables the setter
 
     def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, logit_bias=None):
-        """n responses to each prompt (token ids): {"ids" [L], "logps" [L], "truncated"}; caps[i] tokens at most.
+        """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), caps[i] tokens at most.
 
         The end token is the last of ids. `seed` makes the call reproducible; logps are nats, without top_p.
         """
@@ -289,8 +285,8 @@ def pick_sampler(name):
         raise BadInput("--sampler vllm: vllm is not installed: see requirements.txt, or use --sampler hf")
     driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi")
     if driver and torch.version.cuda and DEVICE.type == "cpu" and name != "hf":
-        raise BadInput(f"there is an NVIDIA driver, but torch sees no GPU: CUDA {torch.version.cuda} needs a newer one "
-                       f"(CUDA 13: 580; nvidia-smi shows it), or train on the CPU with --sampler hf")  # fmt: skip
+        raise BadInput(f"torch sees no GPU, but an NVIDIA driver is here: CUDA {torch.version.cuda} needs a newer "
+                       f"one (CUDA 13: 580), or train on the CPU with --sampler hf")  # fmt: skip
     return name if name != "auto" else "vllm" if installed and DEVICE.type == "cuda" else "hf"
 
 
@@ -301,15 +297,13 @@ def pick_sampler(name):
 def draw_rows(rows, position, n, seed):
     """n rows from `position` on, without end. A position says it all: a resumed run needs no iterator."""
     places = [divmod(p, len(rows)) for p in range(position, position + n)]
-    order = {
-        e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in {epoch for epoch, _ in places}
-    }
-    return [rows[order[epoch][i]] | {"position": position + k} for k, (epoch, i) in enumerate(places)]
+    order = {e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in dict(places)}
+    return [rows[order[e][i]] | {"position": position + k} for k, (e, i) in enumerate(places)]
 
 
 def roll_out(sampler, rows, requests, method, tokenizer, args, key):
-    """(a checked group of responses to each row, counters of the check). Each process samples its share; every
-    one gets the whole batch, so that advantages and memories cannot differ between them."""
+    """(a checked group of responses to each row, counters of the check). Each process samples its share, every
+    one gets the whole batch: advantages and memories cannot differ between them."""
     own = slice(len(rows) * RANK // WORLD, len(rows) * (RANK + 1) // WORLD)
     rows, requests = rows[own], requests[own]
     seed = int(np.random.SeedSequence([args.seed, key[0], RANK, *key[1:]]).generate_state(1)[0])
@@ -356,20 +350,18 @@ def reward_and_advantage(groups, rows, method, args, step):
     rollouts["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=float)
     rollouts |= {"mode": [row.get("mode") for row in rows], "max_length": args.max_tokens, "step": step}
     rollouts |= method.reward_inputs(groups, rows, step)
-    reward, advantage = REWARDS[args.reward], ADVANTAGES[args.advantage]
-    options = methods.constants("--reward-args", reward, args.reward_args) | rollouts.pop("constants", {})
+    reward, options = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
     total, parts = reward(rollouts, **options), {}
     if "parts" in inspect.signature(reward).parameters:
         parts = reward(rollouts, **options, parts=True)
     # GDPO normalises each part by itself before they are added; all others see their sum.
     scored = np.stack(list(parts.values()) or [total]) if args.advantage == "gdpo" else total
-    options = methods.constants("--advantage-args", advantage, args.advantage_args)
-    return rollouts, total, parts, advantage(scored, rollouts, **options)
+    return rollouts, total, parts, ADVANTAGES[args.advantage](scored, rollouts, **args.advantage_args)
 
 
 def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
     """(groups, their rows, next position, all that was sampled, counters) of a step. With --dynamic-sampling
-    groups that teach nothing, because all their responses are alike, are replaced: four more rounds at most."""
+    groups that teach nothing, as all their responses are alike, are replaced: four more rounds at most."""
     groups, kept, seen, seen_rows, counts = [], [], [], [], {}
     for turn in range(5):
         missing = -(-(args.prompts_per_step - len(groups)) // WORLD) * WORLD
@@ -387,14 +379,18 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
             groups, kept = (groups + [group], kept + [row]) if differs else (groups, kept)
         if len(groups) >= args.prompts_per_step:
             break
-    counts |= {"kept_groups": min(len(groups), args.prompts_per_step), "sampled_groups": len(seen)}
-    counts["sampled_accuracy"] = np.mean([r["correct"] for group in seen for r in group])
+    n, right = args.prompts_per_step, [r["correct"] for group in seen for r in group]
+    counts |= {
+        "kept_groups": min(len(groups), n),
+        "sampled_groups": len(seen),
+        "sampled_accuracy": np.mean(right),
+    }
     groups, kept = (groups, kept) if groups else (seen, seen_rows)
-    return groups[: args.prompts_per_step], kept[: args.prompts_per_step], position, (seen, seen_rows), counts
+    return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
 
 # -----------------------------------------------------------------------------
-# Loss. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says to which response each belongs.
+# Loss. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says of which response each is.
 
 
 def token_weights(lengths, reduction, cap):
@@ -460,13 +456,13 @@ def micro_batches(batch, limit):
         if not micros or (len(micros[-1]) + 1) * size(micros[-1][0]) > limit:
             micros.append([])
         micros[-1].append(r)
-    # Shards are gathered by all processes together: one with fewer micro-batches runs fillers without weight.
+    # Shards are gathered by all processes together: one with fewer micro-batches runs weightless fillers.
     filler = {"advantage": 0.0, "weight": 0.0, "mask": np.zeros(len(batch[-1]["ids"]), np.float32)}
     return shares[RANK] + [[batch[-1] | filler]] * (max(map(len, shares)) - len(shares[RANK]))
 
 
 def to_tensors(micro):
-    """Padded ids [N, width], and flat tensors [T] of all response tokens: place, target, weight, log-probs."""
+    """Padded ids [N, width], and flat tensors [T] of all response tokens: place, target, log-probs, weight."""
     prompts, lengths = (np.array([len(r[k]) for r in micro]) for k in ("prompt_ids", "ids"))
     ids = np.zeros((len(micro), (prompts + lengths).max()), dtype=np.int64)
     for i, r in enumerate(micro):
@@ -489,7 +485,7 @@ def to_tensors(micro):
 
 @torch.no_grad()
 def add_logps(model, batch, name, args):
-    """r[name] [L]: log-probs of the response's tokens under `model` as it is now, for this process's share."""
+    """r[name] [L]: log-probs of the response's tokens under `model` as it is now, in this process's share."""
     for micro in micro_batches(batch, args.micro_tokens):
         t = to_tensors(micro)
         flat = net.output_head(model, t, args)[2].all_logps(t["target"]).cpu().numpy()
@@ -526,9 +522,7 @@ def update(model, reference, optimizer, batch, method, args):
     n, sums, norms = args.minibatches, Counter(), []
     parts = [part for k in range(n) if (part := batch[len(batch) * k // n : len(batch) * (k + 1) // n])]
     for part in parts:
-        for (
-            r
-        ) in part:  # what has a loss: by place, never by value, so that an end token that also pads has one
+        for r in part:  # by place, never by value: an end token that is also the padding has a loss
             r.setdefault("mask", np.ones(len(r["ids"]), np.float32))
         weights = token_weights([r["mask"].sum() for r in part], args.loss_reduction, args.max_tokens)
         for r, weight in zip(part, weights, strict=True):
@@ -574,11 +568,7 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
     folder, beside = f"{out}/checkpoint-{step}", f"{out}/checkpoint-{step}.tmp"
     # Adapters and shards are made whole by all processes; one keeps and writes them.
     state |= net.trained_state(model, optimizer)
-    whole = (
-        {name: w.cpu() for name, w in net.whole_weights(model) if RANK == 0}
-        if args.fsdp or args.lora
-        else None
-    )
+    whole = None if net.is_plain(model) else {k: w.cpu() for k, w in net.whole_weights(model) if RANK == 0}
     if RANK == 0:
         model.save_pretrained(beside, state_dict=whole)
         tokenizer.save_pretrained(beside)
@@ -610,6 +600,8 @@ def newest_checkpoint(args):
             state = torch.load(f"{folder}/trainer_state.pt", **safe)
             return state, net.load_model(args.model if args.lora else folder, args)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, BadInput) as error:
+            if "memory" in str(error):  # that is no damage
+                raise
             damaged = f"--resume: {folder} is damaged ({str(error).splitlines()[0][:120]})"
             print0(f"{damaged}: skipped")
     if damaged:
@@ -643,8 +635,6 @@ def main(argv=None):
         from toy.prepare import prepare
 
         vars(args).update(prepare(args.seed, print0))
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
     # One process may save for a long time while the others wait.
     state = PartialState(cpu=DEVICE.type == "cpu", timeout=datetime.timedelta(hours=6))
     if args.dtype == "auto":
@@ -654,15 +644,14 @@ def main(argv=None):
     kind, tokenizer, rows = pick_sampler(args.sampler), data.load_tokenizer(args.model), load_rows(args)
     method = methods.make(args, tokenizer, REWARDS[args.reward], ADVANTAGES[args.advantage])
     drawn = sorted({row["budget"] for row in rows if row.get("budget")})
-    asked = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else drawn
-    if len(drawn) > 5 and not args.eval_budgets:
-        asked = [int(b) for b in np.quantile(drawn, [0.125, 0.375, 0.625, 0.875])]
+    asked = drawn if len(drawn) < 6 else np.quantile(drawn, [0.125, 0.375, 0.625, 0.875]).astype(int).tolist()
+    asked = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else asked
     first = [method.row(row | {"position": i}, 0) for i, row in enumerate(rows)]
     longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
     context = data.load_config(args.model, tokenizer).max_position_embeddings
     if longest > context:
-        raise BadInput(f"--max-tokens ({args.max_tokens}) and the longest prompt make {longest}, above the model's "
-                       f"{context}: lower it, or drop long prompts (data.py --max-prompt-tokens)")  # fmt: skip
+        raise BadInput(f"--max-tokens ({args.max_tokens}) and the longest prompt make {longest}, the model takes "
+                       f"{context}: lower it, or drop prompts (data.py --max-prompt-tokens)")  # fmt: skip
 
     # ---- model, starting model, optimizer
     saved, model = newest_checkpoint(args)
@@ -690,7 +679,7 @@ def main(argv=None):
     sampler.load(model)  # the engine was built from the starting model
 
     def ask(rows, n, key, starting=False):
-        """n checked responses to each row as it stands, for a method: the policy's or the starting model's."""
+        """For methods: n checked responses to each row as it stands, the policy's or the starting model's."""
         plain = methods.Method(args, tokenizer)
         requests = [[q | {"n": n} for q in plain.requests(row)] for row in rows]
         with net.without_adapters(model) if starting else nullcontext():
@@ -709,17 +698,20 @@ def main(argv=None):
         tracker = start(args)
     for number in (signal.SIGTERM, signal.SIGINT):  # looked at after each step; a second one ends it at once
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
-    print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, reward "
-           f"{args.reward}, advantage {args.advantage}, method {args.method}, sampler {kind}")  # fmt: skip
+    print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, "
+           f"sampler {kind}: {args.reward}, {args.advantage}, {args.method}")  # fmt: skip
+    if args.eval_every:
+        from evaluation.in_training import evaluate_now, same_wording
+
+        same_wording(rows, args)
     if args.eval_every and step == 0:
         evaluate_now(sampler, asked, args, state, "eval-0")
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
     while step < args.steps:
         # ---- sample a group of responses to each prompt, check the answers
         t0 = time.time()
-        groups, batch_rows, position, seen, counts = sample_batch(
-            sampler, rows, method, tokenizer, args, step, position, ask
-        )
+        sampled = sample_batch(sampler, rows, method, tokenizer, args, step, position, ask)
+        groups, batch_rows, position, seen, counts = sampled
 
         # ---- reward and advantage: every token of a response shares its advantage
         rollouts, reward, parts, advantage = reward_and_advantage(groups, batch_rows, method, args, step)
@@ -729,8 +721,8 @@ def main(argv=None):
         method.learn(*seen)
         for row, group, line in list(zip(batch_rows, groups, reward, strict=True))[: 3 if step == 0 else 0]:
             r = group[0]  # most mistakes can be seen in three responses
-            print0(f"{row['prompt']!r}\n    {r['text'][:600]!r}\n    {r['length']} of {row.get('budget')} tokens, "
-                   f"{'right' if r['correct'] else 'wrong'} ({row['answer']}), reward {line[0]:.3f}, advantage {r['advantage']:.3f}")  # fmt: skip
+            print0(f"{row['prompt']!r}\n   {r['text'][:600]!r}\n   {r['length']} tokens of {row.get('budget')}, "
+                   f"gold {row['answer']!r}, correct {r['correct']}: reward {line[0]:.3f}")  # fmt: skip
         batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
         t1 = time.time()
 
@@ -741,12 +733,10 @@ def main(argv=None):
             sampler.sleep()
         m = update(model, reference, optimizer, batch, method, args)
         if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
-            sys.exit(
-                f"train_grpo.py: error: step {step} is not finite, lower --lr: reward {reward.sum()}, {m}"
-            )
+            sys.exit(f"train_grpo.py: error: step {step}, not finite: reward {reward.sum()}, {m}; lower --lr")
         # float32 engines agree to 2e-5 (measured), bf16 ones may be hundredths off; more is a lost sync.
         if m.get("logp_gap", 0) > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
-            sys.exit(f"train_grpo.py: error: step {step}: the sampler does not hold the trainer's weights: their "
+            sys.exit(f"train_grpo.py: error: step {step}: the sampler does not hold the trainer's weights: "
                      f"log-probs are {m['logp_gap']:.2g} apart on average")  # fmt: skip
         t2 = time.time()
 
@@ -770,8 +760,6 @@ def main(argv=None):
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             evaluate_now(sampler, asked, args, state, f"eval-{step}")
     bar.close()
-    if tracker:
-        tracker.finish()
     if step < args.steps:
         print0(f"stopped by a signal after step {step}, which is saved; to go on: --resume --out {args.out}")
     elif args.eval_every:
@@ -790,15 +778,11 @@ def load_rows(args):
     asking = [row for row in rows if row.get("budget")]
     if asking and (highest := max(row["budget"] for row in asking)) > args.max_tokens:
         raise BadInput(f"--max-tokens ({args.max_tokens}) is below a budget in --data ({highest}): raise it")
-    for row in asking[:1] if args.eval_every else []:  # evaluations ask in --wording
-        words = data.budget_prompt(*(row[k] for k in ("problem", "budget", "mode", "kind")), args.wording)
-        if row["prompt"] != words:
-            raise BadInput(f"--wording {args.wording} is not how --data asks: {row['prompt'][-80:]!r}")
     return rows
 
 
 def length_metrics(rollouts, drawn):
-    """Length and its errors, also in at most five buckets of the run's budgets `drawn`, named by the least."""
+    """Length and its errors, also in at most five buckets of the run's budgets `drawn` (named by the least)."""
     length, budget = rollouts["length"].astype(float), rollouts["budget"]
     m = {"length": length.mean(), "length_p95": np.quantile(length, 0.95)}
     m["truncated"] = rollouts["truncated"].mean()
@@ -829,24 +813,8 @@ def log(m, args, bar, tracker):
             f"grad {m['grad_norm']:.2f}  {m['seconds_sample']:.1f} + {m['seconds_train']:.1f} s"
         )
         bar.update()
-    if tracker:
-        numbers = {f"train/{k}": v for k, v in m.items() if isinstance(v, (int, float))}
-        tracker.log(numbers, step=m["step"] + 1)
-
-
-def evaluate_now(sampler, budgets, args, state, name):
-    """A budget sweep over --eval-data with the trainer's own engine, into OUT/name."""
-    from evaluate import before_and_after, evaluate, load_data
-
-    # One cap for all budgets, so that one which is not obeyed shows the length it gets and not the cap.
-    cap, mode = 2 * max(budgets, default=args.max_tokens // 2), "max" if args.mode == "max" else "exact"
-    evaluate(
-        sampler, load_data(args.eval_data, 200, 0), budgets or [None], mode, 2, f"{args.out}/{name}",
-        wording=args.wording, temperature=args.temperature, top_p=1.0, max_tokens=cap, seed=args.seed, state=state,
-        model=args.model, log=print0, require_think=args.require_think, think_end=args.think_end,
-    )  # fmt: skip
-    if name == "eval":
-        print0(before_and_after(args.out))
+        if tracker:
+            tracker(m)
 
 
 if __name__ == "__main__":

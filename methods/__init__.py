@@ -86,12 +86,14 @@ def make(args, tokenizer, *readers):
         if field not in method.provides:
             having = [name for name in names() if field in find(name).provides]
             raise BadInput(f"--reward and --advantage read {field!r}: give --method {' or '.join(having)}")
-    return method(args, tokenizer, **constants("--method-args", method, args.method_args))
+    return method(args, tokenizer, **args.method_args)
 
 
 def constants(flag, function, words):
     """["alpha=0.1", "metric=shortest"] -> {"alpha": 0.1, "metric": "shortest"}, parameters of `function`."""
     known, found = inspect.signature(function).parameters, {}
+    if isinstance(words, dict):  # of a resumed run
+        return words
     for word in words:
         k, _, value = word.partition("=")
         if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:

@@ -24,6 +24,7 @@ def load_model(path: str, args, frozen: bool = False):
     import transformers
     from safetensors import SafetensorError
 
+    transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if args.dtype == "bfloat16" and (frozen or args.lora) else torch.float32
     try:  # neither a pickle nor classes of its own: a model folder runs no code here
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
