@@ -55,15 +55,10 @@ def build_parser():
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     def add(name, default=None, help="", **options):
-        kind = (
-            {"action": "store_true"}
-            if default is False
-            else {}
-            if default is None
-            else {"type": type(default)}
-        )
-        help += " (default: %(default)s)" if default else ""
-        parser.add_argument(name, default=default, help=help, **kind | options)
+        if default is not None:
+            kind = {"action": "store_true"} if default is False else {"type": type(default)}
+            options, help = kind | options, f"{help} (default: %(default)s)" if default else help
+        parser.add_argument(name, default=default, help=help, **options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
 
@@ -146,10 +141,8 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     positive = "lr steps prompts_per_step max_tokens minibatches micro_tokens temperature".split()
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not (
-            0 < value < math.inf or (value == 0 and name not in positive)
-        ):
-            rule = "more than 0" if name in positive else "0 or more"
+        least, rule = (1e-30, "more than 0") if name in positive else (0, "0 or more")
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {rule}")
     check_args(args, os.path.abspath(args.out) + os.sep)
     return args
@@ -180,11 +173,9 @@ def check_args(args, out):
     ):  # fmt: skip
         if wrong:
             raise BadInput(message)
-    args.reward_args = methods.constants("--reward-args", REWARDS[args.reward], args.reward_args)
-    args.advantage_args = methods.constants(
-        "--advantage-args", ADVANTAGES[args.advantage], args.advantage_args
-    )
-    args.method_args = methods.constants("--method-args", methods.find(args.method), args.method_args)
+    functions = REWARDS[args.reward], ADVANTAGES[args.advantage], methods.find(args.method)
+    for name, function in zip(("reward_args", "advantage_args", "method_args"), functions, strict=True):
+        setattr(args, name, methods.constants(name, function, getattr(args, name)))
 
 
 def print0(*words, **options):
@@ -206,8 +197,6 @@ def add_up(counters):
 
 
 class VLLM:
-    name = "vllm"
-
     def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, sequences, sleep=False):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -216,18 +205,16 @@ class VLLM:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         import vllm
-        from vllm.model_executor.layers import utils as layers
+        from vllm.model_executor.layers import utils as ops
         from vllm.platforms import current_platform
 
-        self.vllm, self.tokenizer, self.stop_ids = vllm, tokenizer, stops
+        self.vllm, self.name, self.tokenizer, self.stop_ids = vllm, "vllm", tokenizer, stops
         self.max_model_len, self.asleep = max_model_len, False
         options = {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
         if current_platform.is_cpu():
             # That build repacks weights, and packed ones cannot be updated: plain products instead.
-            plain = torch.nn.functional.linear
-            layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: vars(layer).update(
-                cpu_linear=plain
-            )
+            f = torch.nn.functional.linear
+            ops.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: vars(layer).update(cpu_linear=f)
             options = {"enforce_eager": True}
         if WORLD > 1:
             options["distributed_executor_backend"] = "external_launcher"
@@ -239,7 +226,7 @@ class VLLM:
         set_threads(threads)  # the CPU worker changes it for the whole process and disables the setter
 
     def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, logit_bias=None):
-        """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), caps[i] tokens at most.
+        """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), of caps[i] tokens.
 
         The end token is the last of ids. `seed` makes the call reproducible; logps are nats, without top_p.
         """
@@ -285,8 +272,8 @@ def pick_sampler(name):
         raise BadInput("--sampler vllm: vllm is not installed: see requirements.txt, or use --sampler hf")
     driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi")
     if driver and torch.version.cuda and DEVICE.type == "cpu" and name != "hf":
-        raise BadInput(f"torch sees no GPU, but an NVIDIA driver is here: CUDA {torch.version.cuda} needs a newer "
-                       f"one (CUDA 13: 580), or train on the CPU with --sampler hf")  # fmt: skip
+        raise BadInput(f"torch sees no GPU, but an NVIDIA driver is here: CUDA {torch.version.cuda} needs a "
+                       f"newer one (CUDA 13: 580), or train on the CPU with --sampler hf")  # fmt: skip
     return name if name != "auto" else "vllm" if installed and DEVICE.type == "cuda" else "hf"
 
 
@@ -302,8 +289,8 @@ def draw_rows(rows, position, n, seed):
 
 
 def roll_out(sampler, rows, requests, method, tokenizer, args, key):
-    """(a checked group of responses to each row, counters of the check). Each process samples its share, every
-    one gets the whole batch: advantages and memories cannot differ between them."""
+    """(a checked group of responses to each row, counters of the check). Each process samples its share,
+    all get the whole batch: advantages and memories cannot differ between them."""
     own = slice(len(rows) * RANK // WORLD, len(rows) * (RANK + 1) // WORLD)
     rows, requests = rows[own], requests[own]
     seed = int(np.random.SeedSequence([args.seed, key[0], RANK, *key[1:]]).generate_state(1)[0])
@@ -380,11 +367,8 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
         if len(groups) >= args.prompts_per_step:
             break
     n, right = args.prompts_per_step, [r["correct"] for group in seen for r in group]
-    counts |= {
-        "kept_groups": min(len(groups), n),
-        "sampled_groups": len(seen),
-        "sampled_accuracy": np.mean(right),
-    }
+    counts |= {"sampled_groups": len(seen), "sampled_accuracy": np.mean(right)}
+    counts["kept_groups"] = min(len(groups), n)
     groups, kept = (groups, kept) if groups else (seen, seen_rows)
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
@@ -445,10 +429,8 @@ def size(r):
 
 
 def micro_batches(batch, limit):
-    """This process's share in micro-batches of `limit` tokens when padded; equally many on every process.
-
-    Longest first: little padding, the most memory at the start. Dealt out to the processes back and forth.
-    """
+    """This process's share in micro-batches of `limit` padded tokens, longest first: little padding, the most
+    memory at the start. Every process gets equally many."""
     batch = sorted(batch, key=size, reverse=True)
     turns, shares = [*range(WORLD), *reversed(range(WORLD))], [[] for _ in range(WORLD)]
     for i, r in enumerate(batch):
@@ -462,7 +444,7 @@ def micro_batches(batch, limit):
 
 
 def to_tensors(micro):
-    """Padded ids [N, width], and flat tensors [T] of all response tokens: place, target, log-probs, weight."""
+    """Padded ids [N, width], and flat tensors [T] of the response tokens: place, target, weight, ..."""
     prompts, lengths = (np.array([len(r[k]) for r in micro]) for k in ("prompt_ids", "ids"))
     ids = np.zeros((len(micro), (prompts + lengths).max()), dtype=np.int64)
     for i, r in enumerate(micro):
@@ -475,8 +457,8 @@ def to_tensors(micro):
     flat["mask"] = np.concatenate([r["mask"] for r in micro])
     flat["weight"] = np.array([r["weight"] for r in micro], np.float32)[row] * flat["mask"]
     # One number for all tokens of a response or, where a method says so, an array of one for each.
-    flat["advantage"] = np.concatenate([np.broadcast_to(r["advantage"], len(r["ids"])) for r in micro])
-    flat["advantage"] = flat["advantage"].astype(np.float32)
+    spread = [np.broadcast_to(np.float32(r["advantage"]), n) for r, n in zip(micro, lengths, strict=True)]
+    flat["advantage"] = np.concatenate(spread)
     for name in ("old_logp", "ref_logp"):
         flat[name] = np.concatenate([r[name + "s"] for r in micro]) if name + "s" in micro[0] else None
     t = {k: None if v is None else torch.from_numpy(v).to(DEVICE) for k, v in flat.items()}
@@ -553,11 +535,10 @@ def update(model, reference, optimizer, batch, method, args):
 
 
 def learning_rate(step, args):
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    warm, after = min(1, (step + 1) / max(1, args.warmup_steps)), max(0, step - args.warmup_steps)
+    done = after / max(1, args.steps - args.warmup_steps)
     decay = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
-    return args.lr * decay[args.lr_schedule]
+    return args.lr * warm * decay[args.lr_schedule]
 
 
 # -----------------------------------------------------------------------------
@@ -623,6 +604,10 @@ def open_run(args, step):
     os.replace(path + ".tmp", path)
     with open(f"{args.out}/args.json", "w") as f:
         json.dump(vars(args) | {"resume": False, "overwrite": False}, f, indent=1)
+    if args.log_with != "none":
+        from integrations import trackers
+
+        return trackers.start(args)
 
 
 # -----------------------------------------------------------------------------
@@ -637,8 +622,7 @@ def main(argv=None):
         vars(args).update(prepare(args.seed, print0))
     # One process may save for a long time while the others wait.
     state = PartialState(cpu=DEVICE.type == "cpu", timeout=datetime.timedelta(hours=6))
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
+    args.dtype = {"auto": "bfloat16" if DEVICE.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
 
     # ---- rows, and what a method makes of them
     kind, tokenizer, rows = pick_sampler(args.sampler), data.load_tokenizer(args.model), load_rows(args)
@@ -650,7 +634,7 @@ def main(argv=None):
     longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
     context = data.load_config(args.model, tokenizer).max_position_embeddings
     if longest > context:
-        raise BadInput(f"--max-tokens ({args.max_tokens}) and the longest prompt make {longest}, the model takes "
+        raise BadInput(f"--max-tokens ({args.max_tokens}) and longest prompt: {longest}, the model takes "
                        f"{context}: lower it, or drop prompts (data.py --max-prompt-tokens)")  # fmt: skip
 
     # ---- model, starting model, optimizer
@@ -661,12 +645,12 @@ def main(argv=None):
         net.load_trained_state(model, optimizer, saved)
 
     # ---- the engine on the same GPU, with room for the longest prompt and response
-    stops, seed = data.stop_ids(model.generation_config, tokenizer), args.seed + RANK
+    stops = data.stop_ids(model.generation_config, tokenizer)
     room = min(context, longest + 2 * max(asked, default=0))
     if kind == "vllm":
         n = args.prompts_per_step * args.group_size // WORLD
-        engine = args.dtype, seed, args.vllm_memory, n, args.vllm_sleep
-        sampler = VLLM(args.model, tokenizer, stops, room, *engine)
+        memory = args.vllm_memory, n, args.vllm_sleep
+        sampler = VLLM(args.model, tokenizer, stops, room, args.dtype, args.seed + RANK, *memory)
     else:
         from toy.hf_sampler import HFSampler
 
@@ -689,23 +673,15 @@ def main(argv=None):
         return groups
 
     # ---- --out is touched last, when nothing can be wrong any more
-    if RANK == 0:
-        open_run(args, step)
-    tracker, signals = None, []
-    if args.log_with != "none" and RANK == 0:
-        from integrations.trackers import start
-
-        tracker = start(args)
+    tracker, signals = open_run(args, step) if RANK == 0 else None, []
     for number in (signal.SIGTERM, signal.SIGINT):  # looked at after each step; a second one ends it at once
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
     print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, "
            f"sampler {kind}: {args.reward}, {args.advantage}, {args.method}")  # fmt: skip
     if args.eval_every:
-        from evaluation.in_training import evaluate_now, same_wording
+        from evaluation.in_training import evaluate_now
 
-        same_wording(rows, args)
-    if args.eval_every and step == 0:
-        evaluate_now(sampler, asked, args, state, "eval-0")
+        evaluate_now(sampler, rows, asked, args, state, "eval-0") if step == 0 else None
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
     while step < args.steps:
         # ---- sample a group of responses to each prompt, check the answers
@@ -721,7 +697,7 @@ def main(argv=None):
         method.learn(*seen)
         for row, group, line in list(zip(batch_rows, groups, reward, strict=True))[: 3 if step == 0 else 0]:
             r = group[0]  # most mistakes can be seen in three responses
-            print0(f"{row['prompt']!r}\n   {r['text'][:600]!r}\n   {r['length']} tokens of {row.get('budget')}, "
+            print0(f"{row['prompt']!r}\n {r['text'][:600]!r}\n {r['length']} tokens of {row.get('budget')}, "
                    f"gold {row['answer']!r}, correct {r['correct']}: reward {line[0]:.3f}")  # fmt: skip
         batch = [r for group in groups for r in group if not (args.overlong_filter and r["truncated"])]
         t1 = time.time()
@@ -734,9 +710,9 @@ def main(argv=None):
         m = update(model, reference, optimizer, batch, method, args)
         if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
             sys.exit(f"train_grpo.py: error: step {step}, not finite: reward {reward.sum()}, {m}; lower --lr")
-        # float32 engines agree to 2e-5 (measured), bf16 ones may be hundredths off; more is a lost sync.
+        # float32 engines agree to 2e-5 (measured), bf16 ones to hundredths: more is a lost sync.
         if m.get("logp_gap", 0) > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
-            sys.exit(f"train_grpo.py: error: step {step}: the sampler does not hold the trainer's weights: "
+            sys.exit(f"train_grpo.py: error: step {step}: the sampler lacks the trainer's weights: "
                      f"log-probs are {m['logp_gap']:.2g} apart on average")  # fmt: skip
         t2 = time.time()
 
@@ -758,12 +734,12 @@ def main(argv=None):
         if stop:
             break
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            evaluate_now(sampler, asked, args, state, f"eval-{step}")
+            evaluate_now(sampler, rows, asked, args, state, f"eval-{step}")
     bar.close()
     if step < args.steps:
         print0(f"stopped by a signal after step {step}, which is saved; to go on: --resume --out {args.out}")
     elif args.eval_every:
-        evaluate_now(sampler, asked, args, state, "eval")
+        evaluate_now(sampler, rows, asked, args, state, "eval")
     if WORLD > 1 and dist.is_initialized() and kind == "hf":  # vLLM takes its groups down itself
         dist.destroy_process_group()
 
@@ -782,10 +758,9 @@ def load_rows(args):
 
 
 def length_metrics(rollouts, drawn):
-    """Length and its errors, also in at most five buckets of the run's budgets `drawn` (named by the least)."""
+    """Length and its errors, also in up to five buckets of the run's budgets `drawn` (named by the least)."""
     length, budget = rollouts["length"].astype(float), rollouts["budget"]
-    m = {"length": length.mean(), "length_p95": np.quantile(length, 0.95)}
-    m["truncated"] = rollouts["truncated"].mean()
+    m = {"length": length.mean(), "truncated": rollouts["truncated"].mean()}
     error, lowest = length / budget[:, None] - 1, drawn[:: -(-len(drawn) // 5)] if drawn else []
     if np.isfinite(error).any():  # signed errors cancel in their mean: the absolute ones stand beside them
         e = error[np.isfinite(budget)]

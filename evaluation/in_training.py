@@ -4,8 +4,8 @@ from data import BadInput, budget_prompt
 from evaluate import before_and_after, evaluate, load_data
 
 
-def same_wording(rows: list[dict], args) -> None:
-    """BadInput where the rows ask for their budgets in another sentence than evaluations, with --wording, will."""
+def evaluate_now(sampler, rows: list[dict], budgets: list[int], args, state, name: str) -> None:
+    """Asks for `budgets` on --eval-data; samples, results and report go to OUT/name. All processes call it together."""
     row = next((row for row in rows if row.get("budget")), None)
     if row and row["prompt"] != budget_prompt(
         *(row[k] for k in ("problem", "budget", "mode", "kind")), args.wording
@@ -13,10 +13,6 @@ def same_wording(rows: list[dict], args) -> None:
         raise BadInput(
             f"--wording {args.wording} is not how --data asks for a budget: {row['prompt'][-80:]!r}"
         )
-
-
-def evaluate_now(sampler, budgets: list[int], args, state, name: str) -> None:
-    """Asks for `budgets` on --eval-data; samples, results and report go to OUT/name. All processes call it together."""
     # One cap for all budgets, so that one which is not obeyed shows the length it gets and not the cap.
     cap, mode = 2 * max(budgets, default=args.max_tokens // 2), "max" if args.mode == "max" else "exact"
     told = print if state.is_main_process else lambda *words: None

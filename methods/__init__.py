@@ -89,7 +89,7 @@ def make(args, tokenizer, *readers):
     return method(args, tokenizer, **args.method_args)
 
 
-def constants(flag, function, words):
+def constants(name, function, words):
     """["alpha=0.1", "metric=shortest"] -> {"alpha": 0.1, "metric": "shortest"}, parameters of `function`."""
     known, found = inspect.signature(function).parameters, {}
     if isinstance(words, dict):  # of a resumed run

@@ -31,6 +31,8 @@ def load_model(path: str, args, frozen: bool = False):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None
+    for p in model.parameters():
+        p.data = p.data.clone()  # a file's bytes may lie unaligned, and kernels then round otherwise
     return model.eval().requires_grad_(False) if frozen else model.train()
 
 
