@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data import BadInput, budget_prompt, encode_prompt, load_config, load_tokenizer
-from rewards import boxed_answers, check_answers, curriculum_budget, dot_threshold
+from rewards import curriculum_budget, dot_threshold
+from verifier import boxed_answers, check_answers
 
 # What rewards and advantages read from a batch besides correct, truncated, length, budget, mode and step ...
 USES = {
@@ -100,8 +101,6 @@ def check_flags(args) -> None:
         raise BadInput(
             f"--dot {args.dot:g} can cut nothing in groups of {size}: use --group-size {least} or more"
         )
-    if args.dot and args.count != "response":
-        raise BadInput("--dot cuts whole responses: it needs --count response")
 
 
 def key(row: dict) -> str:

@@ -18,8 +18,9 @@ import evaluate
 import faults
 import methods
 from data import BadInput, annotate, encode_prompt, load_problems
-from rewards import ADVANTAGES, REWARDS, check_answers, response_length
+from rewards import ADVANTAGES, REWARDS
 from toy import task as toy
+from verifier import check_answers
 
 # ------------------------------------------------------------------------------------------------------------
 # Which rows
@@ -192,13 +193,12 @@ def sample_batch(s, args, state, step: int) -> tuple[list, list, dict, dict]:
 
 def score(groups: list[list[dict]], rows: list[dict], tokenizer, args) -> dict:
     """Adds text, length, truncated, correct to each response; returns the counters of the answer check."""
-    think_end = tokenizer.encode("</think>", add_special_tokens=False)
     flat = [(r, row) for row, group in zip(rows, groups, strict=True) for r in group]
     for r, _ in flat:
         stopped = r["finish_reason"] == "stop"
         # Only the end token is cut off: </think> is a special token in many models, and must stay readable.
         r["text"] = tokenizer.decode(r["ids"][:-1] if stopped else r["ids"], skip_special_tokens=False)
-        r["length"] = response_length(r["ids"], args.count, think_end)
+        r["length"] = len(r["ids"])
         r["truncated"] = int(not stopped)
     # A response that was cut off earns nothing for its answer in any method: it is not worth checking.
     whole = [(r, row) for r, row in flat if not r["truncated"]]

@@ -108,7 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
     constants("--method-args", "constants of what hapo, palu, laser_d and longwriter_range keep beside it")
     add("--advantage", default="grpo", help=f"one of {', '.join(ADVANTAGES)}")
     constants("--advantage-args", "its hyper-parameters, as eps=1e-4")
-    choice("--count", "response thinking", "the tokens that a budget counts")
     add("--require-think", action="store_true", help="an answer without </think> is wrong")
     number("--verify-timeout", 5.0, "limit for checking one answer, seconds")
     number("--reference-samples", 0, "samples of the starting model for each prompt that is new")
@@ -404,8 +403,6 @@ def set_up(args: argparse.Namespace, state, log) -> argparse.Namespace:
             scorer = toy.make_conciseness(cache, log=log) if scorer == "toy" else scorer
         s.conciseness = methods.load_conciseness(scorer, state.device)
     s.tokenizer = load_tokenizer(s.path)
-    if args.count == "thinking" and len(s.tokenizer.encode("</think>", add_special_tokens=False)) != 1:
-        raise BadInput("--count thinking needs a tokenizer in which </think> is one token; this splits it")
     context = load_config(s.path, s.tokenizer).max_position_embeddings
     longest = s.longest = check_prompts(s.rows, s.tokenizer, args, context)
     # Not kept for their own sake: a resumed run is the same run only where these are the same.
@@ -707,7 +704,7 @@ def run_evaluation(
             results = evaluate.evaluate(
                 s.sampler, problems, budgets, mode, n, os.path.join(args.out, name), wording=wording,
                 temperature=args.temperature, top_p=1.0, max_tokens=max_tokens, seed=args.seed,
-                count=args.count, require_think=args.require_think, trained_budgets=trained,
+                require_think=args.require_think, trained_budgets=trained,
                 model=s.folder or s.path, log=log, state=state,
             )  # fmt: skip
             trackers.log_evaluation(s.tracker, results, os.path.join(args.out, name), s.done)

@@ -1,6 +1,6 @@
 """The rows and rewards of this project inside other trainers: TRL, verl, open-instruct.
 
-Copy this file together with rewards.py, which is used as it is. Rewards are those of REWARDS, lengths are
+Copy this file with rewards.py and verifier.py, used as they are. Rewards are those of REWARDS, lengths are
 counted from token ids with their end token, and a response without an end token is truncated and wrong, all
 as in the training loop here. Fields that a reward needs beyond the row (history, well_formed, ...) are not
 there: it says which one it misses. The README has the lines to copy ("Use it from").
@@ -17,7 +17,8 @@ import numpy as np
 
 # verl loads this file by its path, in Ray workers that do not know its folder.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from rewards import REWARDS, check_answers, response_length  # noqa: E402
+from rewards import REWARDS  # noqa: E402
+from verifier import check_answers  # noqa: E402
 
 if TYPE_CHECKING:  # libraries that are loaded late
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choice
 
 def score(
     reward: str, rows: list[dict], responses: list, tokenizer, group_size: int = 1, step: int = 0,
-    count: str = "response", require_think: bool = False, timeout: float = 5.0, **options,
+    require_think: bool = False, timeout: float = 5.0, **options,
 ) -> tuple[list[float], dict]:  # fmt: skip
     """Rewards of responses (token ids) to `rows`, one a response; and the rollouts they were made from.
 
@@ -61,9 +62,8 @@ def score(
     kinds = [row["kind"] or "math" for row in rows]
     answers, choices = [row["answer"] for row in rows], [row["choices"] for row in rows]
     correct, _ = check_answers(texts, answers, kinds, choices, require_think, timeout)
-    think_end = tokenizer.encode("</think>", add_special_tokens=False) if count == "thinking" else ()
     table = {"correct": np.logical_and(correct, stopped), "truncated": np.logical_not(stopped)}
-    table["length"] = [response_length(ids, count, think_end) for ids in responses]
+    table["length"] = [len(ids) for ids in responses]
     table = {key: np.array(values, dtype=np.int64).reshape(-1, group_size) for key, values in table.items()}
     table["budget"] = np.array([row["budget"] or np.nan for row in firsts], dtype=np.float64)
     table |= {"mode": [row["mode"] for row in firsts], "step": step}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import rewards
-from rewards import ADVANTAGES, REWARDS, response_length
+from rewards import ADVANTAGES, REWARDS
 
 BATCH_RANKED = {"grpo_lambda"}  # its top groups depend on the other prompts
 TOTALS = sorted(set(REWARDS) - {"dot_threshold"})
@@ -428,19 +428,7 @@ def test_drpo_weights_sum_to_one_over_the_right_answers(batch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Length, and the file on its own
-
-
-def test_response_length():
-    assert response_length([5, 6, 7]) == 3
-    assert response_length([1, 9, 2, 9, 3], "thinking", (9,)) == 4, "the last end of thinking counts"
-    assert response_length([1, 8, 9, 2, 3], "thinking", (8, 9)) == 3
-    assert response_length([1, 2, 3], "thinking", (8, 9)) == 3, "never closed: all of it"
-    assert response_length([], "thinking", (8,)) == 0
-    with pytest.raises(ValueError, match="use 'response' or 'thinking'"):
-        response_length([1], "answer")
-    with pytest.raises(ValueError, match="needs think_end"):
-        response_length([1], "thinking")
+# The file on its own
 
 
 def test_file_runs_alone(tmp_path):
@@ -450,6 +438,7 @@ def test_file_runs_alone(tmp_path):
     run = dict(cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     done = subprocess.run([sys.executable, "-m", "doctest", "rewards.py"], **run)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
-    code = "import sys, rewards; print(sorted({'torch', 'sympy', 'math_verify', 'data'} & set(sys.modules)))"
+    heavy = {"torch", "sympy", "math_verify", "data", "verifier"}
+    code = f"import sys, rewards; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], **run)
     assert done.stdout == "[]\n", done.stdout + done.stderr
