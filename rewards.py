@@ -1,8 +1,7 @@
 """(correct, length, budget) -> reward -> advantage: every published length reward, one pure function each.
 
 One file to copy; it needs numpy only. Arrays are [P prompts, G rollouts]. Lengths and budgets are tokens of
-the whole response, end token included. Numbers like 2503.04697 are arXiv ids; the formulas are the papers'
-own.
+the whole response, end token included. Numbers like 2503.04697 are arXiv ids of the formulas' papers.
 
 >>> batch = {"correct": [[1, 0]], "truncated": [[0, 0]], "length": [[1200, 1200]], "budget": [1000]}
 >>> REWARDS["lcpo_exact"](batch, alpha=3e-4).round(2).tolist()
@@ -100,7 +99,8 @@ def is_well_formed(text, require_think=False):
     r"""One </think> (none is fine unless required), then \boxed{...} or nothing but a bare word (the toy)."""
     ends, answer = text.count("</think>"), text.rsplit("</think>", 1)[-1].strip()
     closed = ends == 1 or (ends == 0 and not require_think)
-    return closed and bool(BOX.search(answer) or re.fullmatch(r"[-+\w./,%$]+", answer))
+    box = BOX.match(answer, max(answer.rfind("\\boxed"), answer.rfind("\\fbox"), 0))  # the last one
+    return closed and bool(box or re.fullmatch(r"[-+\w./,%$]+", answer))
 
 
 def is_repetitive(text):
