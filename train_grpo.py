@@ -129,7 +129,7 @@ def build_parser():
 def parse_args(argv=None):
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     args = parser.parse_args(argv)
-    if args.model is None and args.data is None:  # the laptop's default
+    if not (args.model or args.data or args.resume):  # the laptop's default
         argv = ["@" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes/toy.args"), *argv]
         args = parser.parse_args(argv)
     if args.resume:  # the run's own flags; those given now still win
@@ -335,7 +335,7 @@ def reward_and_advantage(groups, rows, method, args, step):
     rollouts["text"] = [[r["text"] for r in g] for g in groups]
     # A missing budget is nan, not -1: a sentinel would be taken for a number by some reward sooner or later.
     rollouts["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=float)
-    rollouts |= {"mode": [row.get("mode") for row in rows], "max_length": args.max_tokens, "step": step}
+    rollouts |= {"mode": [row.get("mode") for row in rows], "step": step, "require_think": args.require_think}
     rollouts |= method.reward_inputs(groups, rows, step)
     reward, options = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
     total, parts = reward(rollouts, **options), {}
@@ -632,6 +632,8 @@ def main(argv=None):
     asked = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else asked
     first = [method.row(row | {"position": i}, 0) for i, row in enumerate(rows)]
     longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
+    if "budget" in REWARDS[args.reward].needs and not any(row.get("budget") for row in first):
+        raise BadInput(f"--reward {args.reward} needs budgets, and the rows have none: give --budgets")
     context = data.load_config(args.model, tokenizer).max_position_embeddings
     if longest > context:
         raise BadInput(f"--max-tokens ({args.max_tokens}) and longest prompt: {longest}, the model takes "
@@ -766,7 +768,7 @@ def length_metrics(rollouts, drawn):
         e = error[np.isfinite(budget)]
         m |= {"signed_error": e.mean(), "abs_error": np.abs(e).mean(), "over_budget": (e > 0).mean()}
         m |= {"within_10": (np.abs(e) <= 0.1).mean(), "error_by_budget": {}}
-    for low, high in zip(lowest, [*lowest[1:], math.inf], strict=True):
+    for low, high in zip(lowest, [*lowest[1:], math.inf], strict=False):
         if (inside := (budget >= low) & (budget < high)).any():
             e = error[inside]
             cell = {"signed": e.mean(), "abs": np.abs(e).mean(), "length": length[inside].mean()}

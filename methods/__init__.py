@@ -12,6 +12,7 @@ import json
 import os
 
 from data import BadInput, encode_prompt
+from rewards import DERIVED
 
 
 def request(prompt_ids, n, cap, forced=(), **tags):
@@ -79,10 +80,13 @@ def find(name):
     return Method if name == "plain" else importlib.import_module(f"methods.{name}").METHOD
 
 
+KNOWN = {"budget", "mode", "step", "range", *DERIVED}  # what a reward can read without a method
+
+
 def make(args, tokenizer, *readers):
     """The method that --method names. Reward and advantage declare the fields of the rollouts that they read."""
     method = find(args.method)
-    for field in sorted({field for f in readers for field in getattr(f, "needs", ())} - {"budget"}):
+    for field in sorted({field for f in readers for field in f.needs} - KNOWN):
         if field not in method.provides:
             having = [name for name in names() if field in find(name).provides]
             raise BadInput(f"--reward and --advantage read {field!r}: give --method {' or '.join(having)}")

@@ -18,7 +18,7 @@ class HFSampler:
         if not self.sharded:
             self.model = model
             return
-        from scaling.sharded import whole_weights
+        from scaling.model import whole_weights
 
         own = dict(self.model.named_parameters())
         for name, weight in whole_weights(model):
