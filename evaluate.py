@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 import data
-import rewards
+import verifier
 from data import BadInput
 from evaluation import curves, engines, metrics, plots, report
 from evaluation.metrics import jsonable
@@ -176,7 +176,7 @@ def grade(samples: list[dict], require_think: bool) -> dict:
     A response that was cut off is wrong, as in training: what stands in its middle is not checked.
     """
     whole = [s for s in samples if s["finish_reason"] != "length"]
-    verdicts, counts = rewards.check_answers(
+    verdicts, counts = verifier.check_answers(
         [s["response"] for s in whole], [s["answer"] for s in whole],
         [s.get("kind") or "math" for s in whole], [s.get("choices") for s in whole], require_think,
     )  # fmt: skip

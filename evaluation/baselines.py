@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import data
-import rewards
+import verifier
 from data import BadInput
+from evaluation import engines
 from sampler import load_sampler, think_token
 from toy import task as toy
 
@@ -156,7 +157,7 @@ def spoken_answer(tokenizer, completion: dict) -> str | None:
     if completion["finish_reason"] != "stop":  # cut off: no answer to vote for
         return None
     text = tokenizer.decode(completion["ids"][:-1]).split("</think>")[-1]
-    text = (rewards.boxed_answers(text) or [text])[-1]
+    text = (verifier.boxed_answers(text) or [text])[-1]
     # Two spellings of one number are two answers: the vote compares text, not mathematics.
     return re.sub(r"\s+", "", text).strip(".$").lower() or None
 
@@ -272,13 +273,13 @@ def to_rows(
         row |= {"prompt": prompt, "budget": budget, "mode": None, "response": response}
         row |= {"length": completion.get("length", len(ids)), "finish_reason": finish, "baseline": method}
         if think_end in ids and "length" not in completion:
-            row["thinking_length"] = rewards.response_length(ids, "thinking", (think_end,))
+            row["thinking_length"] = engines.thinking_length(ids, [think_end])
         yield row | {key: completion[key] for key in MORE if key in completion}
 
 
 def grade(rows: list[dict]) -> None:
     """Set `correct`. A truncated response is wrong, as everywhere; those of "cut" are read as they are."""
-    verdicts, _ = rewards.check_answers(
+    verdicts, _ = verifier.check_answers(
         [row["response"] for row in rows], [row["answer"] for row in rows],
         [row["kind"] for row in rows], [row.get("choices") for row in rows],
     )  # fmt: skip

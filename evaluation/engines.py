@@ -11,7 +11,6 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import rewards
 from data import BadInput, first_line
 
 RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), a restart (5xx, no connection)
@@ -104,6 +103,12 @@ class APISampler:
         return out
 
 
+def thinking_length(ids: list[int], think_end: list[int]) -> int:
+    """Tokens up to the end of the last `</think>`, whose ids are think_end; all without one."""
+    ends = range(len(ids), len(think_end) - 1, -1)
+    return next((end for end in ends if ids[end - len(think_end) : end] == think_end), len(ids))
+
+
 def respond(sampler, requests: list[dict], n: int, temperature: float, top_p: float, seed: int) -> list[list]:
     """For every request n {"response", "length", "finish_reason"} and, where known, "thinking_length"."""
     if sampler.tokenizer is None:
@@ -118,11 +123,9 @@ def respond(sampler, requests: list[dict], n: int, temperature: float, top_p: fl
             # Only the end token is left out: in many tokenizers `</think>` is a special token, too.
             whole = ids[:-1] if finish == "stop" else ids
             text = sampler.tokenizer.decode(whole, skip_special_tokens=False)
-            found[-1].append(
-                {"response": text, "length": rewards.response_length(ids), "finish_reason": finish}
-            )
+            found[-1].append({"response": text, "length": len(ids), "finish_reason": finish})
             if "</think>" in text:
-                found[-1][-1]["thinking_length"] = rewards.response_length(ids, "thinking", think_end)
+                found[-1][-1]["thinking_length"] = thinking_length(ids, think_end)
     return found
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike
 
-import rewards
+import verifier
 
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 DRAWS = 1000  # bootstrap resamples; fewer for more than 20,000 problems
@@ -291,8 +291,8 @@ def answer_key(sample: dict) -> int:
 
     Votes compare text, not mathematics: 1/2 and 0.5 are two answers. A response that was cut off has none.
     """
-    text = rewards.answer_part(sample["response"])[-4000:]
-    boxes = rewards.boxed_answers(text)
+    text = verifier.answer_part(sample["response"])[-4000:]
+    boxes = verifier.boxed_answers(text)
     text = boxes[0] if boxes else (text.strip().splitlines() or [""])[-1]
     if sample.get("kind") == "choice":
         text = (re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", text) or [""])[-1]

@@ -5,10 +5,13 @@ read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (ano
 are a subclass: see the end of docs/guide.md.
 """
 
+import difflib
 import importlib
+import inspect
+import json
 import os
 
-from data import encode_prompt
+from data import BadInput, encode_prompt
 
 
 def request(prompt_ids, n, cap, forced=(), **tags):
@@ -66,13 +69,42 @@ class Method:
         return {}
 
 
-def find(name):
-    """The class of --method NAME, or None."""
-    if name == "plain":
-        return Method
-    return importlib.import_module(f"methods.{name}").METHOD if name in names() else None
-
-
 def names():
     files = (f[:-3] for f in os.listdir(os.path.dirname(__file__)) if f.endswith(".py"))
     return sorted(f for f in files if not f.startswith("_"))
+
+
+def find(name):
+    """The class of --method NAME."""
+    return Method if name == "plain" else importlib.import_module(f"methods.{name}").METHOD
+
+
+def make(args, tokenizer, *readers):
+    """The method that --method names. Reward and advantage declare the fields of the rollouts that they read."""
+    method = find(args.method)
+    for field in sorted({field for f in readers for field in getattr(f, "needs", ())} - {"budget"}):
+        if field not in method.provides:
+            having = [name for name in names() if field in find(name).provides]
+            raise BadInput(f"--reward and --advantage read {field!r}: give --method {' or '.join(having)}")
+    return method(args, tokenizer, **args.method_args)
+
+
+def constants(name, function, words):
+    """["alpha=0.1", "metric=shortest"] -> {"alpha": 0.1, "metric": "shortest"}, parameters of `function`."""
+    known, found = inspect.signature(function).parameters, {}
+    if isinstance(words, dict):  # of a resumed run
+        return words
+    for word in words:
+        k, _, value = word.partition("=")
+        if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:
+            near = difflib.get_close_matches(k, known, 1) or sorted(
+                set(known) - {"rollouts", "rewards", "parts"}
+            )
+            raise BadInput(
+                f"{flag} ({word}) must be K=V, K a constant of {function.__name__}, as {', '.join(near)}"
+            )
+        try:
+            found[k] = json.loads(value)
+        except ValueError:
+            found[k] = value  # a text needs no quotation marks
+    return found

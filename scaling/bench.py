@@ -637,7 +637,7 @@ def verify_worker(variant: str, s: dict, folder: str) -> None:
     responses, references = answers_to_check(s)
 
     def ours():
-        from rewards import check_answers
+        from verifier import check_answers
 
         verdicts, counts = check_answers(responses, references, ["math"] * len(responses))
         return {"right": sum(verdicts), "counts": counts}
@@ -652,7 +652,7 @@ def verify_worker(variant: str, s: dict, folder: str) -> None:
 
 
 def bench_verify(s: dict) -> dict:
-    """Answers per second of rewards.check_answers, and of math-verify called for one after the other."""
+    """Answers per second of verifier.check_answers, and of math-verify called for one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         found = race.race("verify", ["ours", "math_verify"], s, folder)
     n, rows = s["problems"] * s["group"], []

@@ -218,12 +218,12 @@ def test_card_of_another_evaluation(tmp_path, evaluation, capsys, monkeypatch):
     folder = tmp_path / "run" / "checkpoint-7"
     folder.mkdir(parents=True)
     rows = annotate(toy.problems("toy", "train", 500), "uniform:20:40", "both", "tulu", 1, 0)
-    args = {"model": "owner/base", "steps": 7, "reward": "lcpo_max", "advantage": "grpo", "count": "thinking"}
+    args = {"model": "owner/base", "steps": 7, "reward": "lcpo_max", "advantage": "grpo"}
     card.write_card(str(folder), args | {"temperature": 0.6, "command": ["--out", "a b"]}, rows)
     text = (folder / "README.md").read_text()
     assert "base_model: owner/base" in text and "Not measured yet." in text and "--out 'a b'" in text
     assert "PROBLEM\nThink for N tokens." in text and "PROBLEM\nThink for up to N tokens." in text
-    assert "20 to 40 tokens (21 different ones)" in text and "up to and including `</think>`" in text
+    assert "20 to 40 tokens (21 different ones)" in text and "tokens of the whole response" in text
     for _ in range(2):  # a second one replaces the first
         assert card.main([str(folder), "--eval", evaluation]) == 0
     text = (folder / "README.md").read_text()

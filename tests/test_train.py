@@ -561,7 +561,7 @@ def test_every_switch_of_the_update_at_once(tiny, tmp_path):
         "--mode",
         "both",
     ]
-    flags += ["--advantage", "rloo", "--count", "thinking", "--resample-budgets", "--lr-schedule", "cosine"]
+    flags += ["--advantage", "rloo", "--resample-budgets", "--lr-schedule", "cosine"]
     assert train_grpo.main([*flags, "--out", str(tmp_path / "out")]) == 0
     first, second = lines(tmp_path / "out")
     assert first["kl"] == pytest.approx(0, abs=1e-3) and second["lr"] < first["lr"]
