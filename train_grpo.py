@@ -514,7 +514,7 @@ def update(model, reference, optimizer, batch, method, args):
     for part in parts if args.kl_coef else []:
         with net.without_adapters(reference):
             add_logps(reference, part, "ref_logps", args)
-    learned = [p for p in model.parameters() if p.requires_grad]
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
     for part in parts:
         method.before_update(model, part, lambda model, part, name: add_logps(model, part, name, args))
         for micro in micro_batches(part, args.micro_tokens):
