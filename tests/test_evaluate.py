@@ -20,7 +20,6 @@ import data
 import evaluate
 from data import BadInput
 from evaluation import engines, metrics
-from sampler import load_sampler
 from toy import task as toy
 
 ROOT = Path(__file__).parent.parent
@@ -41,10 +40,10 @@ def sample(**fields) -> dict:
     return row | {"finish_reason": "stop", "correct": True} | fields
 
 
-def table_of(rows, count: str = "response") -> dict:
+def table_of(rows) -> dict:
     table = {}
     for row in rows:
-        metrics.add(table, row, count)
+        metrics.add(table, row)
     return table
 
 
@@ -171,12 +170,13 @@ BAD_FLAGS = {
     "not none": [],
     "not --model and --samples": ["--samples", SAMPLES, "--model", "m"],
     "leave out --n": ["--samples", SAMPLES, "--n", "3"],
-    "leave out --protocol": ["--compare", "a", "b", "--protocol", "l1"],
+    "leave out --protocol": ["--samples", SAMPLES, "--protocol", "l1"],
     "go together": ["--base-url", "http://localhost:1/v1", "--data", "toy", "--budgets", "8"],
     "--sampler is for --model": ["--base-url", "u", "--api-model", "m", "--sampler", "hf", "--data", "toy"],
     "choose one": ["--model", "m", "--data", "toy", "--budgets", "8", "--resume", "--overwrite"],
     "--concurrency (0)": ["--model", "m", "--data", "toy", "--budgets", "8", "--concurrency", "0"],
-    "no such folder": ["--compare", "nowhere", "nowhere2"],
+    "is no budget; give token counts above 0": ["--model", "m", "--data", "toy", "--budgets", "none,x"],
+    "--out /proc/none": ["--samples", SAMPLES, "--out", "/proc/none"],
     "leave out --data": ["--samples", SAMPLES, "--data", "toy"],
     "leave out --limit": ["--samples", SAMPLES, "--limit", "3"],
     "--regrade needs --samples": ["--model", "m", "--data", "toy", "--budgets", "8", "--regrade"],
@@ -200,7 +200,8 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("words", BAD_FLAGS)
 def test_bad_flags_are_refused_in_one_line(words, tmp_path, capsys):
-    assert run(*BAD_FLAGS[words], "--out", tmp_path / "out") == 2
+    out = [] if "--out" in BAD_FLAGS[words] else ["--out", tmp_path / "out"]
+    assert run(*BAD_FLAGS[words], *out) == 2
     error = capsys.readouterr().err
     assert error.startswith("evaluate.py: error: ") and error.count("\n") == 1 and words in error, error
     assert not (tmp_path / "out").exists()
@@ -241,6 +242,13 @@ def model_folder(tmp_path_factory) -> str:
     return str(path)
 
 
+def opened(folder: str):
+    return engines.open_sampler(folder, "hf", 512)
+
+
+WORDS = {"tokenizer": toy.make_tokenizer(), "context": 512, "wording": "tulu"}  # what evaluate() is told
+
+
 def test_plan_fits_prompt_and_response_into_the_context(model_folder):
     tokenizer = toy.make_tokenizer()
     problems = toy.problems("toy", "test", 3)
@@ -258,13 +266,13 @@ def test_plan_fits_prompt_and_response_into_the_context(model_folder):
 
 
 def test_sampling_in_process(model_folder, tmp_path):
-    sampler = load_sampler(model_folder, "hf")
+    sampler = opened(model_folder)
     problems = toy.problems("toy", "test", 3) + toy.problems("toy_ood", "test", 2)
     lines, what = [], (sampler, problems, [None, 8, 12], "exact", 2)
-    options = {"wording": "tulu", "temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
+    options = WORDS | {"temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
     options |= {"trained_budgets": [8], "model": model_folder}
     drawn, generate = [], sampler.generate
-    sampler.generate = lambda *args: drawn.append(generate(*args)) or drawn[-1]
+    sampler.generate = lambda *args, **more: drawn.append(generate(*args, **more)) or drawn[-1]
     results = evaluate.evaluate(*what, str(tmp_path / "a"), **options)
     sampler.generate = generate
     assert results == read(tmp_path / "a") and set(results["datasets"]) == {"toy", "toy_ood"}
@@ -290,7 +298,7 @@ def test_sampling_in_process(model_folder, tmp_path):
 
 
 def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypatch):
-    sampler = load_sampler(model_folder, "hf")
+    sampler = opened(model_folder)
     monkeypatch.setattr(evaluate, "BATCH", 4)
     assert run("--samples", SAMPLES, "--out", tmp_path) == 0
     path, seen = tmp_path / "samples.jsonl", []
@@ -302,9 +310,7 @@ def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         problems = toy.problems("toy", "test", 6)
-        evaluate.evaluate(
-            sampler, problems, [8], "exact", 2, str(tmp_path), wording="tulu", max_tokens=16, log=log
-        )
+        evaluate.evaluate(sampler, problems, [8], "exact", 2, str(tmp_path), max_tokens=16, log=log, **WORDS)
     # What the folder held of an earlier evaluation does not pass for the figures of this one.
     assert seen == [4, 8] and not (tmp_path / "results.json").exists()
     assert run("--samples", path, "--out", tmp_path / "rest") == 0
@@ -317,8 +323,8 @@ class Stopped(Exception):
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path, monkeypatch):
     """Killed in its third batch, with half a line on disk: resumed it equals the one that was not stopped."""
     monkeypatch.setattr(evaluate, "BATCH", 4)
-    sampler, problems = load_sampler(model_folder, "hf"), toy.problems("toy", "test", 5)
-    what, options = (sampler, problems, [8, 12], "exact", 2), {"wording": "tulu", "max_tokens": 16}
+    sampler, problems = opened(model_folder), toy.problems("toy", "test", 5)
+    what, options = (sampler, problems, [8, 12], "exact", 2), WORDS | {"max_tokens": 16}
     whole = evaluate.evaluate(*what, str(tmp_path / "whole"), log=lambda line: None, **options)
 
     def stop(line):
@@ -337,7 +343,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path
             evaluate.evaluate(*what, str(out), resume=True, **options | {key: other})
     with pytest.raises(BadInput, match="data was"):
         evaluate.evaluate(sampler, problems[:4], *what[2:], str(out), resume=True, **options)
-    sampler.generate = lambda *args: calls.append(1) or generate(*args)
+    sampler.generate = lambda *args, **more: calls.append(1) or generate(*args, **more)
     resumed = evaluate.evaluate(*what, str(out), resume=True, log=lambda line: None, **options)
     assert len(calls) == 2  # of the five batches the last two were missing
     for name in ("samples.jsonl", "results.json", "problems.jsonl", "report.html"):
@@ -348,24 +354,18 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path
 
 
 def test_what_makes_a_run_again(model_folder, tmp_path):
-    sampler, problems = load_sampler(model_folder, "hf"), toy.problems("toy", "test", 2)
+    sampler, problems = opened(model_folder), toy.problems("toy", "test", 2)
     weights = engines.hash_weights(model_folder)
-    about = {
-        "model": model_folder,
-        "weights": weights,
-        "wording": "tulu",
-        "max_tokens": 9,
-        "log": lambda line: None,
-    }
+    about = WORDS | {"model": model_folder, "weights": weights, "max_tokens": 9, "log": lambda line: None}
     results = evaluate.evaluate(sampler, problems, [8], "exact", 1, str(tmp_path), **about)
     assert results["weights"] == weights and len(weights) == 64
-    assert results["template"] == sampler.tokenizer.chat_template and results["versions"]["math-verify"]
+    assert results["template"] == WORDS["tokenizer"].chat_template and results["versions"]["math-verify"]
     expected = {"temperature": 0.6, "top_p": 0.95, "seed": 0, "n": 1, "max_tokens": 9, "asked": [8]}
     assert {key: results[key] for key in expected} == expected
     assert {"checked", "timeouts", "parse_failures"} <= set(results["verify"])
-    assert results["data"] == evaluate.hash_data(problems) and results["data"]["toy"]["problems"] == 2
+    assert results["data"] == engines.hash_data(problems) and results["data"]["toy"]["problems"] == 2
     # One other letter, one other hash: of the problems, and of the weights.
-    assert evaluate.hash_data([problems[0], problems[1] | {"answer": "x"}]) != results["data"]
+    assert engines.hash_data([problems[0], problems[1] | {"answer": "x"}]) != results["data"]
     copy = shutil.copytree(model_folder, tmp_path / "copy")
     assert engines.hash_weights(str(copy)) == weights
     with open(copy / "model.safetensors", "r+b") as f:
