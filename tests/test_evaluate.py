@@ -596,3 +596,127 @@ def test_servers_that_know_one_name_of_the_cap_and_count_their_thoughts(tmp_path
     same([cell["thinking_length"], cell["solution_length"]], [7.0, 2.0])
     assert api("http://127.0.0.1:9/v1", tmp_path / "c") == 2
     assert "is the server up" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_answers_that_are_none(tmp_path, capsys):
+    """Of 16 requests 7 get an answer that is none: told in a line each, and asked again by --resume."""
+    pytest.importorskip("openai")
+    broken = {
+        2: lambda reply: reply | {"choices": None},
+        4: lambda reply: reply | {"choices": []},
+        6: lambda reply: with_choice(reply, finish_reason="content_filter"),
+        8: lambda reply: with_choice(reply, finish_reason="error"),
+        10: lambda reply: with_choice(reply, finish_reason="abort"),
+        12: lambda reply: with_choice(reply, finish_reason=None),
+        14: lambda reply: with_choice(reply, message=None),
+    }
+
+    def answer(request, number):
+        if number == 16:
+            return 422, {"error": {"message": "this prompt only"}}
+        return 200, broken.get(number, dict)(completion(request))
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+        told = capsys.readouterr()
+        assert told.err == "" and told.out.count("--resume asks again") == 8 + 1
+        assert "finish_reason content_filter" in told.out and "an answer without choices" in told.out
+        assert "status 422" in told.out and "8 responses are missing" in told.out
+        rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+        assert len(rows) == 8 and read(tmp_path / "out")["missing"] == 8 and len(seen) == 16
+        broken.clear()
+        assert api(url, tmp_path / "out") == 2  # an evaluation is not written over
+        assert api(url, tmp_path / "out", "--resume") == 0
+        assert len(seen) == 16 + 8
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+    assert len({(r["id"], r["budget"], r["sample"]) for r in rows}) == len(rows) == 16
+    results = read(tmp_path / "out")
+    assert results["missing"] is None and results["verify"]["checked"] == 16
+    assert [cell["n"] for cell in results["datasets"]["toy"]["budgets"].values()] == [8, 8]
+    assert not (tmp_path / "out" / "unfinished.json").exists()
+
+
+def with_choice(reply, **fields):
+    return reply | {"choices": [reply["choices"][0] | fields]}
+
+
+@pytest.mark.parametrize(
+    "fields, response, finish",
+    [
+        ({"finish_reason": "eos"}, "T", "stop"),
+        ({"finish_reason": "end_turn"}, "T", "stop"),
+        ({"finish_reason": "tool_calls", "message": {"content": None}}, "", "stop"),
+        ({"finish_reason": "MAX_TOKENS"}, "T", "length"),
+        ({"finish_reason": "max_tokens", "message": {"content": None}}, "", "length"),
+        (
+            {"message": {"content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}},
+            "42",
+            "stop",
+        ),
+        ({"message": {"content": ["4", {"type": "image", "url": 1}, None]}}, "4", "stop"),
+        ({"message": {"content": [{"thinking": [{"text": "hm"}]}, {"text": "4"}]}}, "hm</think>4", "stop"),
+        ({"message": {"content": "4", "reasoning": "hm"}}, "hm</think>4", "stop"),
+        ({"finish_reason": "length", "message": {"content": None, "reasoning": "hm"}}, "hm", "length"),
+    ],
+)
+def test_answers_as_servers_write_them(fields, response, finish):
+    pytest.importorskip("openai")
+    fields = dict(fields)
+    message = {"role": "assistant", "content": "T"} | fields.pop("message", {})
+    reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": None}
+    reply["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"} | fields]
+    with serve(lambda request, number: (200, reply)) as (url, _):
+        server = engines.Server(url, "m", 1)
+        ((found,),) = server.respond([{"prompt": "p", "max_tokens": 5}], 1, 1.0, 1.0, 0, "</think>")
+    assert found == {"response": response, "length": None, "finish_reason": finish}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Smaller things
+
+
+def test_a_byte_order_mark_in_saved_samples(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(sample()).encode() + b"\r\n")
+    assert [row["id"] for row in evaluate.read_samples(str(path))] == ["a"]
+
+
+def test_out_is_checked_before_anything_is_loaded(tmp_path, capsys):
+    """A folder below a file, and a place where nothing can be written: neither data nor model is opened."""
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
+        assert run("--model", "no_such", "--data", "no_such", "--budgets", "8", "--out", out) == 2
+        error = capsys.readouterr().err
+        assert f"--out {out}" in error and error.count("\n") == 1, error
+    evaluate.check_writable(str(tmp_path / "new" / "below"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_end_of_thinking(tmp_path, tiny):
+    tokenizer = data.load_tokenizer(tiny)
+    for text, mark, wanted in (
+        ("so 1 </think> 2 </think> 3", "</think>", "so 1 </think> 2 </think>"),
+        ("hm [/THINK] 3", "[/THINK]", "hm [/THINK]"),
+        ("hm [/THINK]\n\n3", "[/THINK]", "hm [/THINK]"),
+        ("never closed", "[/THINK]", None),
+        ("hm [/THINK", "[/THINK]", None),
+    ):
+        ids = engines.np.array(tokenizer.encode(text))
+        found = engines.thinking_length(ids, tokenizer, mark)
+        if wanted is None:
+            assert found is None
+        else:  # the shortest beginning that has it, though its last token may reach beyond
+            assert tokenizer.decode(ids[:found]).startswith(wanted)
+            assert tokenizer.decode(ids[: found - 1]).count(mark) < text.count(mark)
+    # A box inside the thinking of such a model is no answer.
+    rows = [
+        sample(id=i, response=r, correct=None)
+        for i, r in enumerate([r"\boxed{2} [/THINK] 3", "3 [/THINK] 2"])
+    ]
+    path = write(tmp_path / "s.jsonl", rows)
+    assert run("--samples", path, "--regrade", "--think-end", "[/THINK]", "--out", tmp_path / "out") == 0
+    found = read(tmp_path / "out")
+    assert found["datasets"]["s"]["budgets"]["10"]["accuracy"] == 0.5 and found["think_end"] == "[/THINK]"
+    flags = ["--regrade", "--require-think", "--out", tmp_path / "strict"]
+    assert run("--samples", path, *flags) == 0  # without its name no thinking was closed
+    assert read(tmp_path / "strict")["datasets"]["s"]["budgets"]["10"]["accuracy"] == 0

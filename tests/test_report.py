@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_evaluate import SAMPLES, run, sample, write
 
-from evaluation import metrics, plots, report
+from evaluation import compare, metrics, plots, report
 
 HOSTILE = (
     "</script><script>document.title='taken'</script><!--CONTENT--><!--END--> /*DATA*/[] \u2028 <b>x</b>"
@@ -122,6 +122,10 @@ def test_filters_in_a_real_browser(tmp_path):
 # Comparison
 
 
+def compared(*folders, out) -> int:
+    return compare.main([*map(str, folders), "--out", str(out)])
+
+
 def evaluation(tmp_path, name, rows):
     out = tmp_path / name / "eval"
     assert run("--samples", write(tmp_path / f"{name}.jsonl", rows), "--out", out) == 0
@@ -137,7 +141,7 @@ def test_differences_are_paired(tmp_path, capsys):
         return first + [r | {"budget": 200, "length": 2 * r["length"]} for r in first]
 
     a, b = evaluation(tmp_path, "a", rows(0, 100)), evaluation(tmp_path, "b", rows(1, 110))
-    assert run("--compare", a, f"mine={b}", "--out", tmp_path / "both") == 0
+    assert compared(a, f"mine={b}", out=tmp_path / "both") == 0
     with open(tmp_path / "both" / "compare.json") as f:
         found = json.load(f)
     assert list(found["models"]) == ["eval", "mine"]
@@ -166,7 +170,7 @@ def test_only_problems_that_both_have_are_compared(tmp_path):
     a = evaluation(tmp_path, "a", [sample(id=i, correct=i < 3) for i in range(6)])
     rows = [sample(id=i, correct=True) for i in range(2, 9)]
     b = evaluation(tmp_path, "b", rows + [sample(id=0, budget=99), sample(id=0, source="t")])
-    assert run("--compare", a, b, "--out", tmp_path / "both") == 0
+    assert compared(a, b, out=tmp_path / "both") == 0
     with open(tmp_path / "both" / "compare.json") as f:
         found = json.load(f)
     assert list(found["models"]) == ["a/eval", "b/eval"] and list(found["datasets"]) == ["s"]
@@ -189,11 +193,11 @@ def test_comparisons_that_make_no_sense(tmp_path, capsys):
         "no such folder": [a, tmp_path / "nowhere"],
     }.items():
         capsys.readouterr()
-        assert run("--compare", *folders, "--out", tmp_path / "both") == 2
+        assert compared(*folders, out=tmp_path / "both") == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and not (tmp_path / "both").exists(), error
     # An evaluation is no place for a comparison.
-    assert run("--compare", a, a, "--out", a, "--overwrite") == 2
+    assert compared(a, b, out=a) == 2
     assert json.loads((a / "results.json").read_text())["datasets"]
 
 
