@@ -20,7 +20,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ import data
 from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.metrics import jsonable
-from evaluation.samples import NEEDED, append, batches, read_samples, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
 from rewards import check_answers  # CHECKER: from verifier, once it is there
 from toy import task as toy
 
@@ -114,11 +113,6 @@ def grade(samples: list[dict], require_think: bool, think_end: str = "</think>")
     return counts | {"checked": len(samples)}
 
 
-def name_of(request: dict) -> tuple:
-    """What tells a request from the others of a sweep."""
-    return request["budget"], request["problem"]["source"], request["problem"]["id"]
-
-
 def sample_batch(sampler, tokenizer, requests: list[dict], asked: tuple, log: Callable) -> list[dict]:
     """Samples of the requests, not yet graded; one that a server failed is told in a line and left out."""
     found = engines.respond(sampler, tokenizer, requests, *asked) if requests else []
@@ -169,8 +163,8 @@ def evaluate(
         # Where a server failed a request, its sample is missing: that one is asked for again.
         have = {(s["budget"], s["source"], s["id"], s["sample"]) for s in read_samples(path)}
         tried = [r | {"only": k} for r in requests[: done["batches"] * per_batch] for k in range(n)]
-        lacking = [r for r in tried if (*name_of(r), r["only"]) not in have]
-        todo += batches(lacking, per_batch)
+        names = [(r["budget"], r["problem"]["source"], r["problem"]["id"], r["only"]) for r in tried]
+        todo += batches((r for r, name in zip(tried, names, strict=True) if name not in have), per_batch)
     # A batch is sampled, checked, written and counted before the next one starts.
     with open(path, "a", encoding="utf-8") as f:
         for at, batch in enumerate(todo, done["batches"]):
@@ -180,7 +174,9 @@ def evaluate(
             samples = sample_batch(sampler, tokenizer, batch[rank::processes], asked, log)
             counts = [grade(samples, require_think, think_end)]
             if processes > 1:
-                samples, counts = gather(samples), gather(counts)
+                from accelerate.utils import gather_object
+
+                samples, counts = gather_object(samples), gather_object(counts)
             done["samples"] += len(samples)
             done["batches"] += "only" not in batch[0]
             done["verify"] = sum_counts([done["verify"], *counts])
@@ -198,13 +194,6 @@ def evaluate(
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples on disk, crashes and how to go on
-
-NOTHING = {
-    "samples": 0,
-    "batches": 0,
-    "missing": [],
-    "verify": {},
-}  # written, tried, [request, sample], counts
 
 
 def tally(samples: Iterable[dict], table: dict, kept: list, think_end: str = "</think>") -> None:
@@ -251,18 +240,6 @@ def go_on(out: str, settings: dict, done: dict) -> dict:
             raise BadInput(f"--resume {out}: samples.jsonl lost lines since the crash: --overwrite it")
         f.truncate(f.tell())
     return {key: old[key] for key in done}
-
-
-def gather(items: list) -> list:
-    """The items of all processes, in the order of the processes."""
-    from accelerate.utils import gather_object
-
-    return gather_object(items)
-
-
-def sum_counts(counts: list[dict]) -> dict:
-    """Counters added up, name by name."""
-    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -346,16 +323,17 @@ def from_samples(
     about |= {"samples": path, "trained_budgets": trained_budgets or about["trained_budgets"]}
     think_end = think_end or about.get("think_end") or "</think>"
     require_think = require_think or bool(about.get("require_think"))
-    # To be checked again, a sample needs its text and its gold answer in place of a verdict.
-    need = (*NEEDED[:-1], "response", "answer") if regrade else NEEDED
+    need = {}
     if regrade:
+        # To be checked again, a sample needs its text and its gold answer in place of a verdict.
+        need["need"] = ("id", "source", "budget", "length", "finish_reason", "response", "answer")
         # Once through the whole file first: a broken line is found before anything is written.
-        sum(1 for _ in read_samples(path, need))
+        sum(1 for _ in read_samples(path, **need))
         os.makedirs(out, exist_ok=True)
     differing = os.path.join(out, "disagreements.jsonl") if regrade else os.devnull
     with open(differing, "w", encoding="utf-8") as f:
         # Batch by batch: the file may be far larger than the memory.
-        for batch in batches(read_samples(path, need), BATCH):
+        for batch in batches(read_samples(path, **need), BATCH):
             stored = [s.get("correct") for s in batch]
             verify = sum_counts([verify, grade(batch, require_think, think_end)]) if regrade else verify
             tally(batch, table, kept, think_end)
@@ -402,19 +380,6 @@ def load_data(names: str, limit: int | None, seed: int) -> list[dict]:
             again = f"-{ids[problem['id']]}" if ids[problem["id"]] > 1 else ""
             problems.append(problem | {"source": name, "id": f"{problem['id']}{again}"})
     return problems
-
-
-def check_writable(folder: str, flag: str = "--out") -> None:
-    """BadInput, before a model is loaded, where no file can be written into `folder`; it is not made yet."""
-    place = os.path.abspath(folder)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        told = f"{flag} {folder} cannot be written ({place}: {error.strerror})"
-        raise BadInput(f"{told}: name a folder in a place that can be") from None
 
 
 def check_out(args: argparse.Namespace) -> None:

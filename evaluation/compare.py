@@ -19,9 +19,8 @@ import numpy as np
 
 import data
 from data import BadInput
-from evaluate import check_writable, write_json
 from evaluation import metrics, plots, report
-from evaluation.samples import read_samples
+from evaluation.samples import check_writable, read_samples, write_json
 
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 
@@ -97,8 +96,8 @@ def differences(labels: list, figures: list[dict], drawn: list[dict]) -> dict:
 
 
 def compare_set(labels: list, sets: list[dict], seed: int) -> dict:
-    """{"budgets": {budget: {"problems", "figures", "difference"}}, "area", "area_difference"} of one set."""
-    budgets, curves = {}, []
+    """{"budgets": {budget: {"problems", "figures", "difference"}}} of one data set."""
+    budgets = {}
     # A run without any budget was asked the same whatever the others were: it stands beside each of them.
     alone = [set(s) == {"none"} for s in sets]
     for budget in dict.fromkeys(b for s in sets for b in s) if alone[0] else sets[0]:
@@ -112,40 +111,7 @@ def compare_set(labels: list, sets: list[dict], seed: int) -> dict:
         found = {"problems": len(set.intersection(*map(set, rows)))}
         found["figures"] = dict(zip(names, figures, strict=True))
         budgets[budget] = found | {"difference": differences(names, figures, drawn)}
-        if budget != "none" and len(there) == len(labels) and not any(alone):
-            curves.append((figures, drawn))
-    return {"budgets": budgets, **areas(labels, curves)}
-
-
-def areas(labels: list, curves: list) -> dict:
-    """Area under each model's accuracy-length curve over the lengths that all of them reach, and the gaps."""
-
-    def points(i, k=None):  # the curve of model i, or its draw k
-        each = [(f[i] if k is None else {key: v[k] for key, v in d[i].items()}) for f, d in curves]
-        return [e["mean_length"] for e in each], [e["accuracy"] for e in each]
-
-    spans = [points(i)[0] for i in range(len(labels))]
-    if len(curves) < 2 or not all(np.min(s) > 0 for s in spans):
-        return {"area": None, "area_difference": None}
-    low, high = max(map(min, spans)), min(map(max, spans))
-    if high < 1.1 * low:  # too little in common to compare curves
-        return {"area": None, "area_difference": None}
-    value = [metrics.area_under_curve(*points(i), low, high)["area"] for i in range(len(labels))]
-    # In a draw the ends of the curves move a little: np.interp holds the outermost accuracy there.
-    draws = len(curves[0][1][0]["accuracy"])
-    grid = np.linspace(np.log(low), np.log(high), 65)
-
-    def height(i, k):
-        tokens, accuracy = points(i, k)
-        order = np.argsort(tokens)
-        return np.interp(grid, np.log(np.maximum(tokens, 1))[order], np.array(accuracy)[order]).mean()
-
-    each = np.array([[height(i, k) for k in range(draws)] for i in range(len(labels))])
-    gaps = {}
-    for label, v, x in zip(labels[1:], value[1:], each[1:], strict=True):
-        gaps[label] = {"value": v - value[0], "ci": metrics.interval(x - each[0])}
-    about = {"low": low, "high": high, "value": dict(zip(labels, value, strict=True))}
-    return {"area": about, "area_difference": gaps}
+    return {"budgets": budgets}
 
 
 def table_rows(part: dict) -> list[list[str]]:
@@ -163,18 +129,6 @@ def table_rows(part: dict) -> list[list[str]]:
                 row += [report.number(figures[key], form), told]
             rows.append(row)
     return rows
-
-
-def area_note(part: dict) -> list[str]:
-    """The areas in a sentence; none where the curves share no range of lengths."""
-    if not part["area"]:
-        return []
-    area, form = part["area"], "{:+.1%}"
-    told = ", ".join(f"{label} {v:.1%}" for label, v in area["value"].items())
-    gaps = part["area_difference"].items()
-    gaps = ", ".join(f"{k} {report.with_interval(g['value'], g['ci'], form)}" for k, g in gaps)
-    between = f"from {area['low']:.0f} to {area['high']:.0f} tokens"
-    return [f"Mean accuracy over log length {between}: {told}; difference {gaps}."]
 
 
 def read_lengths(folder: str) -> dict:
@@ -208,10 +162,10 @@ def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) ->
     side = plots.draw_side_by_side({label: read_lengths(folder) for label, folder in models.items()}, out)
     for name, part in result["datasets"].items():
         summary = report.summary_rows({label: curves[label][name] for label in labels})
-        rows, notes = table_rows(part), area_note(part)
-        text = "\n".join([report.plain_table(rows), *notes, "", report.plain_table(summary)])
+        rows = table_rows(part)
+        text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"
         log(f"\n{name}: differences are to {labels[0]}, on the same problems\n{text}")
-        sections.append({"title": name, "notes": notes, "tables": [summary, rows], "pictures": []})
+        sections.append({"title": name, "notes": [], "tables": [summary, rows], "pictures": []})
     pictures = [*side, *plots.draw_models(curves, out)]
     sections.insert(0, {"title": "Lengths, accuracy", "notes": [], "tables": [], "pictures": pictures})
     result["pictures"] = [os.path.basename(p) for p in pictures]
@@ -225,7 +179,8 @@ def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) ->
 def main(argv: list[str] | None = None) -> int:
     """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     about = "Finished evaluations against each other: paired differences, violins on the same axes."
-    parser = argparse.ArgumentParser("evaluation.compare", description=about, allow_abbrev=False)
+    usage = "python -m evaluation.compare FOLDER FOLDER ... --out FOLDER [--seed N]"
+    parser = argparse.ArgumentParser("-m evaluation.compare", usage, about, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
     parser.add_argument("--out", required=True, help="folder for table, pictures and report")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")

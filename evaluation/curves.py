@@ -16,6 +16,7 @@ import numpy as np
 import data
 from data import BadInput, first_line
 from evaluation import plots
+from evaluation.samples import check_writable
 
 COLOURS = ("#1f3f5f", "#8a4b08", "#3a7d44", "#7b3f8c", "#c0392b", "#2a9d8f", "#6b6b6b", "#b8860b")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -71,10 +72,13 @@ def reward_names(steps: list[dict]) -> list[str]:
 
 
 def budget_names(runs: dict) -> list[str]:
-    """Budgets, or ranges of them, in ascending order: the five that most steps have."""
+    """Budgets, or ranges of them, in ascending order; of many that are often asked for, five."""
     steps = [step for steps in runs.values() for step in steps]
     counts = Counter(name for step in steps for name in step.get("error_by_budget") or {})
-    return sorted(dict(counts.most_common(5)), key=lambda b: float(b.split("-")[0]))
+    often = [b for b, n in counts.items() if 2 * n > max(counts.values())]
+    often = sorted(often, key=lambda b: float(b.split("-")[0]))
+    at = np.linspace(0, len(often) - 1, min(5, len(often))).round().astype(int)
+    return [often[i] for i in at]
 
 
 def draw_lines(ax, runs: dict, labels: dict, scale: float = 1.0) -> None:
@@ -90,7 +94,8 @@ def draw_lines(ax, runs: dict, labels: dict, scale: float = 1.0) -> None:
             if len(runs) == 1:
                 ax.plot(x, scale * y, color=colour, lw=0.8, alpha=0.25)
             line = smooth(scale * y, len(y) // 40)
-            ax.plot(x, line, color=colour, lw=1.7, ls=DASHES[k % len(DASHES)], label=label)
+            width = 1.7 if k else 2.4  # the mean, or the whole reward, comes first
+            ax.plot(x, line, color=colour, lw=width, ls=DASHES[k % len(DASHES)], label=label)
             if len(x) == 1:  # a run that has just begun
                 ax.plot(x, line, color=colour, marker="o")
 
@@ -148,11 +153,13 @@ def watch(folders: list[str], out: str | None = None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     about = "Learning curves of runs, also of those that still train."
-    parser = argparse.ArgumentParser("evaluation.curves", description=about, allow_abbrev=False)
+    usage = "python -m evaluation.curves FOLDER ... [--out FOLDER]"
+    parser = argparse.ArgumentParser("-m evaluation.curves", usage, about, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="the --out folders of training runs")
     parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
     try:
         args = data.one_line_errors(parser).parse_args(argv)
+        check_writable(args.out or args.runs[0])
         watch(args.runs, args.out)
     except BadInput as error:
         print(f"evaluation.curves: error: {error}", file=sys.stderr)

@@ -1,11 +1,10 @@
-"""The pictures of an evaluation, from plain numbers to PNG files; evaluate.py calls draw() and draw_models().
+"""The pictures of an evaluation, from plain numbers to PNG files.
 
-    violins   produced against requested length, a violin per budget with its median
-    accuracy  accuracy against mean produced length, with 95% intervals over problems
-    error     mean absolute and mean signed length error per budget
-    over      shares over the budget, over it by more than 500 tokens, and cut off
-    patterns  words that mark reasoning, per 1,000 tokens
-    models    accuracy-length curves of several models, with 95% intervals
+    violins       produced against requested length, a violin per budget with its median
+    accuracy      accuracy against mean produced length, with 95% intervals over problems
+    error         mean absolute and mean signed length error per budget
+    models        accuracy-length curves of several models, with 95% intervals
+    side_by_side  violins of several models on the same axes
 
 A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
 response that never ends would flatten all others. Figures in results.json always count every response.
@@ -52,10 +51,8 @@ def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | N
         suffix = "" if len(shown) == 1 else "_" + file_name(name)
         for kind, function in PICTURES.items():
             # Without a single budget there is still an accuracy at a length.
-            if not lengths or (kind not in ("accuracy", "patterns") and set(lengths) == {None}):
+            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
                 continue
-            if kind == "patterns" and not any(f.get("patterns") for f in figures.values()):
-                continue  # saved samples without their texts
             paths.append(os.path.join(out, f"{kind}{suffix}.png"))
             with canvas(paths[-1]) as ax:
                 function(ax, figures, lengths, trained)
@@ -115,20 +112,10 @@ def length_axis(ax, lengths: Sequence[float]) -> None:
         plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
 
 
-def budget_axis(ax, asked: list, trained: list[int] | None, ylabel: str) -> None:
-    """Evenly spaced budgets, the trained range shaded, and a legend below."""
-    at = np.flatnonzero(is_trained([b or -1e9 for b in asked], trained))
-    if len(at):
-        ax.axvspan(at.min() - 0.5, at.max() + 0.5, color="0.92", zorder=0, label="trained range")
-    ax.set_xticks(np.arange(len(asked)), ["none" if b is None else str(b) for b in asked])
-    ax.set(xlabel="requested length (tokens)", ylabel=ylabel, xlim=(-0.8, len(asked) - 0.2))
-    legend(ax)
-
-
 def legend(ax) -> None:
     """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
     found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5)
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1.2)
     ax.legend(found.values(), found.keys(), fontsize=8.5, **place)
 
 
@@ -241,47 +228,17 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
     ax.axhline(0, color="black", lw=0.8)
     ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
+    at = np.flatnonzero(is_trained(asked, trained))
+    if len(at):
+        ax.axvspan(at.min() - 0.5, at.max() + 0.5, color="0.92", zorder=0, label="trained range")
+    ax.set_xticks(x, [str(b) for b in asked])
+    ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
+    ax.set_xlim(-0.8, len(asked) - 0.2)
     ax.set_ylim(1.25 * min(0, *signed), 1.2 * max(*size, 10))
-    budget_axis(ax, asked, trained, "length error (% of the budget)")
+    legend(ax)
 
 
-def draw_over(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Shares of responses over the budget, over it by more than 500 tokens, and cut off at the cap."""
-    asked = [b for b in figures if b is not None]
-    x = np.arange(len(asked))
-    kinds = {"over_budget": ("over the budget", LIGHT, ""), "truncated": ("cut off at the cap", SAND, "..")}
-    kinds["over_budget_500"] = "over by more than 500 tokens", "white", "///"
-    for i, (key, (label, color, hatch)) in enumerate(kinds.items()):
-        values = [100 * figures[b][key] for b in asked]
-        at = x + 0.27 * (i - 1)
-        bars = [error_bar(figures[b], key, v) for b, v in zip(asked, values, strict=True)]
-        style = dict(color=color, edgecolor=DARK, hatch=hatch, zorder=2, label=label)
-        ax.bar(at, values, 0.27, yerr=np.transpose(bars), error_kw=dict(lw=1, capsize=2), **style)
-    ax.set_ylim(0, 104)
-    budget_axis(ax, asked, trained, "share of the responses (%)")
-
-
-def draw_patterns(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Rates of the four groups of reasoning words (metrics.PATTERNS) by budget, with 95% intervals."""
-    asked = [b for b in figures if figures[b].get("patterns")]
-    x = np.arange(len(asked))
-    styles = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
-    grays = (DARK, OTHER, "0.35", "0.55")
-    for i, key in enumerate(figures[asked[0]]["patterns"]):
-        rate = [figures[b]["patterns"][key] for b in asked]
-        # Percent is error_bar's unit; a rate per 1,000 is a number of its own.
-        bars = [error_bar(figures[b], key, 100 * v) for b, v in zip(asked, rate, strict=True)]
-        marker, line = styles[i]
-        # A little apart, so that intervals do not hide one another.
-        style = dict(marker=marker, ls=line, color=grays[i], mfc="white", capsize=3)
-        label = key.replace("_", " ")
-        ax.errorbar(x + 0.06 * (i - 1.5), rate, np.transpose(bars) / 100, label=label, **style)
-    ax.set_ylim(bottom=0)
-    budget_axis(ax, asked, trained, "words per 1,000 tokens")
-
-
-PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error, "over": draw_over}
-PICTURES["patterns"] = draw_patterns
+PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def html_picture(path: str) -> str:
     with open(path, "rb") as f:
         encoded = base64.b64encode(f.read()).decode()
     name = html.escape(os.path.basename(path))
-    return f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
+    wide = " class=wide" if name.startswith("side_by_side") else ""
+    return f'<img{wide} alt="{name}" src="data:image/png;base64,{encoded}">'
 
 
 def write(path: str, title: str, facts: dict, sections: list, samples: list, total: int = 0) -> None:
@@ -222,9 +223,6 @@ def summary_rows(models: dict) -> list[list[str]]:
 def write_report(results: dict, shown: dict, pictures: list[str], kept: list, out: str) -> None:
     """html: pictures, tables and samples of all data sets, and how they were made."""
     sections, at = [], 0
-    if "mean" in results:
-        rows = table_rows(results["mean"]["budgets"], COLUMNS, True)
-        sections.append({"title": "Mean of the data sets", "notes": [], "tables": [rows], "pictures": []})
     for name, part in shown.items():
         summary = results["datasets"][name]
         lines = lines_of(part, summary)
@@ -235,6 +233,9 @@ def write_report(results: dict, shown: dict, pictures: list[str], kept: list, ou
         title = f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}"
         sections.append({"title": title, "notes": notes_of(summary), "tables": tables, "pictures": own})
         at += sum(cell["n"] for cell in summary["budgets"].values())
+    if "mean" in results:
+        rows = table_rows(results["mean"]["budgets"], COLUMNS, True)
+        sections.append({"title": "Mean of the data sets", "notes": [], "tables": [rows], "pictures": []})
     known = {k: v for k, v in results.items() if k not in ("datasets", "mean", "pictures") and v is not None}
     lists = {k: json.dumps(v, ensure_ascii=False) for k, v in known.items() if isinstance(v, (dict, list))}
     model = os.path.basename(str(results.get("model") or results.get("samples")).rstrip("/"))

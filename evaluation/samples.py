@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 
 from data import BadInput
@@ -84,3 +85,21 @@ def write_json(path: str, value: dict) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def check_writable(folder: str, flag: str = "--out") -> None:
+    """BadInput, before a model is loaded, where no file can be written into `folder`; it is not made yet."""
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        told = f"{flag} {folder} cannot be written ({place}: {error.strerror})"
+        raise BadInput(f"{told}: name a folder in a place that can be") from None
+
+
+def sum_counts(counts: list[dict]) -> dict:
+    """Counters added up, name by name."""
+    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import data
 import evaluate
-from evaluation import baselines, compare, engines, metrics
+from evaluation import baselines, compare, edits, engines
 from evaluation.samples import read_samples
 from toy import task as toy
 
@@ -235,29 +235,6 @@ def test_calibrate():
     assert stuck["tries"] == 4 and stuck["mean_length"] in (10, 50)
 
 
-def test_majority(sampler, tokenizer, prompts):
-    baseline = baselines.Baseline("majority", sampler, tokenizer, 400)
-    problem = {"kind": "math"}
-    requests = [{"ids": np.array(ids), "budget": 240, "problem": problem} for ids in prompts]
-    made = flat(baseline.respond(requests, 2, 1.0, 1.0, 0, "</think>"))
-    assert len(made) == 12
-    for c in made:
-        assert c["length"] <= 240 and len(c["votes"]) == 4 and "thinking_length" not in c
-        given = [answer for answer in c["votes"] if answer is not None]
-        if given:
-            answer = metrics.spoken_answer(c | problem)
-            assert given.count(answer) == max(map(given.count, given))
-    assert sum(len(set(c["votes"]) - {None}) > 1 for c in made) > 2  # some had to be counted
-    votes = [{"response": f"</think> {a}", "finish_reason": "stop", "length": 5} for a in "2332"]
-    assert baselines.elect(votes, "math") == votes[0] | {"length": 20, "votes": ["2", "3", "3", "2"]}
-    assert baselines.elect(votes[1:], "math")["response"] == "</think> 3"
-    cut = [vote | {"finish_reason": "length"} for vote in votes]
-    assert baselines.elect(cut, "math")["votes"] == [None] * 4
-    assert metrics.winner(["2", "3", "3", None]) == 1
-    assert metrics.winner([None, "7", "2", "2", "7"]) == 1  # a tie: the first to come
-    assert metrics.winner([None, None]) is None
-
-
 def test_caps_by_hand(tokenizer, monkeypatch):
     monkeypatch.setattr(baselines, "FINAL_TEXTS", ("Think for",))  # two tokens
 
@@ -272,8 +249,7 @@ def test_caps_by_hand(tokenizer, monkeypatch):
     assert caps("truncate", 100, answer_tokens=20) == (100, 123)
     assert caps("cut", 100) == (100, 100)
     assert caps("stop_scale", 100) == (200, 200)
-    assert caps("majority", 100) == (19, 25)  # a quarter of 25 for the answer
-    for method, budget in [("s1", 997), ("majority", 20), ("cut", 1001)]:
+    for method, budget in [("s1", 997), ("cut", 1001)]:
         with pytest.raises(data.BadInput, match=f"--budgets {budget}"):
             caps(method, budget)
 
@@ -342,7 +318,7 @@ def test_threshold_is_the_nth_largest(given):
     )
     n = given.draw(st.integers(1, len(values)))
     chunks = [torch.tensor(values[i : i + 7], dtype=torch.float32) for i in range(0, len(values), 7)]
-    found = baselines.largest_threshold(lambda: (c.view(torch.int32) for c in chunks), n)
+    found = edits.largest_threshold(lambda: (c.view(torch.int32) for c in chunks), n)
     assert np.int32(found).view(np.float32) == np.sort(np.float32(values))[-n]
 
 
@@ -365,7 +341,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("shard", [4 << 30, 300_000])
 def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
-    monkeypatch.setattr(baselines, "SHARD", shard)
+    monkeypatch.setattr(edits, "SHARD", shard)
     a, b = weights(model), weights(tuned)
     for name, keep, scale in [("all", 1, 1), ("nothing", 0, 1), ("dler", 0.25, 0.7)]:
         flags = ["--keep", str(keep), "--scale", str(scale), "--out", str(tmp_path / name)]
@@ -381,14 +357,13 @@ def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
     assert torch.allclose(done, torch.where(largest, 0.7 * delta, 0), atol=1e-7)
     assert f"merge: {int(largest.sum())} of {len(delta)} updates kept (25.0%)" in capsys.readouterr().out
     assert os.path.exists(tmp_path / "dler" / "model.safetensors") == (shard > 300_000)
-    assert baselines.merge(model, model, str(tmp_path / "same"))[1] == 0  # what did not move is not counted
+    assert edits.merge(model, model, str(tmp_path / "same"))[1] == 0  # what did not move is not counted
     assert data.load_tokenizer(str(tmp_path / "dler")).encode("wait") == toy.make_tokenizer().encode("wait")
 
 
 def test_thinkedit_golden():
     weight, v = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([2.0, 0.0])  # its length does not matter
-    assert baselines.remove_direction(weight, v).tolist() == [[0, 2], [0, 4]]
-    assert baselines.remove_direction(weight, v, 0.5).tolist() == [[0.5, 2], [1.5, 4]]
+    assert edits.remove_direction(weight, v).tolist() == [[0, 2], [0, 4]]
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +389,7 @@ def test_thinkedit(model, tokenizer, spoken, tmp_path, capsys):
     assert f"{heads} of 8 heads: " in capsys.readouterr().out
     about = json.loads((out / "thinkedit.json").read_text())
     chosen = {(layer, head): value for layer, head, value in about["layer_head_contribution"]}
-    groups = baselines.thinking_samples(read_samples(spoken), tokenizer, 20, 10)
+    groups = edits.thinking_samples(read_samples(spoken), tokenizer, 20, 10)
     assert [len(group) for group in groups] == [about["long"], about["short"]] and all(groups)
     # By another way: the residuals behind the attention, and W_o times each head's output, token by token.
     before, after = load_model(model), AutoModelForCausalLM.from_pretrained(str(out))
@@ -486,10 +461,6 @@ BAD = [
     ("sweep --model {model} --data toy --budgets 16 --n 0 --out {out}", ["--n (0)", "1 or more"]),
     ("sweep --model {model} --data toy --budgets 16 --temperature nan --out {out}", ["--temperature (nan)"]),
     ("sweep --model {model} --data toy --budgets 600 --methods cut --out {out}", ["--budgets 600", "cut"]),
-    (
-        "sweep --model {model} --data toy --budgets 12 --methods majority --out {out}",
-        ["--votes 4", "majority"],
-    ),
     ("sweep --model {model} --data toy --budgets 16 --out /proc/none", ["--out /proc/none", "written"]),
     ("merge --base {model} --tuned {model} --out /proc/none", ["--out /proc/none", "written"]),
     ("sweep --model {model} --data {math} --budgets 16 --out {out}", ["--calibration", "stop_scale"]),

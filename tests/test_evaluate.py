@@ -23,7 +23,7 @@ from evaluation import engines, metrics
 from toy import task as toy
 
 ROOT = Path(__file__).parent.parent
-PICTURES = ("violins", "accuracy", "error", "over", "patterns")
+PICTURES = ("violins", "accuracy", "error")
 DATA = Path(__file__).parent / "data"
 SAMPLES = DATA / "samples_small.jsonl"
 
