@@ -29,6 +29,7 @@ import numpy as np
 import data
 from data import BadInput
 from evaluation import engines, metrics, plots, report
+from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
 from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
 from rewards import check_answers  # CHECKER: from verifier, once it is there
@@ -150,7 +151,7 @@ def evaluate(
     settings |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     settings |= {"require_think": require_think, "think_end": think_end, "asked": budgets, "batch": per_batch}
     settings |= {"template": getattr(tokenizer, "chat_template", None)}
-    settings |= {"data": engines.hash_data(problems)} | (about or {})
+    settings |= {"data": hash_data(problems)} | (about or {})
     if resume and (finished := finished_results(out, settings, log)):
         return finished
     done, table, kept = {"samples": 0, "batches": 0, "verify": {}}, {}, []

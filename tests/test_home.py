@@ -318,7 +318,6 @@ SCRIPTS = ["train_grpo.py", "evaluate.py", "data.py", "baselines.py", "card.py"]
         ),
         ("train_grpo.py @recipes/l1_", {"recipes/l1_exact.args", "recipes/l1_max.args"}),
         ("evaluate.py --samples tests/data/sam", {"tests/data/samples_small.jsonl"}),
-        ("baselines.py merge --ke", {"--keep"}),
     ],
 )
 def test_tab_completion(line, found, tmp_path, script):
