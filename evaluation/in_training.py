@@ -19,11 +19,14 @@ def evaluate_now(sampler, rows: list[dict], budgets: list[int], args, state, nam
         raise BadInput(f"--wording {args.wording} is not how --data asks: {row['prompt'][-80:]!r}")
     # One cap for all budgets, so that one which is not obeyed shows the length it gets and not the cap.
     cap, mode = 2 * max(budgets, default=args.max_tokens // 2), "max" if args.mode == "max" else "exact"
+    # The trainer's engine has room for the longest of these.
+    tokenizer, context = sampler.tokenizer, sampler.max_model_len
     told = print if state.is_main_process else lambda *words: None
     evaluate(
         sampler, load_data(args.eval_data, 200, 0), budgets or [None], mode, 2, f"{args.out}/{name}",
         wording=args.wording, temperature=args.temperature, top_p=1.0, max_tokens=cap, seed=args.seed,
         model=args.model, log=told, require_think=args.require_think, think_end=args.think_end, state=state,
+        tokenizer=tokenizer, context=context,
     )  # fmt: skip
     if name == "eval" and state.is_main_process:
         told(before_and_after(args.out))
