@@ -33,7 +33,7 @@ ENDS, CUTS = ("stop", "eos", "end_turn", "tool_calls"), ("length", "max_tokens")
 
 
 def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
-    """A sampler for a finished model, of the trainer's own classes; `kind`: auto, vllm or hf; lengths in tokens."""
+    """A sampler for a finished model, of the trainer's classes; `kind`: auto, vllm or hf; lengths in tokens."""
     import train_grpo as trainer
 
     kind, tokenizer = trainer.pick_sampler(kind), load_tokenizer(path)
@@ -50,7 +50,7 @@ def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
 
 
 def generation_settings(path: str):
-    """generation_config.json of a model; of a folder without one, its configuration, which names the end token too."""
+    """generation_config.json of a model; without one its configuration, which names the end token too."""
     from transformers import GenerationConfig
 
     try:

@@ -1,8 +1,8 @@
-"""What papers do besides their reward: one file each, `--method NAME`. A method overrides what it needs of Method.
+"""What papers do besides their reward: one file each, `--method NAME`. Each overrides what it needs of Method.
 
-The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first one to
-read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two papers at once
-are a subclass: see the end of docs/guide.md.
+The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first one
+to read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two papers at
+once are a subclass: see the end of docs/guide.md.
 """
 
 import difflib
@@ -34,7 +34,7 @@ class Method:
         )  # state: plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
-        """Before sampling; `turn` counts the refills of --dynamic-sampling. ask(rows, n, key) samples and checks."""
+        """Before sampling; `turn` counts refills of --dynamic-sampling. ask(rows, n, key) samples and checks."""
 
     def row(self, row, step):
         """The row as it is asked at this step (curricula change its budget)."""
@@ -53,7 +53,7 @@ class Method:
         """After the check: responses that are cut, checked again or scored by a model."""
 
     def reward_inputs(self, groups, rows, step):
-        """Fields that the reward reads besides lengths and verdicts, [P] or [P, G]; "constants" override its own."""
+        """Fields for the reward besides lengths and verdicts, [P] or [P, G]; "constants" override its own."""
         return {}
 
     def learn(self, groups, rows):
@@ -84,7 +84,7 @@ KNOWN = {"budget", "mode", "step", "range", *DERIVED}  # what a reward can read 
 
 
 def make(args, tokenizer, *readers):
-    """The method that --method names. Reward and advantage declare the fields of the rollouts that they read."""
+    """The method that --method names. `readers`, reward and advantage, declare the fields that they read."""
     method = find(args.method)
     for field in sorted({field for f in readers for field in f.needs} - KNOWN):
         if field not in method.provides:
@@ -105,7 +105,7 @@ def constants(name, function, words):
                 set(known) - {"rollouts", "rewards", "parts"}
             )
             raise BadInput(
-                f"{flag} ({word}) must be K=V, K a constant of {function.__name__}, as {', '.join(near)}"
+                f"--{name.replace('_', '-')} ({word}) must be K=V, K a constant of {function.__name__}: {', '.join(near)}"
             )
         try:
             found[k] = json.loads(value)

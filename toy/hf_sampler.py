@@ -14,7 +14,7 @@ class HFSampler:
         self.max_model_len, self.sharded = max_model_len, sharded
 
     def load(self, model) -> None:
-        """Read `model` itself from now on. Shards cannot be asked token by token: a copy of them is filled."""
+        """Read `model` itself from now on. Shards cannot be asked token by token: they fill a copy."""
         if not self.sharded:
             self.model = model
             return
