@@ -1,8 +1,8 @@
-"""What papers do besides their reward: one file each, `--method NAME`. Each overrides what it needs of Method.
+"""What papers do besides their reward: a file each, `--method NAME`. Each overrides what it needs of Method.
 
-The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first one
-to read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two papers at
-once are a subclass: see the end of docs/guide.md.
+The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first
+one to read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two papers
+at once are a subclass: see the end of docs/guide.md.
 """
 
 import difflib
@@ -34,7 +34,7 @@ class Method:
         )  # state: plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
-        """Before sampling; `turn` counts refills of --dynamic-sampling. ask(rows, n, key) samples and checks."""
+        """Before sampling; `turn` counts the refills of a step. ask(rows, n, key, starting) samples and checks."""
 
     def row(self, row, step):
         """The row as it is asked at this step (curricula change its budget)."""
@@ -105,7 +105,7 @@ def constants(name, function, words):
                 set(known) - {"rollouts", "rewards", "parts"}
             )
             raise BadInput(
-                f"--{name.replace('_', '-')} ({word}) must be K=V, K a constant of {function.__name__}: {', '.join(near)}"
+                f"--{name.replace('_', '-')} ({word}): K=V, K a constant of {function.__name__}: {', '.join(near)}"
             )
         try:
             found[k] = json.loads(value)
