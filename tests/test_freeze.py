@@ -115,9 +115,9 @@ def run(name: str, out: str) -> list[dict]:
     elif name.endswith("+vllm"):  # the engine changes the process that it lives in
         call([script, *flags])
     else:
-        assert train_grpo.main(flags) == 0
+        train_grpo.main(flags)
     if name.endswith("+resumed"):
-        assert train_grpo.main(["--out", out, "--resume", "--steps", "4"]) == 0
+        train_grpo.main(["--out", out, "--resume", "--steps", "4"])
     with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
         steps = [json.loads(line) for line in f]
     parts = {k for step in steps for k in step if k.startswith("reward_") and k != "reward_std"}
