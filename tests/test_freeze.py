@@ -69,6 +69,7 @@ FLAGS = {
     "o1_pruner": "--lr 1e-4 --seed 4",
     "kimi": "--lr 1e-4",
     "dot": "--lr 1e-4 --seed 4",
+    "grpo_lead": "--lr 2e-4",
     "gdpo": "--lr 2e-4",
     "affectgpt": "--reward-args k_max=0.8 weight=1",
     # parts of the loss that no toy line has
