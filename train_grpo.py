@@ -657,7 +657,7 @@ def main(argv=None):
         from toy.hf_sampler import HFSampler
 
         whole = net.load_model(args.model, args).to(DEVICE) if args.fsdp else model
-        sampler = HFSampler(whole, tokenizer, stops, room, args.fsdp)
+        sampler = HFSampler(whole, tokenizer, stops, room, args.fsdp, args.dtype == "bfloat16")
     if args.check_memory:
         from scaling.memory import check_memory
 
@@ -739,7 +739,7 @@ def main(argv=None):
             evaluate_now(sampler, rows, asked, args, state, f"eval-{step}")
     bar.close()
     if step < args.steps:
-        print0(f"stopped by a signal after step {step}, which is saved; to go on: --resume --out {args.out}")
+        print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")
     elif args.eval_every:
         evaluate_now(sampler, rows, asked, args, state, "eval")
     if WORLD > 1 and dist.is_initialized() and kind == "hf":  # vLLM takes its groups down itself

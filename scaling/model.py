@@ -138,7 +138,7 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
 
 
 def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
-    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, a ChunkedHead)
+    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
