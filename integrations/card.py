@@ -38,7 +38,7 @@ The budget is a sentence of the user's turn, in these very words, with PROBLEM a
 
 {prompts}
 
-It counts the generated tokens {counted}. Sample at temperature {temperature:g}, as in training.
+It counts the generated tokens of the whole response. Sample at temperature {temperature:g}, as in training.
 `vllm serve FOLDER_OR_NAME` serves the model as it is.
 
 ## Length control
@@ -141,13 +141,11 @@ def write_card(folder: str, args: dict, rows: list[dict]) -> None:
         tags=["length-control", "reasoning", "grpo", "nanoL1"],
     )  # fmt: skip
     used = {k: v for k, v in sorted(args.items()) if v not in (None, False, {}, [], "")}
-    to_think = "up to and including `</think>`"
     fields = {
         "about": about.to_yaml().strip(), "name": name, "steps": args["steps"], "reward": args["reward"],
         "base": f"`{base if on_hub else os.path.basename(base)}`" if base else "A toy model that adds digits",
         "advantage": args["advantage"], "budgets": budgets_text(rows), "temperature": args["temperature"],
         "prompts": "\n\nor\n\n".join(f"```\n{text}\n```" for text in templates(rows)) or NO_BUDGETS,
-        "counted": to_think if args["count"] == "thinking" else "of the whole response",
         "command": "python train_grpo.py " + shlex.join(used.pop("command", [])), "begin": BEGIN, "end": END,
         "settings": json.dumps(used, indent=1),
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """The rows and rewards of this project inside other trainers: TRL, verl, open-instruct.
 
-Copy this file together with rewards.py, which is used as it is. Rewards are those of REWARDS, lengths are
+Copy this file with rewards.py and verifier.py, used as they are. Rewards are those of REWARDS, lengths are
 counted from token ids with their end token, and a response without an end token is truncated and wrong, all
-as in the training loop here. Fields that a reward needs beyond the row (history, well_formed, ...) are not
-there: it says which one it misses. The README has the lines to copy ("Use it from").
+as in the training loop here. Fields that a reward needs beyond row and text (history, ref_length, ...) are
+not there: it says which one it misses. The README has the lines to copy ("Use it from").
 """
 
 import json
@@ -17,34 +17,29 @@ import numpy as np
 
 # verl loads this file by its path, in Ray workers that do not know its folder.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from rewards import REWARDS, check_answers, response_length  # noqa: E402
+from rewards import REWARDS  # noqa: E402
+from verifier import check_answers  # noqa: E402
 
 if TYPE_CHECKING:  # libraries that are loaded late
     from transformers import PreTrainedTokenizerBase
 
-# Their reward of a response depends on the others to its prompt (grpo_lambda: on the whole batch).
-GROUP_REWARDS = (
-    "truncation_adaptive efficient_reasoning grpo_lambda kimi shorter_better laser_d laser_de alp "
-)
-GROUP_REWARDS = (GROUP_REWARDS + "grpo_lead prime_linear adaptive_deep gr3 dot_threshold").split()
 FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choices")  # what makes a row
 
 
 def score(
     reward: str, rows: list[dict], responses: list, tokenizer, group_size: int = 1, step: int = 0,
-    count: str = "response", require_think: bool = False, timeout: float = 5.0, **options,
+    require_think: bool = False, timeout: float = 5.0, **options,
 ) -> tuple[list[float], dict]:  # fmt: skip
     """Rewards of responses (token ids) to `rows`, one a response; and the rollouts they were made from.
 
     Rows are those of data.py: answer, budget, mode, kind, choices. The responses to one prompt stand side by
     side, `group_size` of them; ValueError where a reward that compares them does not get them so.
     """
-    if reward not in REWARDS:
-        raise ValueError(f"reward {reward!r} is not known: use one of {', '.join(REWARDS)}")
-    if reward in GROUP_REWARDS and group_size < 2:
+    function = REWARDS[reward]
+    if function.compares_group and group_size < 2:
         told = "TRL needs group_size; verl and open-instruct score one at a time"
         raise ValueError(f"{reward} compares the responses to a prompt, and sees one here: {told}")
-    if reward.startswith(("lcpo", "tulu", "peaked")) and not all("budget" in row for row in rows):
+    if "budget" in function.needs and not all("budget" in row for row in rows):
         raise ValueError(
             f"{reward} needs a column budget (null where none is asked for): use data.py --export"
         )
@@ -61,13 +56,14 @@ def score(
     kinds = [row["kind"] or "math" for row in rows]
     answers, choices = [row["answer"] for row in rows], [row["choices"] for row in rows]
     correct, _ = check_answers(texts, answers, kinds, choices, require_think, timeout)
-    think_end = tokenizer.encode("</think>", add_special_tokens=False) if count == "thinking" else ()
     table = {"correct": np.logical_and(correct, stopped), "truncated": np.logical_not(stopped)}
-    table["length"] = [response_length(ids, count, think_end) for ids in responses]
+    table["length"] = [len(ids) for ids in responses]
     table = {key: np.array(values, dtype=np.int64).reshape(-1, group_size) for key, values in table.items()}
     table["budget"] = np.array([row["budget"] or np.nan for row in firsts], dtype=np.float64)
     table |= {"mode": [row["mode"] for row in firsts], "step": step}
-    return REWARDS[reward](table, **options).reshape(-1).tolist(), table
+    table["text"] = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
+    table["require_think"] = require_think
+    return function(table, **options).reshape(-1).tolist(), table
 
 
 def trl_reward(reward: str, tokenizer, group_size: int = 1, **options) -> Callable:

@@ -79,6 +79,7 @@ def add_reward(name: str, reward: Callable, cut: int | None = None) -> None:
     import methods
     import rewards
 
+    reward.needs, reward.compares_group = ("budget",), False
     rewards.REWARDS[name] = reward
     if cut:
         whole = methods.response_cap

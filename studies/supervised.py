@@ -16,10 +16,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from sampler import load_model, make_sampler
 
 import data
-import rewards
-from sampler import load_model, make_sampler
+import verifier
 from studies import ideas
 from toy import task as toy
 
@@ -36,7 +36,7 @@ def own_traces(model, tokenizer, problems: list[dict], seed: int) -> list[tuple[
     for problem, responses in zip(problems, sampler.generate(prompts, SAMPLES, CAP, seed=seed), strict=True):
         whole = [r["ids"] for r in responses if r["finish_reason"] == "stop"]
         texts = [tokenizer.decode(ids[:-1]) for ids in whole]
-        right = rewards.check_answers(texts, [problem["answer"]] * len(texts), ["math"] * len(texts))[0]
+        right = verifier.check_answers(texts, [problem["answer"]] * len(texts), ["math"] * len(texts))[0]
         found += [(problem, ids) for ids, ok in zip(whole, right, strict=True) if ok]
     return found
 

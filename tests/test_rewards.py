@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import rewards
-from rewards import ADVANTAGES, REWARDS, response_length
+from rewards import ADVANTAGES, REWARDS
 
 BATCH_RANKED = {"grpo_lambda"}  # its top groups depend on the other prompts
 TOTALS = sorted(set(REWARDS) - {"dot_threshold"})
@@ -76,7 +76,10 @@ BY_HAND = [
     ("efficient_reasoning", {}, one_prompt([1] * 3, [100, 200, 300]), [0.97729, 0.95, 0.92271]),
     ("grpo_lambda", {}, one_prompt([1] * 3, [100, 200, 300]), [0.86374, 0.7, 0.53626]),
     ("grpo_lambda", {"ddof": 1}, one_prompt([1] * 3, [100, 200, 300]), [0.83864, 0.7, 0.56136]),
-    ("grpo_lead", {}, one_prompt([1, 1, 1, 0], [100, 200, 300, 9]), [1.06315, 1, 0.94060, 0]),
+    ("grpo_lead", {"ddof": 0}, one_prompt([1, 1, 1, 0], [100, 200, 300, 9]), [1.06315, 1, 0.94060, -1]),
+    # the authors' code: sample deviation 1000, so z = -1, 0, 1; three short responses lift the length term
+    ("grpo_lead", {"easy_length": 4000}, one_prompt([1] * 3, [5000, 6000, 7000]), [1.051271, 1, 0.951229]),
+    ("grpo_lead", {"easy_length": 4000}, one_prompt([1, 1, 0, 1], [3000, 4000, 5000, 9000]), [1, 1, -1, 1]),
     ("truncation", {}, one_prompt([1, 1, 0], [4000, 4001, 9]), [1, 0, 0]),
     ("truncation_adaptive", {}, one_prompt([1, 1, 0, 0], [2000, 2001, 9, 9]), [1, 0, 0, 0]),
     ("truncation_adaptive", {}, one_prompt([1, 0, 0], [4000, 9, 9]), [1, 0, 0]),
@@ -106,6 +109,7 @@ BY_HAND = [
     ("laser", {}, one_prompt([1, 1, 0, 1], [2000, 3000, 1, 1], well_formed=[1, 1, 1, 0]), [1.5, 1, -0.5, -1]),
     ("alp", {"beta": 1, "normaliser": 1e4}, one_prompt([1, 1, 1, 0], [2000] * 4), [0.85] * 3 + [-0.15]),
     ("cosine", {}, one_prompt([1, 1, 0, 0], [0, 7168, 0, 7168]), [2, 1.5, -10, -5]),
+    ("cosine", {"margin": 16}, one_prompt([1, 1], [14319, 14320]), [1.0000034, -10]),  # the authors' margin
     ("adaptthink", {}, one_prompt([1, 0], [1, 1], ref_accuracy=0.75, no_think=[1, 0]), [0.3, -0.75]),
     ("prime_linear", {}, one_prompt([1, 1, 1], [10, 20, 30]), [0.916667, 0.833333, 0.75]),
     ("o1_pruner", {}, one_prompt([1, 0], [1000, 2000], ref_length=1400, ref_accuracy=0.75), [1.65, -4.05]),
@@ -140,8 +144,179 @@ def test_laser_classes():
 
 
 def test_missing_field_is_named():
-    with pytest.raises(KeyError, match="needs rollouts\\['history'\\]"):
+    with pytest.raises(KeyError, match="needs the field history; the batch has correct, length"):
         REWARDS["hapo_cosine"](one_prompt([1], [10]))
+    with pytest.raises(KeyError, match="needs the field well_formed or text"):
+        REWARDS["laser"](one_prompt([1], [10]))
+    with pytest.raises(ValueError, match="mode has 0 entries for 1 prompts"):
+        REWARDS["lcpo_dual"](one_prompt([1], [10], budget=5))
+
+
+WRONG_SHAPES = [
+    (
+        "lcpo_exact",
+        {"correct": [1, 0], "length": [9, 9], "budget": 1000},
+        r"budget .* \[\], the answers \[2\]",
+    ),
+    ("lcpo_exact", one_prompt([1, 0], [9, 9]) | {"budget": [5, 6]}, r"budget .* \[2\], the answers \[1, 2\]"),
+    ("lcpo_exact", one_prompt([1, 0], [9, 9]) | {"budget": 5}, r"budget has the shape \[\].*one a prompt"),
+    ("correct", {"correct": [1, 0]}, r"correct .* \[2\].*\[P prompts, G rollouts\] as \[\[1, 0\]\]"),
+    (
+        "truncation",
+        one_prompt([1, 0], [9, 9]) | {"length": [[9]]},
+        r"length .* \[1, 1\], the answers \[1, 2\]",
+    ),
+    ("correct", {"correct": [[1], [0]], "truncated": [0, 0]}, r"truncated has the shape \[2\]"),
+    (
+        "laser",
+        one_prompt([1, 0], [9, 9]) | {"text": ["8", "9"]},
+        r"text has the shape \[2, 1\], the answers \[1, 2\]",
+    ),
+    ("tldr", one_prompt([1], [9]) | {"level": ["long", "long"]}, "level has 2 entries for 1 prompts"),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "message"), WRONG_SHAPES)
+def test_wrong_shapes_are_told(name, batch, message):
+    with pytest.raises(ValueError, match=message):
+        REWARDS[name](batch)
+
+
+def test_advantages_want_groups():
+    for name, rewards_of in (("grpo", [1, 0]), ("rloo", 1.0), ("gdpo", [[1, 0]])):
+        with pytest.raises(ValueError, match=r"rewards have the shape \[.*\[P prompts, G responses\]"):
+            ADVANTAGES[name](rewards_of)
+    with pytest.raises(ValueError, match=r"length has the shape \[1, 3\], the answers \[1, 2\]"):
+        ADVANTAGES["gfpo"]([[1, 0]], one_prompt([1, 0], [9, 9]) | {"length": [[1, 2, 3]]})
+
+
+def test_a_typo_gets_the_nearest_name():
+    with pytest.raises(KeyError, match="'lcpo_exat' is not known: did you mean 'lcpo_exact'"):
+        REWARDS["lcpo_exat"]
+    with pytest.raises(KeyError, match="'rlo' is not known: did you mean 'rloo'"):
+        ADVANTAGES["rlo"]
+    with pytest.raises(KeyError, match="'zzz' is not known: use one of grpo, dr_grpo"):
+        ADVANTAGES["zzz"]
+    with pytest.raises(TypeError, match="lcpo_exact has no constant 'alhpa': did you mean 'alpha'"):
+        REWARDS["lcpo_exact"](one_prompt([1], [9], budget=9), alhpa=1)
+    with pytest.raises(TypeError, match=r"correct has no constant 'alpha': use one of \(none\)"):
+        REWARDS["correct"](one_prompt([1], [9]), alpha=1)
+    with pytest.raises(TypeError, match="gfpo has no constant 'metrik': did you mean 'metric'"):
+        ADVANTAGES["gfpo"]([[1, 0]], one_prompt([1, 0], [9, 9]), metrik="shortest")
+
+
+class Recorder(dict):
+    """A batch that notes which of its fields were looked at."""
+
+    def __init__(self, batch):
+        super().__init__(batch)
+        self.seen = set()
+
+    def __getitem__(self, name):
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        return self[name] if name in self else default
+
+
+@pytest.mark.parametrize("name", [*REWARDS, *(f"advantage {key}" for key in ADVANTAGES)])
+@property_of(batch=batches())
+def test_needs_are_what_is_read(name, batch):
+    """Nothing undeclared is read; a reward without a declared field says so (budget stands in for range)."""
+    function = REWARDS[name] if name in REWARDS else ADVANTAGES[name.split()[1]]
+    values = np.array([batch["correct"]] * 2) if name.endswith("gdpo") else batch["correct"]
+    recorder = Recorder(batch)
+    arrays = (recorder,) if name in REWARDS else (values, recorder)
+    function(*arrays)
+    always = {"correct", "truncated", "length", "require_think"}
+    assert recorder.seen <= always | set(function.needs)
+    for field in set(function.needs) - {"range", "difficulty"}:
+        smaller = {key: value for key, value in batch.items() if key not in (field, "range")}
+        with pytest.raises((KeyError, ValueError), match=field):
+            function(*(smaller if array is recorder else array for array in arrays))
+
+
+def random_batch(rng, longest):
+    """3 prompts, 4 responses each, with every field that any reward asks for."""
+    shape, few = (3, 4), ["short", "medium", "long"]
+    batch = {name: rng.integers(0, 2, shape) for name in ("correct", "well_formed", "no_think", "long_mode")}
+    batch |= {"truncated": np.zeros(shape, int), "repetitive": rng.integers(0, 2, shape)}
+    batch |= {name: rng.integers(1, longest, shape) for name in ("length", "subgroup_budget")}
+    batch |= {name: rng.integers(1, longest, 3) for name in ("budget", "history", "target", "ref_length")}
+    batch |= {name: rng.random(3) for name in ("difficulty", "ref_accuracy")}
+    batch |= {"conciseness": rng.random(shape), "labels": rng.integers(1, 12, shape), "range": [[3, 9]] * 3}
+    return batch | {"mode": ["exact", "max", None], "level": few, "step": 3}
+
+
+def alone(batch, i, j):
+    """Response j to prompt i as a batch of its own."""
+    both = {k: v[i : i + 1, j : j + 1] for k, v in batch.items() if np.shape(v) == (3, 4)}
+    return {k: v if k == "step" else v[i : i + 1] for k, v in batch.items() if k not in both} | both
+
+
+def test_the_rewards_that_compare_are_those_that_change_with_the_group():
+    rng, found = np.random.default_rng(0), set()
+    for longest in [30, 5000] * 10:
+        batch = random_batch(rng, longest)
+        for name, reward in REWARDS.items():
+            whole = np.broadcast_to(np.reshape(reward(batch), (3, -1)), (3, 4))
+            for i, j in np.ndindex(3, 4):
+                if not np.isclose(whole[i, j], np.ravel(reward(alone(batch, i, j)))[0], equal_nan=True):
+                    found.add(name)
+    assert found == {name for name, reward in REWARDS.items() if reward.compares_group}
+
+
+TEXTS = [
+    ("so 6 </think> 6", 1), ("6", 1), ("a b </think> it is \\boxed{ 6 }", 1), ("x</think>\\fbox 5", 1),
+    ("</think></think> 6", 0), ("so it is 6", 0), ("</think> \\boxed{}", 0), ("</think> \\boxed{ ", 0),
+    ("</think>", 0), ("", 0),
+]  # fmt: skip
+
+
+def test_form_labels_and_repetition_come_from_the_text():
+    texts, formed = [[text for text, _ in TEXTS]], [[ok for _, ok in TEXTS]]
+    size = len(TEXTS)
+    batch = one_prompt([0] * size, [10] * size) | {"text": texts, "step": 0}
+    assert rewards._get(batch, "well_formed").tolist() == formed
+    assert REWARDS["laser"](batch).tolist() == [[-0.5 if ok else -1 for ok in formed[0]]]
+    np.testing.assert_array_equal(REWARDS["laser"](batch | {"well_formed": formed}), REWARDS["laser"](batch))
+    strict = rewards._get(batch | {"require_think": True}, "well_formed")[0]
+    assert strict[:2].tolist() == [1, 0], "without </think> it is malformed where thinking is required"
+    cut = rewards._get(batch | {"truncated": [[1] * size]}, "well_formed")
+    assert not cut.any(), "what was cut off is not well formed"
+    labels = {"text": [["</think> joy, fear,, ", "a,b </think> joy", "</think>"]]}
+    assert rewards._get(one_prompt([0] * 3, [9] * 3) | labels, "labels").tolist() == [[2, 1, 0]]
+    ten = " ".join("abcdefghij")
+    again = {"text": [[" ".join([ten] * 4), " ".join([ten] * 3), " ".join(map(str, range(99)))]]}
+    assert rewards._get(one_prompt([0] * 3, [9] * 3) | again, "repetitive").tolist() == [[1, 0, 0]]
+    # wrong, well formed, above the target of 4096 (nobody is right): explored, unless repetitive
+    long = one_prompt([0] * 2, [5000] * 2) | {"text": [["</think> 6", " ".join([ten] * 4) + " </think> 6"]]}
+    assert REWARDS["laser_de"](long).tolist() == [[0.0, 0.0]]
+    long["text"] = [["</think> 6", "x </think> " + "\\boxed{6} " + " ".join([ten] * 4)]]
+    assert REWARDS["laser_de"](long).tolist() == [[0.0, -0.5]]
+
+
+def test_ranges_come_from_the_budget():
+    batch = one_prompt([0] * 3, [450, 1050, 2000], budget=1000)
+    # [900, 1100]: 450 / 900, inside, (14000 - 2000) / (14000 - 1100)
+    np.testing.assert_allclose(REWARDS["longwriter_range"](batch), [[0.5, 1, 12000 / 12900]])
+    np.testing.assert_allclose(REWARDS["longwriter_range"](batch, width=0.5), [[0.9, 1, 12000 / 12500]])
+    assert REWARDS["longwriter_range"](batch | {"range": [[450, 2000]]}).tolist() == [[1, 1, 1]]
+
+
+def test_a_reward_of_ones_own_is_known_by_its_name():
+    table = rewards.Table()
+
+    @rewards.register(table, "budget")
+    def own(rollouts, alpha=2.0):
+        """Half."""
+        return alpha * rewards._c(rollouts)
+
+    assert table["own"] is own and own.needs == ("budget",) and not own.compares_group
+    assert own(one_prompt([1, 0], [1, 1])).tolist() == [[2, 0]] and own.__doc__ == "Half."
+    with pytest.raises(TypeError, match="own has no constant 'alpa': did you mean 'alpha'"):
+        own(one_prompt([1], [1]), alpa=1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -215,7 +390,7 @@ BOUNDS = {
     "palu": (0, 1), "dapo_overlong": (-2, 1), "kimi": (-0.5, 1.5), "shorter_better": (-np.inf, 2),
     "laser": (-1, 1.5), "laser_d": (-1, 1.5), "laser_de": (-1, 1.5), "alp": (-np.inf, 1), "cosine": (-10, 2),
     "adaptthink": (-1, 1.05), "prime_linear": (-0.25, 1), "adaptive_deep": (-1.2, 1.2), "affectgpt": (-1, 1),
-    "tldr": (-np.inf, 1), "gr3": (0, 1), "grpo_lead": (0, 1.12), "o1_pruner": (-6, np.inf),
+    "tldr": (-np.inf, 1), "gr3": (0, 1), "grpo_lead": (-1, 1.12), "o1_pruner": (-6, np.inf),
 }  # fmt: skip
 
 
@@ -415,6 +590,27 @@ def test_batch_norm_by_tokens():
     np.testing.assert_allclose(got, [[0.75 / np.sqrt(0.1875), -0.25 / np.sqrt(0.1875)]])
 
 
+def test_batch_norm_is_arora_and_zanettes_whitening():
+    """RLOO, then whitened over the tokens of the batch, as their code does; their numbers."""
+    batch = {"correct": [[1, 1], [1, 0]], "truncated": [[0, 0]] * 2, "length": [[10, 30], [20, 20]]}
+    values = REWARDS["efficient_reasoning"](batch, alpha=0.1)
+    got = ADVANTAGES["batch_norm"](values, batch, weighting="token", ddof=0)
+    np.testing.assert_allclose(got, [[0.0859, -0.0515], [1.4299, -1.3956]], atol=5e-5)
+    # The same from its definition: RLOO, every response counted once a token.
+    rloo, tokens = ADVANTAGES["rloo"](values).ravel(), np.array([10, 30, 20, 20])
+    flat = np.repeat(rloo, tokens)
+    np.testing.assert_allclose(got.ravel(), (rloo - flat.mean()) / flat.std(), atol=1e-6)
+
+
+def test_grpo_lead_weighs_by_difficulty():
+    """Rewards [1, -1, -1, -1]: mean -.5, sample deviation 1, so A = [1.5, -.5, -.5, -.5]; rho = 1/4."""
+    batch = one_prompt([1, 0, 0, 0], [9] * 4)
+    hard, easy = (0.4 + 1.1 / (1 + np.exp(10 * (x - 0.75))) for x in (0.25, 0.75))
+    assert (round(hard, 4), round(easy, 4)) == (1.4926, 0.95)
+    got = ADVANTAGES["grpo_lead"]([[1, -1, -1, -1]], batch)
+    np.testing.assert_allclose(got, [[1.5 * hard, -0.5 * easy, -0.5 * easy, -0.5 * easy]], atol=1e-5)
+
+
 def test_gfpo_metric_is_checked():
     with pytest.raises(ValueError, match="'longest' is not known: use 'shortest' or 'token_efficiency'"):
         ADVANTAGES["gfpo"]([[1, 0]], {"length": [[1, 2]]}, metric="longest")
@@ -428,19 +624,7 @@ def test_drpo_weights_sum_to_one_over_the_right_answers(batch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Length, and the file on its own
-
-
-def test_response_length():
-    assert response_length([5, 6, 7]) == 3
-    assert response_length([1, 9, 2, 9, 3], "thinking", (9,)) == 4, "the last end of thinking counts"
-    assert response_length([1, 8, 9, 2, 3], "thinking", (8, 9)) == 3
-    assert response_length([1, 2, 3], "thinking", (8, 9)) == 3, "never closed: all of it"
-    assert response_length([], "thinking", (8,)) == 0
-    with pytest.raises(ValueError, match="use 'response' or 'thinking'"):
-        response_length([1], "answer")
-    with pytest.raises(ValueError, match="needs think_end"):
-        response_length([1], "thinking")
+# The file on its own
 
 
 def test_file_runs_alone(tmp_path):
@@ -450,6 +634,7 @@ def test_file_runs_alone(tmp_path):
     run = dict(cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     done = subprocess.run([sys.executable, "-m", "doctest", "rewards.py"], **run)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
-    code = "import sys, rewards; print(sorted({'torch', 'sympy', 'math_verify', 'data'} & set(sys.modules)))"
+    heavy = {"torch", "sympy", "math_verify", "data", "verifier"}
+    code = f"import sys, rewards; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], **run)
     assert done.stdout == "[]\n", done.stdout + done.stderr

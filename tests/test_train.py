@@ -11,17 +11,17 @@ import time
 
 import numpy as np
 import pytest
+import rollouts
+import sampler as samplers
 import torch
+import update as updates
+import weights
 from conftest import ROOT, TIMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import rollouts
-import sampler as samplers
 import train_grpo
-import update as updates
-import weights
 from data import load_tokenizer
 from scaling import plan
 from toy import task as toy
@@ -561,7 +561,7 @@ def test_every_switch_of_the_update_at_once(tiny, tmp_path):
         "--mode",
         "both",
     ]
-    flags += ["--advantage", "rloo", "--count", "thinking", "--resample-budgets", "--lr-schedule", "cosine"]
+    flags += ["--advantage", "rloo", "--resample-budgets", "--lr-schedule", "cosine"]
     assert train_grpo.main([*flags, "--out", str(tmp_path / "out")]) == 0
     first, second = lines(tmp_path / "out")
     assert first["kl"] == pytest.approx(0, abs=1e-3) and second["lr"] < first["lr"]

@@ -1,0 +1,44 @@
+"""Adaptive Deep Reasoning, 2505.20101 (a reconstruction): half of a group is told to think short, half long.
+
+Reward adaptive_deep.
+"""
+
+import numpy as np
+
+from data import BadInput, encode_prompt
+from methods import Method, request
+
+TEXTS = ("[Please answer with Short CoT]", "[Please answer with Long CoT]")
+
+
+class AdaptiveDeep(Method):
+    provides = ("long_mode",)
+
+    def __init__(self, args, tokenizer, texts=TEXTS):
+        super().__init__(args, tokenizer)
+        self.texts = texts
+        if isinstance(texts, str) or len(texts) != 2:
+            raise BadInput(
+                '--method-args texts of adaptive_deep must be a list of two: \'texts=["...","..."]\''
+            )
+        if args.group_size % 2:
+            raise BadInput(f"--group-size ({args.group_size}): --method adaptive_deep needs an even one")
+
+    def requests(self, row):
+        prompts = [encode_prompt(self.tokenizer, row["prompt"] + "\n" + text) for text in self.texts]
+        n, cap = self.args.group_size // 2, self.args.max_tokens
+        return [request(ids, n, cap, long_mode=k) for k, ids in enumerate(prompts)]
+
+    def reward_inputs(self, groups, rows, step):
+        return {"long_mode": np.array([[r["long_mode"] for r in g] for g in groups])}
+
+    def metrics(self, groups, rollouts, reward):
+        m = {}
+        for k, name in enumerate(("short", "long")):
+            part = rollouts["long_mode"] == k
+            m |= {f"{name}_length": rollouts["length"][part].mean()}
+            m |= {f"{name}_accuracy": rollouts["correct"][part].mean()}
+        return m
+
+
+METHOD = AdaptiveDeep

@@ -1,0 +1,254 @@
+"""The model as the loop sees it: what is trained, log-probs of tokens, adapters (LoRA) and shards (FSDP2)."""
+
+import contextlib
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from data import BadInput
+
+# -----------------------------------------------------------------------------
+# What is trained
+
+
+def load_model(path: str, args, frozen: bool = False):
+    """A causal language model in CPU memory. Weights that learn are float32, others of the compute type."""
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" and (frozen or args.lora) else torch.float32
+    try:  # neither a pickle nor classes of its own: a model folder runs no code here
+        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None
+    for p in model.parameters():
+        p.data = p.data.clone()  # a file's bytes may lie unaligned, and kernels then round otherwise
+    return model.eval().requires_grad_(False) if frozen else model.train()
+
+
+def build(args, model=None, with_reference: bool = False, device="cpu"):
+    """(model, reference, optimizer) on `device` or sharded. `model`: a checkpoint's, or None.
+
+    reference: the starting model, frozen; with adapters the model itself, see without_adapters(); or None.
+    """
+    model = model or load_model(args.model, args)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.lora:
+        add_lora(model, args.lora, args.seed)
+    reference = model if args.lora else load_model(args.model, args, frozen=True) if with_reference else None
+    for m in {id(m): m for m in (model, reference) if m is not None}.values():
+        shard(m, args.dtype == "bfloat16", device) if args.fsdp else m.to(device)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if args.optim == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return model, reference, AdamW8bit(learned, lr=args.lr)
+    return model, reference, torch.optim.AdamW(learned, lr=args.lr, fused=True)
+
+
+# -----------------------------------------------------------------------------
+# Log-probs of the tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
+#
+# A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z),
+# z = W h / T and g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is at hand:
+#
+#     dlogp/dz = onehot - p,    dh = g W^T (onehot - p) / T,    dW = g (onehot - p) h^T / T
+#
+# Three matrix products a chunk, as plain autograd needs; nothing is recomputed, nothing is kept.
+
+LOGITS = {"cpu": 2**24, "cuda": 2**27}  # of one chunk: 64 MiB and 512 MiB in float32
+
+
+class ChunkedHead:
+    """The output layer over hidden states [T, d] with weight [V, d].
+
+    for part in head.parts():                        slices of [T]
+        logp, entropy = head.logps(part, target)     float32 [t], nats
+        head.backward(part, g)                       g = dloss/dlogp [t]; must follow logps() of the same part
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: float):
+        self.hidden, self.weight, self.temperature = (
+            hidden.detach(),
+            weight.detach().to(hidden.dtype),
+            temperature,
+        )
+        self.size = max(1, LOGITS[hidden.device.type] // len(weight))
+        rows = min(self.size, len(hidden))
+        # Allocated once: on a CPU fresh pages for every chunk would cost a tenth of the time.
+        self.logits = hidden.new_empty(rows, len(weight))
+        self.p = hidden.new_empty(rows, len(weight), dtype=torch.float32)
+        self.d_hidden = self.d_weight = None
+
+    def parts(self) -> list[slice]:
+        return [slice(i, i + self.size) for i in range(0, max(1, len(self.hidden)), self.size)]
+
+    @torch.no_grad()
+    def logps(self, part: slice, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of `target` [t] and entropies [t]."""
+        h = self.hidden[part]
+        z = torch.mm(h, self.weight.T, out=self.logits[: len(h)])
+        # Divided in float32, after the product: the same numbers with and without gradient, in any type of h.
+        z = z.float().div_(self.temperature)
+        p = torch.softmax(z, -1, out=self.p[: len(h)])
+        top, at = z.max(-1, keepdim=True)
+        norm = (top - p.gather(-1, at).log())[:, 0]  # logsumexp without another pass; p at the top is never 0
+        logp = z.gather(-1, target[:, None])[:, 0] - norm
+        return logp, norm - torch.linalg.vecdot(p, z)
+
+    def all_logps(self, target: torch.Tensor) -> torch.Tensor:
+        """Log-probs [T] of `target` [T], without gradient."""
+        return torch.cat([self.logps(part, target[part])[0] for part in self.parts()])
+
+    @torch.no_grad()
+    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor, learn_weight: bool = True) -> None:
+        """Adds the gradient of a loss with dloss/dlogp = g to d_hidden [T, d] and d_weight [V, d]."""
+        h = self.hidden[part]
+        if self.d_hidden is None:
+            self.d_hidden = torch.empty_like(self.hidden)
+            # float32: many chunks add up in it.
+            self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32) if learn_weight else None
+        # p - onehot in float32 before it is rounded: of a token of p = 0.9999 only the difference matters.
+        p = self.p[: len(h)]
+        p[torch.arange(len(h), device=p.device), target] -= 1
+        p, g = p.to(h.dtype), (-g / self.temperature)[:, None]
+        self.d_hidden[part] = g * (p @ self.weight)
+        if self.d_weight is not None and h.dtype == torch.float32:
+            self.d_weight.addmm_(p.T, g * h)
+        elif self.d_weight is not None:
+            self.d_weight += p.T @ (g * h).to(h.dtype)
+
+
+def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Last hidden states [N, width, d]. No mask: a causal model cannot see the padding on the right."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden.bfloat16() if bf16 else hidden
+
+
+def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
+    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
+
+    t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
+    """
+    # A sharded model is called as a module: that gathers its weights.
+    hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
+    hidden, weight = hidden[t["row"], t["column"]], model.get_output_embeddings().weight
+    return hidden, weight, ChunkedHead(hidden, weight, args.temperature)
+
+
+# -----------------------------------------------------------------------------
+# Adapters and shards
+
+ADAPTER = "default"
+
+
+def add_lora(model, rank: int, seed: int) -> None:
+    """Freezes the model; adapters of `rank` beside all its linear layers learn (2106.09685), scaled by 2."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise BadInput(f"--lora {rank} needs the package peft: pip install peft") from None
+    model.requires_grad_(False)
+    torch.manual_seed(seed)  # the same adapters on every process
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # few, and those that learn
+    # Recomputed activations need an input with a gradient, and the embedding's is frozen now.
+    model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def without_adapters(model):
+    """For as long as the block lasts, the model is the one that the adapters were added to."""
+    adapted = [module for module in model.modules() if hasattr(module, "set_scale")]
+    training = model.training
+    for layer in adapted:
+        layer.set_scale(ADAPTER, 0.0)
+    try:
+        yield model.eval()
+    finally:
+        for layer in adapted:
+            layer.set_scale(ADAPTER, 1.0)
+        model.train(training)
+
+
+def shard(model, bf16: bool, device) -> None:
+    """Spreads float32 weights, gradients and optimizer over the processes (FSDP2); bf16: to compute in."""
+    # FSDP gathers weights around a module's forward(), and training calls the decoder: so that is forward().
+    model.forward = lambda ids: hidden_states(model, ids, bf16)
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_plain(model) -> bool:
+    """Whether every weight is one tensor: no adapters, no shards."""
+    return not isinstance(model, FSDPModule) and not hasattr(model, "peft_config")
+
+
+def whole_weights(model):
+    """(name, weight) of every parameter of the plain architecture: adapters merged, shards gathered.
+
+    One tensor at a time, so that no process needs room for a second model. All processes call it together.
+    """
+    if is_plain(model):
+        yield from model.named_parameters()
+        return
+    if isinstance(model, FSDPModule):
+        # After a pass without gradient the root still holds gathered weights, rounded to the compute type.
+        model.reshard()
+
+    def whole(p):
+        return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+    modules = dict(model.named_modules())
+    for name, p in model.named_parameters():
+        owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
+        if ".lora_" in name:
+            continue
+        weight = whole(p)
+        if name.endswith(".base_layer.weight"):
+            a, b = (whole(getattr(owner, side)[ADAPTER].weight) for side in ("lora_A", "lora_B"))
+            weight = (weight + owner.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
+        yield name.replace(".base_layer.", "."), weight
+
+
+# Gathered in the memory of the first process alone.
+GATHERED = {"full_state_dict": True, "cpu_offload": True}
+
+
+def trained_state(model, optimizer) -> dict:
+    """{"optimizer", "adapter"}: what a checkpoint holds beside weights, in memory of the first process."""
+    if is_plain(model):
+        return {"optimizer": optimizer.state_dict()}
+    adapter = get_model_state_dict(model, options=StateDictOptions(**GATHERED, ignore_frozen_params=True))
+    return {
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**GATHERED)),
+        "adapter": {name: p for name, p in adapter.items() if ".lora_" in name},
+    }
+
+
+def load_trained_state(model, optimizer, saved: dict) -> None:
+    """What trained_state() gave; every process reads it and keeps its own shards."""
+    if is_plain(model):
+        optimizer.load_state_dict(saved["optimizer"])
+        return
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    if saved["adapter"]:
+        set_model_state_dict(model, saved["adapter"], options=options)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
