@@ -34,7 +34,7 @@ class Method:
         )  # state: plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
-        """Before sampling; `turn` counts the step's refills. ask(rows, n, key, starting) samples and checks."""
+        """Before sampling; `turn` counts its refills. ask(rows, n, key, starting) samples and checks."""
 
     def row(self, row, step):
         """The row as it is asked at this step (curricula change its budget)."""
