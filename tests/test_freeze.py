@@ -61,7 +61,7 @@ FLAGS = {
     "elastic": "--seed 1",
     "shorter_better": "--seed 2",
     "tulu_exact_8k": "--lr 2e-4 --seed 2",
-    "adaptthink": "--seed 1",
+    "adaptthink": "--lr 2e-4 --seed 1",
     "alp": "--lr 1e-4 --seed 1",
     "tldr": "--seed 1",
     "tulu_exact_4k": "--lr 2e-4",
