@@ -129,7 +129,7 @@ def build_parser():
 def parse_args(argv=None):
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     args = parser.parse_args(argv)
-    if args.model is None and args.data is None:  # the laptop's default
+    if not (args.model or args.data or args.resume):  # the laptop's default
         argv = ["@" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes/toy.args"), *argv]
         args = parser.parse_args(argv)
     if args.resume:  # the run's own flags; those given now still win
@@ -335,7 +335,7 @@ def reward_and_advantage(groups, rows, method, args, step):
     rollouts["text"] = [[r["text"] for r in g] for g in groups]
     # A missing budget is nan, not -1: a sentinel would be taken for a number by some reward sooner or later.
     rollouts["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=float)
-    rollouts |= {"mode": [row.get("mode") for row in rows], "max_length": args.max_tokens, "step": step}
+    rollouts |= {"mode": [row.get("mode") for row in rows], "step": step, "require_think": args.require_think}
     rollouts |= method.reward_inputs(groups, rows, step)
     reward, options = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
     total, parts = reward(rollouts, **options), {}
@@ -514,7 +514,7 @@ def update(model, reference, optimizer, batch, method, args):
     for part in parts if args.kl_coef else []:
         with net.without_adapters(reference):
             add_logps(reference, part, "ref_logps", args)
-    learned = [p for p in model.parameters() if p.requires_grad]
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
     for part in parts:
         method.before_update(model, part, lambda model, part, name: add_logps(model, part, name, args))
         for micro in micro_batches(part, args.micro_tokens):
@@ -632,6 +632,8 @@ def main(argv=None):
     asked = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else asked
     first = [method.row(row | {"position": i}, 0) for i, row in enumerate(rows)]
     longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
+    if "budget" in REWARDS[args.reward].needs and not any(row.get("budget") for row in first):
+        raise BadInput(f"--reward {args.reward} needs budgets, and the rows have none: give --budgets")
     context = data.load_config(args.model, tokenizer).max_position_embeddings
     if longest > context:
         raise BadInput(f"--max-tokens ({args.max_tokens}) and longest prompt: {longest}, the model takes "
@@ -655,7 +657,7 @@ def main(argv=None):
         from toy.hf_sampler import HFSampler
 
         whole = net.load_model(args.model, args).to(DEVICE) if args.fsdp else model
-        sampler = HFSampler(whole, tokenizer, stops, room, args.fsdp)
+        sampler = HFSampler(whole, tokenizer, stops, room, args.fsdp, args.dtype == "bfloat16")
     if args.check_memory:
         from scaling.memory import check_memory
 
@@ -737,7 +739,7 @@ def main(argv=None):
             evaluate_now(sampler, rows, asked, args, state, f"eval-{step}")
     bar.close()
     if step < args.steps:
-        print0(f"stopped by a signal after step {step}, which is saved; to go on: --resume --out {args.out}")
+        print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")
     elif args.eval_every:
         evaluate_now(sampler, rows, asked, args, state, "eval")
     if WORLD > 1 and dist.is_initialized() and kind == "hf":  # vLLM takes its groups down itself
@@ -766,7 +768,7 @@ def length_metrics(rollouts, drawn):
         e = error[np.isfinite(budget)]
         m |= {"signed_error": e.mean(), "abs_error": np.abs(e).mean(), "over_budget": (e > 0).mean()}
         m |= {"within_10": (np.abs(e) <= 0.1).mean(), "error_by_budget": {}}
-    for low, high in zip(lowest, [*lowest[1:], math.inf], strict=True):
+    for low, high in zip(lowest, [*lowest[1:], math.inf], strict=False):
         if (inside := (budget >= low) & (budget < high)).any():
             e = error[inside]
             cell = {"signed": e.mean(), "abs": np.abs(e).mean(), "length": length[inside].mean()}

@@ -1,16 +1,26 @@
-"""Finished evaluations side by side, for evaluate.py --compare: differences on the same problems.
+# PYTHON_ARGCOMPLETE_OK
+"""Finished evaluations side by side: differences on the same problems, violins on the same axes.
 
-The bootstrap is paired: every draw takes the same problems for all models, so that a problem that is hard
-for all of them widens no difference. Differences are to the first model.
+    python -m evaluation.compare before=out/toy/eval-0 after=out/toy/eval --out out/toy/compare
+    python -m evaluation.compare out/baselines/* trained=out/eval --out out/both
+
+Differences are to the first one. The bootstrap is paired: every draw takes the same problems for all models,
+so that a problem that is hard for all of them widens no difference. A run without any budget (the baseline
+"none") stands beside the others at every budget.
 """
 
+import argparse
 import json
 import os
+import sys
+from collections.abc import Callable
 
 import numpy as np
 
+import data
 from data import BadInput
 from evaluation import metrics, plots, report
+from evaluation.samples import check_writable, read_samples, write_json
 
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 
@@ -23,7 +33,7 @@ def read_evaluation(folder: str, texts: dict) -> dict:
     path, found = os.path.join(folder, "problems.jsonl"), {}
     if not os.path.exists(path):
         way_out = "evaluate.py --samples FILE --out NEW makes one from saved samples"
-        raise BadInput(f"--compare {folder}: it holds no problems.jsonl; {way_out}")
+        raise BadInput(f"{folder}: it holds no problems.jsonl; {way_out}")
     with open(path, encoding="utf-8") as f:
         for at, line in enumerate(f, 1):
             try:
@@ -36,7 +46,7 @@ def read_evaluation(folder: str, texts: dict) -> dict:
             # Ids of a drawn set are numbers: with another --seed they mean other problems.
             if not same:
                 told = f"{row['source']}, {row['id']} is another problem than in the evaluations before it"
-                raise BadInput(f"--compare {folder}: {told}; evaluate with the same --seed and data")
+                raise BadInput(f"{folder}: {told}; evaluate with the same --seed and data")
     return found
 
 
@@ -46,13 +56,13 @@ def name_models(specs: list[str]) -> dict[str, str]:
     for spec in specs:
         label, _, folder = ("", "", spec) if os.path.isdir(spec) else spec.rpartition("=")
         if not os.path.isdir(folder):
-            raise BadInput(f"--compare {spec}: no such folder; name finished evaluations, or LABEL=FOLDER")
+            raise BadInput(f"{spec}: no such folder; name finished evaluations, or LABEL=FOLDER")
         parts = os.path.normpath(folder).split(os.sep)
         # The shortest ending that no other folder has: out/a/eval and out/b/eval are a/eval and b/eval.
         ends = (os.sep.join(parts[-k:]) for k in range(1, len(parts) + 1))
         label = label or next((e for e in ends if sum(p.endswith(e) for p in plain) == 1), folder)
         if label in models:
-            raise BadInput(f"--compare names {label!r} twice: give labels of your own, LABEL=FOLDER")
+            raise BadInput(f"the command names {label!r} twice: give labels of your own, LABEL=FOLDER")
         models[label] = folder
     return models
 
@@ -86,117 +96,106 @@ def differences(labels: list, figures: list[dict], drawn: list[dict]) -> dict:
 
 
 def compare_set(labels: list, sets: list[dict], seed: int) -> dict:
-    """{"budgets": {budget: {"problems", "figures", "difference"}}, "area", "area_difference"} of one set."""
-    shared = [b for b in sets[0] if all(b in s for s in sets)]
-    ids = sorted({i for s in sets for b in shared for i in s[b]}, key=str)
-    budgets, curves = {}, []
-    for budget in shared:
-        figures, drawn = paired([s[budget] for s in sets], ids, seed)
-        both = set.intersection(*(set(s[budget]) for s in sets))
-        found = {"problems": len(both), "figures": dict(zip(labels, figures, strict=True))}
-        budgets[budget] = found | {"difference": differences(labels, figures, drawn)}
-        if budget != "none":
-            curves.append((figures, drawn))
-    return {"budgets": budgets, **areas(labels, curves)}
+    """{"budgets": {budget: {"problems", "figures", "difference"}}} of one data set."""
+    budgets = {}
+    # A run without any budget was asked the same whatever the others were: it stands beside each of them.
+    alone = [set(s) == {"none"} for s in sets]
+    for budget in dict.fromkeys(b for s in sets for b in s) if alone[0] else sets[0]:
+        cells = [s.get(budget) or (s["none"] if a else None) for s, a in zip(sets, alone, strict=True)]
+        there = [i for i, cell in enumerate(cells) if cell]
+        if len(there) < 2:
+            continue
+        rows, names = [cells[i] for i in there], [labels[i] for i in there]
+        ids = sorted({i for row in rows for i in row}, key=str)
+        figures, drawn = paired(rows, ids, seed)
+        found = {"problems": len(set.intersection(*map(set, rows)))}
+        found["figures"] = dict(zip(names, figures, strict=True))
+        budgets[budget] = found | {"difference": differences(names, figures, drawn)}
+    return {"budgets": budgets}
 
 
-def areas(labels: list, curves: list) -> dict:
-    """Area under each model's accuracy-length curve over the lengths that all of them reach, and the gaps."""
-
-    def points(i, k=None):  # the curve of model i, or its draw k
-        each = [(f[i] if k is None else {key: v[k] for key, v in d[i].items()}) for f, d in curves]
-        return [e["mean_length"] for e in each], [e["accuracy"] for e in each]
-
-    spans = [points(i)[0] for i in range(len(labels))]
-    if len(curves) < 2 or not all(np.min(s) > 0 for s in spans):
-        return {"area": None, "area_difference": None}
-    low, high = max(map(min, spans)), min(map(max, spans))
-    if high < 1.1 * low:  # too little in common to compare curves
-        return {"area": None, "area_difference": None}
-    value = [metrics.area_under_curve(*points(i), low, high)["area"] for i in range(len(labels))]
-    # In a draw the ends of the curves move a little: np.interp holds the outermost accuracy there.
-    draws = len(curves[0][1][0]["accuracy"])
-    grid = np.linspace(np.log(low), np.log(high), 65)
-
-    def height(i, k):
-        tokens, accuracy = points(i, k)
-        order = np.argsort(tokens)
-        return np.interp(grid, np.log(np.maximum(tokens, 1))[order], np.array(accuracy)[order]).mean()
-
-    each = np.array([[height(i, k) for k in range(draws)] for i in range(len(labels))])
-    gaps = {}
-    for label, v, x in zip(labels[1:], value[1:], each[1:], strict=True):
-        gaps[label] = {"value": v - value[0], "ci": metrics.interval(x - each[0])}
-    about = {"low": low, "high": high, "value": dict(zip(labels, value, strict=True))}
-    return {"area": about, "area_difference": gaps}
-
-
-def table_rows(labels: list, part: dict) -> list[list[str]]:
+def table_rows(part: dict) -> list[list[str]]:
     """The table of one data set: a line per budget and model, differences to the first in brackets."""
-    rows = [
-        [
-            "budget",
-            "problems",
-            "model",
-            *(t for name in COMPARED.values() for t in (name, "difference [95%]")),
-        ]
-    ]
+    head = (text for name in COMPARED.values() for text in (name, "difference [95%]"))
+    rows = [["budget", "problems", "model", *head]]
     for budget, cell in part["budgets"].items():
-        for label in labels:
+        for label, figures in cell["figures"].items():
             row = [budget, str(cell["problems"]), label]
             for key in COMPARED:
                 form = "{:.1f}" if key == "mean_length" else "{:.1%}"
-                row.append(report.number(cell["figures"][label][key], form))
                 gap = cell["difference"].get(label, {}).get(key)
-                row.append(
-                    report.with_interval(gap["value"], gap["ci"], form.replace(":", ":+")) if gap else ""
-                )
+                signed = form.replace(":", ":+")
+                told = report.with_interval(gap["value"], gap["ci"], signed) if gap else ""
+                row += [report.number(figures[key], form), told]
             rows.append(row)
     return rows
 
 
-def area_note(part: dict) -> list[str]:
-    """The areas in a sentence; none where the curves share no range of lengths."""
-    if not part["area"]:
-        return []
-    area, form = part["area"], "{:+.1%}"
-    told = ", ".join(f"{label} {v:.1%}" for label, v in area["value"].items())
-    gaps = part["area_difference"].items()
-    gaps = ", ".join(f"{k} {report.with_interval(g['value'], g['ci'], form)}" for k, g in gaps)
-    between = f"from {area['low']:.0f} to {area['high']:.0f} tokens"
-    return [f"Mean accuracy over log length {between}: {told}; difference {gaps}."]
+def read_lengths(folder: str) -> dict:
+    """{data set: {budget: lengths}} of the samples in an evaluation's folder; {} where there are none."""
+    found, path = {}, os.path.join(folder, "samples.jsonl")
+    for sample in read_samples(path) if os.path.exists(path) else ():
+        if sample["length"] is not None:
+            found.setdefault(sample["source"], {}).setdefault(sample["budget"], []).append(sample["length"])
+    return {name: {b: np.array(x) for b, x in metrics.in_order(s).items()} for name, s in found.items()}
 
 
-def compare(specs: list[str], out: str, seed: int = 0, log=print) -> dict:
-    """Compare finished evaluations; compare.json, models*.png and report.html go to `out`."""
+def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) -> dict:
+    """Compare finished evaluations; compare.json, pictures and report.html go to `out`."""
     models = name_models(specs)
     if len(models) < 2:
-        raise BadInput("--compare needs two finished evaluations or more")
-    labels, found, texts = list(models), [], {}
-    for folder in models.values():
-        found.append(read_evaluation(folder, texts))
+        raise BadInput("to compare takes two finished evaluations or more")
+    labels, texts = list(models), {}
+    found = [read_evaluation(folder, texts) for folder in models.values()]
     names = [name for name in found[0] if all(name in f for f in found)]
-    names = [n for n in names if any(all(b in f[n] for f in found) for b in found[0][n])]
-    if not names:
+    parts = {name: compare_set(labels, [f[name] for f in found], seed) for name in names}
+    parts = {name: part for name, part in parts.items() if part["budgets"]}
+    if not parts:
         sets = "; ".join(f"{label}: {', '.join(f)}" for label, f in zip(labels, found, strict=True))
-        raise BadInput(f"--compare: no data set and budget is in all of them ({sets})")
-    datasets = {name: compare_set(labels, [f[name] for f in found], seed) for name in names}
-    result, curves, sections = metrics.jsonable({"models": models, "datasets": datasets}), {}, []
+        raise BadInput(f"no data set and budget is in all of them ({sets})")
+    result, curves, sections = metrics.jsonable({"models": models, "datasets": parts}), {}, []
     os.makedirs(out, exist_ok=True)
     for name, part in result["datasets"].items():
-        rows, notes = table_rows(labels, part), area_note(part)
-        text = "\n".join([report.plain_table(rows), *notes])
-        log(f"\n{name}: differences are to {labels[0]}, on the same problems\n{text}")
-        sections.append({"title": name, "notes": notes, "tables": [rows], "pictures": []})
         for label in labels:
-            own = {b: cell["figures"][label] for b, cell in part["budgets"].items()}
-            curves.setdefault(label, {})[name] = own
-    pictures = plots.draw_models(curves, out)
-    sections.append({"title": "Accuracy against length", "notes": [], "tables": [], "pictures": pictures})
+            own = {b: cell["figures"].get(label) for b, cell in part["budgets"].items()}
+            curves.setdefault(label, {})[name] = {b: figures for b, figures in own.items() if figures}
+    side = plots.draw_side_by_side({label: read_lengths(folder) for label, folder in models.items()}, out)
+    for name, part in result["datasets"].items():
+        summary = report.summary_rows({label: curves[label][name] for label in labels})
+        rows = table_rows(part)
+        text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"
+        log(f"\n{name}: differences are to {labels[0]}, on the same problems\n{text}")
+        sections.append({"title": name, "notes": [], "tables": [summary, rows], "pictures": []})
+    pictures = [*side, *plots.draw_models(curves, out)]
+    sections.insert(0, {"title": "Lengths, accuracy", "notes": [], "tables": [], "pictures": pictures})
     result["pictures"] = [os.path.basename(p) for p in pictures]
     report.write(os.path.join(out, "report.html"), " / ".join(labels), models, sections, [])
     path = os.path.join(out, "compare.json")
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_json(path, result)
     log(f"compare: figures in {path}, all of it in {os.path.join(out, 'report.html')}")
     return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+    about = "Finished evaluations against each other: paired differences, violins on the same axes."
+    usage = "python -m evaluation.compare FOLDER FOLDER ... --out FOLDER [--seed N]"
+    parser = argparse.ArgumentParser("-m evaluation.compare", usage, about, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
+    parser.add_argument("--out", required=True, help="folder for table, pictures and report")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    try:
+        args = data.one_line_errors(parser).parse_args(argv)
+        check_writable(args.out)
+        held = [f for f in ("results.json", "samples.jsonl") if os.path.exists(os.path.join(args.out, f))]
+        if held:
+            raise BadInput(f"--out {args.out} holds an evaluation ({held[0]}): name another folder")
+        compare(args.folders, args.out, args.seed)
+    except BadInput as error:
+        print(f"evaluation.compare: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

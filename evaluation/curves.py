@@ -1,16 +1,22 @@
+# PYTHON_ARGCOMPLETE_OK
 """Learning curves of one run or several from their metrics.jsonl, while they train or afterwards, into a PNG.
 
-python evaluate.py --watch out/run                    -> out/run/curves.png
-python evaluate.py --watch out/a out/b --out out/ab   -> out/ab/curves.png, a colour for each run
+python -m evaluation.curves out/run                    -> out/run/curves.png
+python -m evaluation.curves out/a out/b --out out/ab   -> out/ab/curves.png, a colour for each run
 """
 
+import argparse
 import json
 import os
+import sys
+from collections import Counter
 
 import numpy as np
 
+import data
 from data import BadInput, first_line
 from evaluation import plots
+from evaluation.samples import check_writable
 
 COLOURS = ("#1f3f5f", "#8a4b08", "#3a7d44", "#7b3f8c", "#c0392b", "#2a9d8f", "#6b6b6b", "#b8860b")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -32,9 +38,9 @@ def read_metrics(folder: str) -> list[dict]:
             step = json.loads(line)
             steps[int(step["step"])] = step  # a step that was taken again counts as it came last
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--watch {path}, line {at} is no step of a training run ({error})") from None
+            raise BadInput(f"{path}, line {at} is no step of a training run ({error})") from None
     if not steps:
-        raise BadInput(f"--watch {folder}: no step is finished yet: come back later")
+        raise BadInput(f"{folder}: no step is finished yet: come back later")
     return [steps[step] for step in sorted(steps)]
 
 
@@ -66,11 +72,13 @@ def reward_names(steps: list[dict]) -> list[str]:
 
 
 def budget_names(runs: dict) -> list[str]:
-    """Budgets, or ranges of them, in ascending order; of many ones, five that stand for them."""
-    names = {b for steps in runs.values() for step in steps for b in step.get("error_by_budget") or {}}
-    names = sorted(names, key=lambda b: float(b.split("-")[0]))
-    at = np.linspace(0, len(names) - 1, min(5, len(names))).round().astype(int)
-    return [names[i] for i in at]
+    """Budgets, or ranges of them, in ascending order; of many that are often asked for, five."""
+    steps = [step for steps in runs.values() for step in steps]
+    counts = Counter(name for step in steps for name in step.get("error_by_budget") or {})
+    often = [b for b, n in counts.items() if 2 * n > max(counts.values())]
+    often = sorted(often, key=lambda b: float(b.split("-")[0]))
+    at = np.linspace(0, len(often) - 1, min(5, len(often))).round().astype(int)
+    return [often[i] for i in at]
 
 
 def draw_lines(ax, runs: dict, labels: dict, scale: float = 1.0) -> None:
@@ -86,50 +94,41 @@ def draw_lines(ax, runs: dict, labels: dict, scale: float = 1.0) -> None:
             if len(runs) == 1:
                 ax.plot(x, scale * y, color=colour, lw=0.8, alpha=0.25)
             line = smooth(scale * y, len(y) // 40)
-            ax.plot(x, line, color=colour, lw=1.7, ls=DASHES[k % len(DASHES)], label=label)
+            width = 1.7 if k else 2.4  # the mean, or the whole reward, comes first
+            ax.plot(x, line, color=colour, lw=width, ls=DASHES[k % len(DASHES)], label=label)
             if len(x) == 1:  # a run that has just begun
                 ax.plot(x, line, color=colour, marker="o")
 
 
 def draw(runs: dict[str, list[dict]], path: str) -> None:
     """Reward and its parts, absolute length error by budget, accuracy, length by budget; `runs`: by label."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rewards = sorted({n for steps in runs.values() for n in reward_names(steps)})
     budgets, several, many = budget_names(runs), len(runs) > 1, len(runs) > 4
-    # The more runs, the less of each: least and greatest budget for some, means for many.
+    # The mean comes first. The more runs, the less beside it: two budgets for some runs, none for many.
     budgets = [] if many else budgets[:: max(1, len(budgets) - 1)] if several else budgets
-    errors = {f"error_by_budget/{b}/abs": f"asked for {b}" for b in budgets} or {"abs_error": "mean"}
-    lengths = {f"error_by_budget/{b}/length": f"asked for {b}" for b in budgets} or {"length": "mean"}
+    errors = {"abs_error": "mean"} | {f"error_by_budget/{b}/abs": f"asked for {b}" for b in budgets}
+    lengths = {"length": "mean"} | {f"error_by_budget/{b}/length": f"asked for {b}" for b in budgets}
     names = {n: "" if many else n.replace("reward_", "") for n in (["reward"] if many else rewards)}
     titles = "Reward", "Length error, % of the budget", "Accuracy, %", "Tokens in a response"
-    with plt.rc_context(plots.STYLE):
-        picture, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", sharex=True)
-        for ax, title in zip(axes.flat, titles, strict=True):
+    with plots.canvas(path, 2, 2, sharey=False) as axes:
+        for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, loc="left", fontsize=11)
             ax.grid(color="0.92")
-        draw_lines(axes[0, 0], runs, names)
-        draw_lines(axes[0, 1], runs, errors, 100)
-        draw_lines(axes[1, 0], runs, {"accuracy": ""}, 100)
-        draw_lines(axes[1, 1], runs, lengths)
-        if axes[0, 1].lines:  # a beginning that is far off would flatten the rest
-            axes[0, 1].set_ylim(0, 1.05 * min(max(axes[0, 1].dataLim.y1, 1), 150))
+        reward, error, accuracy, tokens = axes
+        draw_lines(reward, runs, names)
+        draw_lines(error, runs, errors, 100)
+        draw_lines(accuracy, runs, {"accuracy": ""}, 100)
+        draw_lines(tokens, runs, lengths)
+        if error.lines:  # a beginning that is far off would flatten the rest
+            error.set_ylim(0, 1.05 * min(max(error.dataLim.y1, 1), 150))
         else:
-            axes[0, 1].text(0.5, 0.5, "no budgets", transform=axes[0, 1].transAxes, ha="center", color="0.5")
-        axes[1, 0].set_ylim(0, 102)
-        for ax in axes[1]:
+            error.text(0.5, 0.5, "no budgets", transform=error.transAxes, ha="center", color="0.5")
+        accuracy.set_ylim(0, 102)
+        for ax in axes[2:]:
             ax.set_xlabel("steps")
-        for ax in axes.flat:
+        for ax in axes:
             if ax.get_legend_handles_labels()[1]:
                 ax.legend(fontsize=9 if len(ax.lines) < 9 else 7)
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        # Written beside its place and renamed: a viewer that reloads never sees half a picture.
-        picture.savefig(f"{path}.tmp", dpi=130, format="png")
-        plt.close(picture)
-    os.replace(f"{path}.tmp", path)
 
 
 def watch(folders: list[str], out: str | None = None) -> str:
@@ -142,9 +141,31 @@ def watch(folders: list[str], out: str | None = None) -> str:
         last = steps[-1]
         error = last.get("abs_error")
         told = f", length error {error:.1%}" if error is not None else ""
-        print(f"{label}: step {last['step'] + 1}, reward {last['reward']:+.3f}, accuracy "
-              f"{last['accuracy']:.1%}{told}")  # fmt: skip
+        where = f"step {last['step'] + 1}, reward {last['reward']:+.3f}"
+        print(f"{label}: {where}, accuracy {last['accuracy']:.1%}{told}")
     path = os.path.join(out or folders[0], "curves.png")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     draw(runs, path)
     print(f"learning curves in {path}")
     return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+    about = "Learning curves of runs, also of those that still train."
+    usage = "python -m evaluation.curves FOLDER ... [--out FOLDER]"
+    parser = argparse.ArgumentParser("-m evaluation.curves", usage, about, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="the --out folders of training runs")
+    parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
+    try:
+        args = data.one_line_errors(parser).parse_args(argv)
+        check_writable(args.out or args.runs[0])
+        watch(args.runs, args.out)
+    except BadInput as error:
+        print(f"evaluation.curves: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,27 +3,162 @@
     python evaluate.py --base-url http://localhost:8000/v1 --api-model NAME --data math500 --budgets 512 ...
 
 The server may be a running `vllm serve` or a hosted model. Every response is one request of its own, since a
-server's token count covers all choices of a request.
-The key comes from OPENAI_API_KEY; a server of your own needs none.
+server's token count covers all choices of a request. The key comes from OPENAI_API_KEY; a server of your own
+needs none.
 """
 
+import argparse
 import hashlib
+import importlib.metadata
+import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from data import BadInput, first_line
+import numpy as np
+
+from data import BadInput, first_line, load_config, load_tokenizer, stop_ids
 
 RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), a restart (5xx, no connection)
 # What a vLLM server is told besides: it would take these from the model's folder, and cut `</think>` out of
 # the text where that is a special token. Other servers refuse what they do not know.
 VLLM = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
 TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
+# What servers call the end of a response, and a cut at the cap. Any other word is a failure of the request.
+ENDS, CUTS = ("stop", "eos", "end_turn", "tool_calls"), ("length", "max_tokens")
 
 
-class APISampler:
+# ------------------------------------------------------------------------------------------------------------
+# In this process
+
+
+def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
+    """A sampler (one of the trainer's) for a finished model; `kind`: auto, vllm or hf; length in tokens."""
+    import train_grpo as trainer
+
+    kind, tokenizer = trainer.pick_sampler(kind), load_tokenizer(path)
+    dtype = "bfloat16" if trainer.DEVICE.type == "cuda" else "float32"
+    if kind == "vllm":
+        stops = stop_ids(generation_settings(path), tokenizer)
+        return trainer.VLLM(path, tokenizer, stops, max_model_len, dtype, seed, 0.85, 512)
+    from toy.hf_sampler import HFSampler
+
+    model = trainer.net.load_model(path, argparse.Namespace(dtype=dtype, lora=0), frozen=True).to(
+        trainer.DEVICE
+    )
+    return HFSampler(model, tokenizer, stop_ids(model.generation_config, tokenizer), max_model_len)
+
+
+def generation_settings(path: str):
+    """generation_config.json of a model; without one its configuration, which names the end token too."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return load_config(path)
+
+
+def thinking_length(ids: np.ndarray, tokenizer, think_end: str = "</think>") -> int | None:
+    """Tokens up to the end of the last `think_end`; None where the thinking is never closed."""
+    mark = tokenizer.encode(think_end, add_special_tokens=False)
+    if len(mark) == 1 and mark[0] != tokenizer.unk_token_id and (at := np.flatnonzero(ids == mark[0])).size:
+        return int(at[-1]) + 1
+
+    def closed(k):  # how often the thinking is closed within the first k tokens
+        return tokenizer.decode(ids[:k], skip_special_tokens=False).count(think_end)
+
+    # The text may be cut into tokens in several ways: the shortest beginning that holds all its marks.
+    low, high, count = 0, len(ids), closed(len(ids))
+    while count and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if closed(middle) >= count else (middle, high)
+    return high if count else None
+
+
+def respond(
+    sampler,
+    tokenizer,
+    requests: list[dict],
+    n: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    think_end: str,
+) -> list[list[dict]]:
+    """For every request n {"response", "length", "finish_reason"} and, where known, "thinking_length".
+
+    A sampler with a `respond` of its own (a server, a baseline) is asked in its own way; there a response may
+    be {"error"} alone.
+    """
+    if hasattr(sampler, "respond"):
+        return sampler.respond(requests, n, temperature, top_p, seed, think_end)
+    prompts, caps = [r["ids"].tolist() for r in requests], [r["max_tokens"] for r in requests]
+    made = sampler.generate(prompts, n, caps, temperature, seed, top_p=top_p)
+    return [[to_text(response, tokenizer, think_end) for response in group] for group in made]
+
+
+def to_text(response: dict, tokenizer, think_end: str = "</think>") -> dict:
+    """A sampler's response {"ids", "truncated"} as fields of a sample."""
+    ids, cut = response["ids"], response["truncated"]
+    # Only the end token is left out: in many tokenizers `</think>` is a special token, too.
+    text = tokenizer.decode(ids if cut else ids[:-1], skip_special_tokens=False)
+    out = {"response": text, "length": len(ids), "finish_reason": "length" if cut else "stop"}
+    thinking = thinking_length(ids, tokenizer, think_end) if think_end in text else None
+    return out | ({} if thinking is None else {"thinking_length": thinking})
+
+
+def hash_data(problems: list[dict]) -> dict:
+    """{data set: {"problems", "sha256"}}: two evaluations with equal hashes asked the same."""
+    rows: dict = {}
+    for p in problems:
+        row = [p[key] for key in ("id", "problem", "answer", "kind")] + [p.get("choices")]
+        rows.setdefault(p["source"], []).append(json.dumps(row, ensure_ascii=False))
+    hashes = {name: hashlib.sha256("\n".join(lines).encode()).hexdigest() for name, lines in rows.items()}
+    return {name: {"problems": len(lines), "sha256": hashes[name]} for name, lines in rows.items()}
+
+
+def versions() -> dict:
+    """The libraries that took part: another version of the answer checker may judge otherwise."""
+    found = {"python": sys.version.split()[0], "math-verify": importlib.metadata.version("math-verify")}
+    used = [name for name in ("numpy", "torch", "transformers", "vllm", "openai") if name in sys.modules]
+    return found | {name: sys.modules[name].__version__ for name in used}
+
+
+def hash_weights(model: str) -> str:
+    """sha256 over names and contents of a model's safetensors files; `model`: folder or (cached) hub id."""
+    folder, total = model, hashlib.sha256()
+    if not os.path.isdir(folder):
+        from transformers.utils import cached_file
+
+        folder = os.path.dirname(cached_file(model, "config.json"))
+    for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
+        with open(os.path.join(folder, name), "rb") as f:
+            total.update(f"{name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Servers
+
+
+def words_of(content: object) -> tuple[str, str]:
+    """(text, thinking) of a message's content: a text, a list of parts, or null."""
+    if isinstance(content, str):
+        return content, ""
+    text = thinking = ""
+    for part in content if isinstance(content, list) else ():
+        part = part if isinstance(part, dict) else {"text": part}
+        # Some servers send the thinking as a part of its own, in which there may be parts again.
+        thinking += "".join(words_of(part.get("thinking")))
+        text += part["text"] if isinstance(part.get("text"), str) else ""
+    return text, thinking
+
+
+class Server:
     """A server in the place of a sampler: asked in text, without a tokenizer here; it counts the tokens."""
 
-    name, tokenizer, max_model_len = "api", None, None
+    name = "api"
 
     def __init__(self, base_url: str, model: str, concurrency: int = 16):
         try:
@@ -42,7 +177,7 @@ class APISampler:
             models = list(self.client.with_options(max_retries=1, timeout=30).models.list())
         except self.openai.NotFoundError:
             return  # it lists no models: the first request will tell
-        except self.openai.APIError as error:
+        except (self.openai.APIError, ValueError, TypeError, AttributeError) as error:
             told = f"no usable answer from --base-url {self.url} ({first_line(error)[:300]})"
             raise BadInput(f"{told}: is the server up, its address complete (/v1), the key right?") from None
         names = [model.id for model in models]
@@ -53,32 +188,41 @@ class APISampler:
             raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
 
     def respond(
-        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int
-    ) -> list[list]:
-        """As the function respond below; `concurrency` requests are under way at once."""
-        jobs = [
-            (r["prompt"], r["max_tokens"], seed * 100_003 + i * n + k)
-            for i, r in enumerate(requests)
-            for k in range(n)
+        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
+    ) -> list[list[dict]]:
+        """As the function respond above; `concurrency` requests are under way at once."""
+        asked = [
+            (request, seed * 100_003 + i * n + k) for i, request in enumerate(requests) for k in range(n)
         ]
+        failed = []
+
+        def ask(job):
+            if 2 * len(failed) > len(asked):  # the server fails, not a request: no further one is paid for
+                return {"error": failed[0]}
+            try:
+                found = self.ask(job[0], job[1], temperature, top_p, think_end)
+            except self.openai.APIStatusError as error:
+                found = {"error": f"status {error.status_code}, {first_line(error)[:300]}"}
+            except (self.openai.APIError, ValueError) as error:
+                found = {"error": f"{first_line(error)[:300]}: is the server up?"}
+            failed.extend([found["error"]] if "error" in found else [])
+            return found
+
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            done = list(pool.map(lambda job: self.ask(*job, temperature, top_p), jobs))
-        except self.openai.APIStatusError as error:
-            what = f"status {error.status_code}, {first_line(error)[:300]}"
-            raise BadInput(f"--base-url {self.url} refused: {what}; --resume goes on from here") from None
-        except self.openai.APIConnectionError as error:
-            told = f"no answer from --base-url {self.url} ({first_line(error)})"
-            raise BadInput(f"{told}: is the server up? --resume goes on from here") from None
+            done = list(pool.map(ask, asked))
         finally:
-            # After a failure the requests that wait are dropped: on a hosted model each costs money.
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C: on a hosted model each request costs money
+        if 2 * len(failed) > len(asked):
+            what = f"{len(failed)} of {len(asked)} requests failed, the first: {failed[0]}"
+            raise BadInput(f"--base-url {self.url}: {what}; --resume goes on from here")
         return [done[i : i + n] for i in range(0, len(done), n)]
 
-    def ask(self, prompt: str, cap: int, seed: int, temperature: float, top_p: float) -> dict:
-        """One response. `length` is the server's own count; None where it reports none."""
-        options = {"temperature": temperature, "top_p": top_p, "seed": seed % 2**31, self.cap_name: cap}
-        messages = [{"role": "user", "content": prompt}]
+    def ask(self, request: dict, seed: int, temperature: float, top_p: float, think_end: str) -> dict:
+        """One response; {"error"} where the server's answer is none. `length` is the server's own count."""
+        options = {"temperature": temperature, "top_p": top_p, "seed": seed % 2**31}
+        options[self.cap_name] = request["max_tokens"]
+        messages = [{"role": "user", "content": request["prompt"]}]
         try:
             create = self.client.chat.completions.create
             answer = create(model=self.model, messages=messages, extra_body=self.extra, **options)
@@ -88,55 +232,22 @@ class APISampler:
             if "max_tokens" not in options or "max_completion_tokens" not in str(error):
                 raise
             self.cap_name = "max_completion_tokens"
-            return self.ask(prompt, cap, seed, temperature, top_p)
-        choice, usage = answer.choices[0], answer.usage
-        text = choice.message.content or ""
-        # A server that parses the reasoning sends it apart, under one of two names.
-        extra = choice.message.model_extra or {}
-        thinking = extra.get("reasoning_content") or extra.get("reasoning")
-        text = f"{thinking}</think>{text}" if isinstance(thinking, str) else text
-        out = {"response": text, "length": usage.completion_tokens if usage else None}
-        out["finish_reason"] = "length" if choice.finish_reason == "length" else "stop"
+            return self.ask(request, seed, temperature, top_p, think_end)
+        choices = getattr(answer, "choices", None)
+        message = getattr(choices[0], "message", None) if choices else None
+        reason = str(getattr(choices[0], "finish_reason", None)) if choices else None
+        if message is None or reason.lower() not in ENDS + CUTS:
+            return {"error": f"finish_reason {reason}" if choices else "an answer without choices"}
+        # A server that parses the thinking sends it apart, under one of two names or as a part.
+        extra, (text, part) = message.model_extra or {}, words_of(message.content)
+        thinking = words_of(extra.get("reasoning_content") or extra.get("reasoning"))[0] or part
+        cut = reason.lower() in CUTS
+        # Cut off in the thinking, nothing closed it.
+        text = f"{thinking}{'' if cut and not text else think_end}{text}" if thinking else text
+        usage = getattr(answer, "usage", None)
+        out = {"response": text, "length": getattr(usage, "completion_tokens", None)}
+        out["finish_reason"] = "length" if cut else "stop"
         details = getattr(usage, "completion_tokens_details", None)
-        if details and details.reasoning_tokens:
-            out["thinking_length"] = details.reasoning_tokens
+        if tokens := getattr(details, "reasoning_tokens", None):
+            out["thinking_length"] = tokens
         return out
-
-
-def thinking_length(ids: list[int], think_end: list[int]) -> int:
-    """Tokens up to the end of the last `</think>`, whose ids are think_end; all without one."""
-    ends = range(len(ids), len(think_end) - 1, -1)
-    return next((end for end in ends if ids[end - len(think_end) : end] == think_end), len(ids))
-
-
-def respond(sampler, requests: list[dict], n: int, temperature: float, top_p: float, seed: int) -> list[list]:
-    """For every request n {"response", "length", "finish_reason"} and, where known, "thinking_length"."""
-    if sampler.tokenizer is None:
-        return sampler.respond(requests, n, temperature, top_p, seed)
-    ids, caps = [r["ids"].tolist() for r in requests], [r["max_tokens"] for r in requests]
-    think_end = sampler.tokenizer.encode("</think>", add_special_tokens=False)
-    found = []
-    for completions in sampler.generate(ids, n, caps, temperature, top_p, seed):
-        found.append([])
-        for completion in completions:
-            ids, finish = list(completion["ids"]), completion["finish_reason"]
-            # Only the end token is left out: in many tokenizers `</think>` is a special token, too.
-            whole = ids[:-1] if finish == "stop" else ids
-            text = sampler.tokenizer.decode(whole, skip_special_tokens=False)
-            found[-1].append({"response": text, "length": len(ids), "finish_reason": finish})
-            if "</think>" in text:
-                found[-1][-1]["thinking_length"] = thinking_length(ids, think_end)
-    return found
-
-
-def hash_weights(model: str) -> str:
-    """sha256 over names and contents of a model's safetensors files; `model`: folder or (cached) hub id."""
-    folder, total = model, hashlib.sha256()
-    if not os.path.isdir(folder):
-        from transformers.utils import cached_file
-
-        folder = os.path.dirname(cached_file(model, "config.json"))
-    for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
-        with open(os.path.join(folder, name), "rb") as f:
-            total.update(f"{name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()

@@ -17,12 +17,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike
 
-import verifier
+from verifier import boxed_answers
 
 QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 DRAWS = 1000  # bootstrap resamples; fewer for more than 20,000 problems
 CROWD = 16  # pictures and tables of more budgets than this show groups of them
-EXCEED = 4000  # tokens: the limit of GDPO's "Exceed"
+EXCEED = 4000  # tokens: the limit of GDPO's "Exceed" (2601.05242)
+OVERTHINKING = 1000  # tokens of thinking at which a right answer is worth nothing (2508.13141)
 # Words that mark reasoning, by group. The L1 paper has these groups and "Alternatively"; its lists stand in a
 # figure's image only, so the rest is a stand-in: compare models with each other, not with its numbers.
 PATTERNS = {
@@ -50,11 +51,6 @@ def over_budget(length: ArrayLike, budget: ArrayLike) -> dict:
     """Shares longer than the budget ("hard") and longer by more than 500 tokens ("soft500"), as in L1."""
     excess = np.asarray(length) - np.asarray(budget)
     return {"hard": (excess > 0).mean(), "soft500": (excess > 500).mean()}
-
-
-def exceed(length: ArrayLike, limit: int = EXCEED) -> dict:
-    """Share of responses above a fixed number of tokens: "Exceed" of GDPO (arXiv 2601.05242)."""
-    return {"share": (np.asarray(length) > limit).mean()}
 
 
 def within10(length: ArrayLike, budget: ArrayLike) -> dict:
@@ -105,19 +101,21 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> dict:
     return {"per_problem": each, "mean": sum(each) / len(each)}
 
 
+def winner(answers: list) -> int | None:
+    """Place of the first appearance of the most frequent answer; ties go to the first, None abstains."""
+    # Counter keeps the order of first appearance and max takes the first of several.
+    votes = Counter(answer for answer in answers if answer is not None)
+    return answers.index(max(votes, key=votes.get)) if votes else None
+
+
 def majority_at_k(answers: list, correct: list, k: int) -> float:
     """maj@k of one problem: the mean over its blocks of k samples in a row (what is left over is unused).
 
-    The most frequent answer of a block wins, on a tie the one that came first; None abstains; a block
-    without an answer is wrong. `correct` is 0 or 1, the verdict of the winner's first appearance.
+    `correct` is 0 or 1, the verdict of the winner's first appearance; a block without an answer is wrong.
     """
-    won = []
-    for at in range(0, len(answers) - k + 1, k):
-        block = answers[at : at + k]
-        votes = Counter(answer for answer in block if answer is not None)
-        # Counter keeps the order of first appearance and max takes the first of several.
-        won.append(correct[at + block.index(max(votes, key=votes.get))] if votes else 0)
-    return sum(won) / len(won)
+    starts = range(0, len(answers) - k + 1, k)
+    won = [(at, winner(answers[at : at + k])) for at in starts]
+    return sum(correct[at + i] for at, i in won if i is not None) / len(won)
 
 
 def trimmed_quantiles(values: ArrayLike, probs: ArrayLike = QUANTILES) -> list[float]:
@@ -144,9 +142,8 @@ def castillo(lengths: ArrayLike) -> dict:
     Its kind of standard deviation is not stated; here the population's (divided by n).
     """
     x = np.asarray(lengths, float)
-    quantiles = dict(
-        zip(("p25", "median", "p75", "p99"), np.quantile(x, [0.25, 0.5, 0.75, 0.99]), strict=True)
-    )
+    names, at = ("p25", "median", "p75", "p99"), [0.25, 0.5, 0.75, 0.99]
+    quantiles = dict(zip(names, np.quantile(x, at), strict=True))
     return {"mean": x.mean(), "std": x.std(), **quantiles, "shortest": x.min(), "longest": x.max()}
 
 
@@ -155,12 +152,6 @@ def pattern_counts(text: str) -> list[int]:
     # Found in lower case: a search that ignores case takes four times as long.
     found = Counter(match.lastgroup for match in PATTERN.finditer(text.lower()))
     return [found[group] for group in PATTERNS]
-
-
-def pattern_rates(texts: list[str], tokens: ArrayLike) -> dict:
-    """Occurrences per 1,000 tokens of each group of PATTERNS, over all texts together."""
-    total = np.sum([pattern_counts(text) for text in texts], 0)
-    return dict(zip(PATTERNS, 1000 * total / np.sum(tokens), strict=True))
 
 
 # Target words: (precise range, flexible range), each open on the left and closed on the right.
@@ -189,14 +180,9 @@ def yapindex(scores: dict[str, list]) -> float:
 
 
 def length_controlled_winrate(
-    len_baseline: ArrayLike,
-    len_model: ArrayLike,
-    gamma: ArrayLike,
-    theta: float,
-    phi: float,
-    psi: float,
-    std: float,
-) -> dict:
+    len_baseline: ArrayLike, len_model: ArrayLike, gamma: ArrayLike,
+    theta: float, phi: float, psi: float, std: float,
+) -> dict:  # fmt: skip
     """Win rates in percent under AlpacaEval's model, as it is and with its length term left out.
 
     P(model preferred) = sigmoid(theta + phi tanh((len_baseline - len_model) / std) + psi gamma), lengths in
@@ -208,32 +194,29 @@ def length_controlled_winrate(
     return {"raw": 100 * raw.mean(), "lc": 100 * controlled.mean()}
 
 
-def fit_length_control(
-    len_baseline: ArrayLike,
-    len_model: ArrayLike,
-    gamma: ArrayLike,
-    preference: ArrayLike,
-    ridge: float = 1e-3,
-) -> dict:
-    """theta, phi, psi and std of the model above by Newton's method; `preference` from 0 to 1.
+def length_score(length: ArrayLike, budget: ArrayLike, mode: str = "exact") -> dict:
+    """LIFEBench's (2505.16234) length deviation in percent and length score from 0 to 100, means of both.
 
-    A light ridge keeps it finite where one side always wins. AlpacaEval chooses an L1 penalty by cross-
-    validation and adds rows that pull towards the baseline: figures are close to its own, not the same.
+    With d = (length - budget) / budget the score is 100 exp(5 d) below the budget and 100 exp(-2 d) above it;
+    mode "max" ("at most"): 100 up to the budget. The deviation is absolute for "exact", signed for "max".
     """
-    difference = np.asarray(len_baseline, float) - np.asarray(len_model, float)
-    std, y = float(difference.std()) or 1.0, np.asarray(preference, float)
-    x = np.stack([np.ones_like(y), np.tanh(difference / std), np.asarray(gamma, float)], 1)
-    w = np.zeros(3)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-(x @ w)))
-        hessian = (x * (p * (1 - p))[:, None]).T @ x / len(y) + ridge * np.eye(3)
-        w -= np.linalg.solve(hessian, x.T @ (p - y) / len(y) + ridge * w)
-    return dict(zip(("theta", "phi", "psi"), w.tolist(), strict=True)) | {"std": std}
+    # d is the paper's fraction; the authors' published script multiplies it by 100 before the exponential.
+    d = (np.asarray(length, float) - np.asarray(budget, float)) / np.asarray(budget, float)
+    score = 100 * np.exp(np.where(d < 0, 0 if mode == "max" else 5 * d, -2 * d))
+    return {"deviation": 100 * (d if mode == "max" else np.abs(d)).mean(), "score": score.mean()}
 
 
-METRICS = (length_error, over_budget, exceed, within10, log_linear_fit, area_under_curve, pass_at_k)
-METRICS += (majority_at_k, trimmed_quantiles, standard_error, correlation, castillo, pattern_rates)
-METRICS += (ruler_pm_fm, yapscore, yapindex, length_controlled_winrate)
+def overthinking_auc(correct: ArrayLike, thinking: ArrayLike, limit: int = OVERTHINKING) -> dict:
+    """OptimalThinkingBench's AUC_OAA (2508.13141): the share of right answers that thought for fewer than t
+    tokens, averaged over t from 0 to `limit`; that is, the mean of correct * (1 - thinking / limit), from 0.
+    """
+    left = 1 - np.minimum(np.asarray(thinking, float) / limit, 1)
+    return {"auc": (np.asarray(correct, float) * left).mean()}
+
+
+METRICS = (length_error, over_budget, within10, log_linear_fit, area_under_curve, pass_at_k, majority_at_k)
+METRICS += (trimmed_quantiles, standard_error, correlation, castillo, ruler_pm_fm, yapscore, yapindex)
+METRICS += (length_controlled_winrate, length_score, overthinking_auc)
 METRICS = {function.__name__: function for function in METRICS}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,10 +258,9 @@ def bootstrap(columns: dict[str, tuple], seed: int = 0) -> dict[str, np.ndarray]
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. Samples -> table. It keeps a few numbers per sample and no text, since a file of generations may be
-# larger than the memory:
-#     {data set: {"ids": {problem id: row}, "modes": set, "cells": {budget or None: columns}, "extras": {}}}
+# larger than the memory: {data set: {"ids": {problem id: row}, "texts", "modes", "cells": {budget: columns}}}
 
-NUMBERS = ("problem", "budget", "correct", "length", "truncated", "tokens", "thinking", "answer", *PATTERNS)
+NUMBERS = ("problem", "budget", "at_most", "correct", "length", "truncated", "thinking", "answer", *PATTERNS)
 
 
 def new_cell() -> dict:
@@ -286,82 +268,44 @@ def new_cell() -> dict:
     return {key: array("q" if key == "answer" else "i") for key in NUMBERS}
 
 
-def answer_key(sample: dict) -> int:
-    """A number that equal answers share, for the vote: the last box, else the last line; -1 for none.
+def spoken_answer(sample: dict, think_end: str = "</think>") -> str | None:
+    """What a response answers, as a text to compare, for the vote: its last box, else its last line.
 
     Votes compare text, not mathematics: 1/2 and 0.5 are two answers. A response that was cut off has none.
     """
-    text = verifier.answer_part(sample["response"])[-4000:]
-    boxes = verifier.boxed_answers(text)
+    text = sample["response"].rpartition(think_end)[2].split("<think>")[0][-4000:]
+    boxes = boxed_answers(text)
     text = boxes[0] if boxes else (text.strip().splitlines() or [""])[-1]
     if sample.get("kind") == "choice":
         text = (re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", text) or [""])[-1]
     text = re.sub(r"\\(?:left|right|!|,|;|text|mathrm)(?![a-z])|[\s$]|\.$", "", text).replace("dfrac", "frac")
-    return zlib.crc32(text.encode()) if text and sample["finish_reason"] != "length" else -1
+    return text if text and sample["finish_reason"] != "length" else None
 
 
-def add(table: dict, sample: dict, count: str = "response") -> None:
-    """Append one sample; `count` "thinking" takes the tokens up to `</think>` where they are known."""
-    part = table.setdefault(
-        sample["source"], {"ids": {}, "texts": {}, "modes": set(), "cells": {}, "extras": {}}
-    )
+def add(table: dict, sample: dict, think_end: str = "</think>") -> None:
+    """Append one sample to the table."""
+    empty = {"ids": {}, "texts": {}, "modes": set(), "cells": {}}
+    part = table.setdefault(sample["source"], empty)
     budget, length, finish = sample["budget"], sample["length"], sample["finish_reason"]
     text, thinking = sample.get("response"), sample.get("thinking_length")
-    tokens = thinking if count == "thinking" and thinking is not None else length
     cell = part["cells"].setdefault(budget, new_cell())
     part["texts"].setdefault(sample["id"], zlib.crc32(str(sample.get("problem")).encode()))
     cell["problem"].append(part["ids"].setdefault(sample["id"], len(part["ids"])))
     cell["correct"].append(bool(sample["correct"]))
     # The budget stands in every row, too: groups of many budgets are drawn as one (see pool).
     cell["budget"].append(-1 if budget is None else budget)
-    cell["length"].append(-1 if tokens is None else tokens)
+    cell["at_most"].append(sample.get("mode") == "max")
+    cell["length"].append(-1 if length is None else length)
     cell["truncated"].append(-1 if finish is None else finish == "length")
-    cell["tokens"].append(-1 if length is None else length)
     cell["thinking"].append(-1 if thinking is None or length is None else thinking)
     known = isinstance(text, str)
-    cell["answer"].append(answer_key(sample) if known else -1)
+    answer = spoken_answer(sample, think_end) if known else None
+    cell["answer"].append(-1 if answer is None else zlib.crc32(answer.encode(errors="replace")))
     # A rate is per token: without a length a count of words says nothing.
     for key, n in zip(PATTERNS, pattern_counts(text) if known and length else [-1] * 4, strict=True):
         cell[key].append(n)
     if sample.get("mode"):
         part["modes"].add(sample["mode"])
-    if known:
-        add_extras(part["extras"], sample)
-
-
-def add_extras(extras: dict, sample: dict) -> None:
-    """Numbers for the metrics that need fields of their own, from the samples that carry them.
-
-    `target_words` (Ruler); `baseline`, a text (YapScore; with `category`: YapIndex); `baseline` and
-    `preference`, from 0 to 1, with or without `difficulty` (length-controlled win rate).
-    """
-    text, target, baseline = sample["response"], sample.get("target_words"), sample.get("baseline")
-    if target in RULER:
-        extras.setdefault("ruler", []).append((target, len(re.findall(r"\w+", text))))
-    if isinstance(baseline, str):
-        category = str(sample.get("category", "all"))
-        extras.setdefault("yap", {}).setdefault(category, []).append((len(text), len(baseline)))
-        if sample.get("preference") is not None:
-            row = len(baseline), len(text), float(sample.get("difficulty") or 0), float(sample["preference"])
-            extras.setdefault("winrate", []).append(row)
-
-
-def summarise_extras(extras: dict) -> dict:
-    """{"ruler", "yap", "winrate"}: those that the samples have the fields for."""
-    out = {}
-    if rows := extras.get("ruler"):
-        found = ruler_pm_fm(*zip(*rows, strict=True))
-        out["ruler"] = {"n": len(rows), "pm": found["pm_share"], "fm": found["fm_share"]}
-    if groups := extras.get("yap"):
-        scores = {key: yapscore(*zip(*rows, strict=True)) for key, rows in groups.items()}
-        out["yap"] = {"median_score": {key: np.median(v) for key, v in scores.items()}}
-        out["yap"]["index"] = yapindex(scores)
-    if rows := extras.get("winrate"):
-        base, model, gamma, preference = zip(*rows, strict=True)
-        fit = fit_length_control(base, model, gamma, preference)
-        rates = length_controlled_winrate(base, model, gamma, **fit)
-        out["winrate"] = {"n": len(rows), "raw": 100 * np.mean(preference), "lc": rates["lc"]} | fit
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,7 +318,7 @@ def known_lengths(cell: dict) -> np.ndarray:
     return length[length >= 0]
 
 
-def columns_of(cell: dict, problems: int, limit: int = EXCEED) -> dict[str, tuple]:
+def columns_of(cell: dict, problems: int) -> dict[str, tuple]:
     """{figure: (top [problems], bottom [problems])}: the figure is sum(top) / sum(bottom)."""
     c = {key: np.array(cell[key]) for key in NUMBERS}
     length, budget, known = c["length"], c["budget"], c["length"] >= 0
@@ -388,14 +332,18 @@ def columns_of(cell: dict, problems: int, limit: int = EXCEED) -> dict[str, tupl
     out |= {"signed_error": sums(error, asked), "abs_error": sums(np.abs(error), asked)}
     out |= {"rmse": sums(error**2, asked), "within_10": sums(10 * np.abs(length - budget) <= budget, asked)}
     out |= {"over_budget": sums(length > budget, asked)}
-    out |= {"over_budget_500": sums(length > budget + 500, asked), "exceed": sums(length > limit, known)}
+    out |= {"over_budget_500": sums(length > budget + 500, asked), "exceed": sums(length > EXCEED, known)}
     out |= {"truncated": sums(c["truncated"] == 1, c["truncated"] >= 0)}
     thought = c["thinking"] >= 0
     out |= {"thinking_length": sums(c["thinking"], thought)}
-    out |= {"solution_length": sums(c["tokens"] - c["thinking"], thought)}
+    out |= {"solution_length": sums(length - c["thinking"], thought)}
+    rises = np.where(c["at_most"] == 1, 0, 5 * error)
+    out |= {"length_score": sums(100 * np.exp(np.where(error < 0, rises, -2 * error)), asked)}
+    spent = np.minimum(np.where(thought, c["thinking"], length) / OVERTHINKING, 1)
+    out |= {"overthinking_auc": sums(c["correct"] * (1 - spent), known)}
     for key in PATTERNS:
         where = c[key] >= 0
-        out[key] = 1000 * sums(c[key], where)[0], sums(c["tokens"], where)[0]
+        out[key] = 1000 * sums(c[key], where)[0], sums(length, where)[0]
     return out | vote_columns(c, problems)
 
 
@@ -412,9 +360,8 @@ def vote_columns(c: dict, problems: int) -> dict[str, tuple]:
         return np.bincount(present, values, problems), one
 
     for k in sorted({2**i for i in range(most.bit_length())} | {most}):
-        out[f"pass@{k}"] = spread(
-            [pass_one(a, b, k) for a, b in zip(n.tolist(), right.tolist(), strict=True)]
-        )
+        counts = zip(n.tolist(), right.tolist(), strict=True)
+        out[f"pass@{k}"] = spread([pass_one(a, b, k) for a, b in counts])
         if (c["answer"] >= 0).any() and k > 1:
             pairs = zip([0, *ends], ends, strict=False)
             out[f"maj@{k}"] = spread([majority_at_k(answers[a:b], correct[a:b], k) for a, b in pairs])
@@ -448,11 +395,12 @@ def quantile_replicas(cell: dict, problems: int, seed: int) -> dict[str, np.ndar
 
 FIGURES = ("accuracy", "mean_length", "signed_error", "abs_error", "rmse", "within_10", "over_budget")
 FIGURES += ("over_budget_500", "exceed", "truncated", "thinking_length", "solution_length")
+FIGURES += ("length_score", "overthinking_auc")
 
 
-def summarise_cell(cell: dict, problems: int, limit: int = EXCEED, seed: int | None = None) -> tuple:
+def summarise_cell(cell: dict, problems: int, seed: int | None = None) -> tuple:
     """(all figures of one cell, their bootstrap draws); nan where a figure has no meaning or is not known."""
-    columns = columns_of(cell, problems, limit)
+    columns = columns_of(cell, problems)
     value = {name: float(ratio(top.sum(), bottom.sum())) for name, (top, bottom) in columns.items()}
     value["rmse"] = math.sqrt(value["rmse"])
     right, n = columns["accuracy"]
@@ -548,9 +496,7 @@ def curve(points: list[tuple], drawn: list[dict] = ()) -> dict:
     return out
 
 
-def summarise(
-    table: dict, trained: list[int] | None = None, limit: int = EXCEED, seed: int = 0
-) -> tuple[dict, dict]:
+def summarise(table: dict, trained: list[int] | None = None, seed: int = 0) -> tuple[dict, dict]:
     """({data set: {"budgets": {"512": figures, "none": figures}, "mean", ...}}, {data set: {budget: draws}}).
 
     Budgets beyond 64 (a uniform draw) get no intervals of their own.
@@ -560,7 +506,7 @@ def summarise(
         cells, problems = in_order(part["cells"]), len(part["ids"])
         # One seed for all budgets of a set: their draws hold the same problems, so differences are paired.
         own = seed + at if len(cells) <= 64 else None
-        both = {b: summarise_cell(cell, problems, limit, own) for b, cell in cells.items()}
+        both = {b: summarise_cell(cell, problems, own) for b, cell in cells.items()}
         figures, drawn = ({b: pair[i] for b, pair in both.items()} for i in (0, 1))
         asked = [b for b in cells if b is not None]
         known = [b for b in asked if b in (trained or [])]
@@ -576,53 +522,54 @@ def summarise(
             "correlation": value,
             "correlation_ci": ends,
             "accuracy_by_log_length": curve(points, [drawn[b] for b in on_curve]),
-        } | summarise_extras(part["extras"])
+        }
         draws[name] = drawn
     return datasets, draws
 
 
 def mean_over_sets(datasets: dict, draws: dict) -> dict:
     """{"512": means over the data sets}, for the budgets that all of them have; {} for a single set."""
-    if len(datasets) < 2:
-        return {}
-    shared = [b for b in next(iter(draws.values())) if all(b in d for d in draws.values())]
-    keys = {b: "none" if b is None else str(b) for b in shared}
-    sets = {b: [part["budgets"][keys[b]] for part in datasets.values()] for b in shared}
-    rows = {
-        b: [{k: v[: shortest(draws, b)] for k, v in d[b].items()} for d in draws.values()] for b in shared
-    }
-    return {keys[b]: mean_of(sets[b], rows[b]) | {"n": sum(c["n"] for c in sets[b])} for b in shared}
+    out = {}
+    for budget in next(iter(draws.values())) if len(datasets) > 1 else ():
+        if all(budget in d for d in draws.values()):
+            key = "none" if budget is None else str(budget)
+            cells = [part["budgets"][key] for part in datasets.values()]
+            # Large sets have fewer draws: as many are taken of each as the shortest has.
+            least = min(len(d[budget].get("accuracy", ())) for d in draws.values())
+            rows = [{k: v[:least] for k, v in d[budget].items()} for d in draws.values()]
+            out[key] = mean_of(cells, rows) | {"n": sum(cell["n"] for cell in cells)}
+    return out
 
 
-def shortest(draws: dict, budget: int | None) -> int:
-    """Fewest bootstrap draws that any data set has at this budget (large sets have fewer)."""
-    return min(len(d[budget].get("accuracy", ())) for d in draws.values())
-
-
-def problem_records(table: dict, limit: int = EXCEED) -> Iterator[dict]:
+def problem_records(table: dict) -> Iterator[dict]:
     """Per data set, budget and problem: the sums behind every figure and CASTILLO's length statistics.
 
-    What --compare pairs: {"source", "id", "text" (a checksum of the problem), "budget", "figures":
+    What a comparison pairs: {"source", "id", "text" (a checksum of the problem), "budget", "figures":
     {name: [top, bottom]}, "length": statistics}.
     """
     for name, part in table.items():
         ids = list(part["ids"])
         for budget, cell in in_order(part["cells"]).items():
-            columns, groups = columns_of(cell, len(ids), limit), by_problem(cell)
-            present = np.unique(np.array(cell["problem"]))
-            for rows in np.split(present, range(4096, len(present), 4096)):
-                # Plain lists, block by block: numpy is slow element by element, and lists are large.
-                lists = {k: (t[rows].tolist(), b[rows].tolist()) for k, (t, b) in columns.items()}
-                for i, row in enumerate(rows.tolist()):
-                    record = {
-                        "source": name,
-                        "id": ids[row],
-                        "text": part["texts"][ids[row]],
-                        "budget": budget,
-                    }
-                    record["figures"] = {k: [t[i], b[i]] for k, (t, b) in lists.items() if b[i]}
-                    many = len(groups.get(row, ())) > 1  # one length has no spread
-                    yield record | ({"length": castillo(groups[row])} if many else {})
+            columns, groups = columns_of(cell, len(ids)), by_problem(cell)
+            # Plain lists: numpy is slow element by element.
+            lists = {k: (t.tolist(), b.tolist()) for k, (t, b) in columns.items()}
+            for row in np.unique(np.array(cell["problem"])).tolist():
+                record = {"source": name, "id": ids[row], "text": part["texts"][ids[row]], "budget": budget}
+                record["figures"] = {k: [t[row], b[row]] for k, (t, b) in lists.items() if b[row]}
+                many = len(groups.get(row, ())) > 1  # one length has no spread
+                yield record | ({"length": castillo(groups[row])} if many else {})
+
+
+def budget_buckets(budgets: list[int], most: int = 5) -> dict[str, tuple[int, int]]:
+    """{name: (least, greatest)} in tokens: each budget of a few, else `most` ranges of equal width.
+
+    Made once per run from the budgets of all its rows, so that a learning curve keeps its names.
+    """
+    values = sorted({int(b) for b in budgets})
+    if len(values) <= most:
+        return {str(v): (v, v) for v in values}
+    edges = np.linspace(values[0], values[-1] + 1, most + 1).round().astype(int).tolist()
+    return {f"{a}-{b - 1}": (a, b - 1) for a, b in zip(edges, edges[1:], strict=False) if a < b}
 
 
 def jsonable(value: object) -> object:

@@ -1,19 +1,19 @@
-"""The pictures of an evaluation, from plain numbers to PNG files; evaluate.py calls draw() and draw_models().
+"""The pictures of an evaluation, from plain numbers to PNG files.
 
-    violins   produced against requested length, a violin per budget with its median
-    accuracy  accuracy against mean produced length, with 95% intervals over problems
-    error     mean absolute and mean signed length error per budget
-    over      shares over the budget, over it by more than 500 tokens, and cut off
-    patterns  words that mark reasoning, per 1,000 tokens
-    models    accuracy-length curves of several models, with 95% intervals
+    violins       produced against requested length, a violin per budget with its median
+    accuracy      accuracy against mean produced length, with 95% intervals over problems
+    error         mean absolute and mean signed length error per budget
+    models        accuracy-length curves of several models, with 95% intervals
+    side_by_side  violins of several models on the same axes
 
 A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
 response that never ends would flatten all others. Figures in results.json always count every response.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,13 +22,27 @@ DARK, LIGHT, OTHER, SAND = "#1f3f5f", "#8fb8dc", "#8a4b08", "#f2b56b"
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
-def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
-    """`shown`: {data set: {"problems", "mode", "figures" and "lengths" by budget}}; returns the PNG paths."""
+@contextlib.contextmanager
+def canvas(path: str, rows: int = 1, columns: int = 1, sharey: bool = True) -> Iterator:
+    """One axes, or a list of rows x columns that share their scales; saved to `path` (PNG) at the end."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: a training machine has no screen
     import matplotlib.pyplot as plt
 
+    with plt.rc_context(STYLE):
+        several, share = rows * columns > 1, {"sharex": True, "sharey": sharey, "layout": "constrained"}
+        size = (6 * columns, 4 * rows + rows % 2) if several else (7.5, 5)
+        picture, axes = plt.subplots(rows, columns, figsize=size, **share)
+        yield list(axes.flat) if several else axes
+        # Written beside its place and renamed: a viewer that reloads never sees half a picture.
+        picture.savefig(f"{path}.tmp", dpi=120 if several else 150, format="png")
+        plt.close(picture)  # pyplot would keep every picture of a long run in memory
+    os.replace(f"{path}.tmp", path)
+
+
+def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
+    """`shown`: {data set: {"problems", "mode", "figures" and "lengths" by budget}}; returns the PNG paths."""
     paths = []
     for name, part in shown.items():
         # Responses from elsewhere may lack a token count: their budget has no place on a length axis.
@@ -37,17 +51,12 @@ def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | N
         suffix = "" if len(shown) == 1 else "_" + file_name(name)
         for kind, function in PICTURES.items():
             # Without a single budget there is still an accuracy at a length.
-            if not lengths or (kind not in ("accuracy", "patterns") and set(lengths) == {None}):
+            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
                 continue
-            if kind == "patterns" and not any(f.get("patterns") for f in figures.values()):
-                continue  # saved samples without their texts
-            with plt.rc_context(STYLE):
-                picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
+            paths.append(os.path.join(out, f"{kind}{suffix}.png"))
+            with canvas(paths[-1]) as ax:
                 function(ax, figures, lengths, trained)
                 ax.set_title(heading(name, part, lengths, model), fontsize=11, loc="left")
-                paths.append(os.path.join(out, f"{kind}{suffix}.png"))
-                picture.savefig(paths[-1], dpi=150)
-                plt.close(picture)  # pyplot would keep every picture of a long run in memory
     return paths
 
 
@@ -103,17 +112,10 @@ def length_axis(ax, lengths: Sequence[float]) -> None:
         plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
 
 
-def shade_trained(ax, asked: list, trained: list[int] | None) -> None:
-    """The trained range behind evenly spaced budgets (see draw_error)."""
-    at = np.flatnonzero(is_trained(asked, trained))
-    if len(at):
-        ax.axvspan(at.min() - 0.5, at.max() + 0.5, color="0.92", zorder=0, label="trained range")
-
-
 def legend(ax) -> None:
     """A legend under the axes, where it can hide nothing; lines that share a label are named once."""
     found = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5)
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=1.2)
     ax.legend(found.values(), found.keys(), fontsize=8.5, **place)
 
 
@@ -121,9 +123,15 @@ def legend(ax) -> None:
 # Pictures: (axes, {budget: figures}, {budget: lengths}, trained budgets); budget None is the run without one
 
 
-def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Produced against requested length: a violin per budget at its true place, outer 5% cut on each side."""
-    asked = [b for b in lengths if b is not None]
+def draw_violins(
+    ax, figures: dict, lengths: dict, trained: list[int] | None, axis: list[int] | None = None
+) -> None:
+    """Produced against requested length: a violin per budget at its true place, outer 5% cut on each side.
+
+    `axis`: all budgets that the axes are made for, where several pictures share them.
+    """
+    drawn = [b for b in lengths if b is not None]
+    asked = axis or drawn
     cut = {b: np.quantile(lengths[b], [0.05, 0.5, 0.95]) for b in lengths}
     # Budgets that would crowd on linear axes get logarithmic ones; the identity stays a straight line.
     log = len(asked) > 1 and min(np.diff(asked)) < 0.05 * asked[-1]
@@ -138,8 +146,8 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
         ax.axvspan(min(trained), max(trained), color="0.92", zorder=0, label="trained range")
     ax.plot(line, line, color="black", lw=1.2, ls="--", zorder=5, label="exactly as asked")
     ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
-    known = is_trained(asked, trained) | (not trained)
-    for budget, filled in zip(asked, known, strict=True):
+    known = is_trained(drawn, trained) | (not trained)
+    for budget, filled in zip(drawn, known, strict=True):
         violin(ax, budget, lengths[budget], cut[budget], half, to, back, LIGHT if filled else "white")
     if not known.all():
         ax.fill_between([], [], fc="white", ec=DARK, label="budget not trained")
@@ -158,16 +166,7 @@ def draw_violins(ax, figures: dict, lengths: dict, trained: list[int] | None) ->
     legend(ax)
 
 
-def violin(
-    ax,
-    budget: int,
-    length: np.ndarray,
-    cut: np.ndarray,
-    half: float,
-    to: Callable,
-    back: Callable,
-    color: str,
-) -> None:
+def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back, color: str) -> None:
     """One violin with its median; `half` its half width on the axis, `to` and `back` the axis' scale."""
     low, median, high = cut
     kept = length[(length >= low) & (length <= high)]
@@ -229,7 +228,9 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
     ax.axhline(0, color="black", lw=0.8)
     ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
-    shade_trained(ax, asked, trained)
+    at = np.flatnonzero(is_trained(asked, trained))
+    if len(at):
+        ax.axvspan(at.min() - 0.5, at.max() + 0.5, color="0.92", zorder=0, label="trained range")
     ax.set_xticks(x, [str(b) for b in asked])
     ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
     ax.set_xlim(-0.8, len(asked) - 0.2)
@@ -237,51 +238,7 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     legend(ax)
 
 
-def draw_over(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Shares of responses over the budget, over it by more than 500 tokens, and cut off at the cap."""
-    asked = [b for b in figures if b is not None]
-    x = np.arange(len(asked))
-    kinds = {"over_budget": ("over the budget", LIGHT, ""), "truncated": ("cut off at the cap", SAND, "..")}
-    kinds["over_budget_500"] = "over by more than 500 tokens", "white", "///"
-    for i, (key, (label, color, hatch)) in enumerate(kinds.items()):
-        values = [100 * figures[b][key] for b in asked]
-        at = x + 0.27 * (i - 1)
-        bars = [error_bar(figures[b], key, v) for b, v in zip(asked, values, strict=True)]
-        style = dict(color=color, edgecolor=DARK, hatch=hatch, zorder=2, label=label)
-        ax.bar(at, values, 0.27, yerr=np.transpose(bars), error_kw=dict(lw=1, capsize=2), **style)
-    shade_trained(ax, asked, trained)
-    ax.set_xticks(x, [str(b) for b in asked])
-    ax.set(xlabel="requested length (tokens)", ylabel="share of the responses (%)", ylim=(0, 104))
-    ax.set_xlim(-0.8, len(asked) - 0.2)
-    legend(ax)
-
-
-def draw_patterns(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Rates of the four groups of reasoning words (metrics.PATTERNS) by budget, with 95% intervals."""
-    asked = [b for b in figures if figures[b].get("patterns")]
-    x = np.arange(len(asked))
-    styles = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
-    grays = (DARK, OTHER, "0.35", "0.55")
-    for i, key in enumerate(figures[asked[0]]["patterns"]):
-        rate = [figures[b]["patterns"][key] for b in asked]
-        # Percent is error_bar's unit; a rate per 1,000 is a number of its own.
-        bars = [error_bar(figures[b], key, 100 * v) for b, v in zip(asked, rate, strict=True)]
-        marker, line = styles[i]
-        # A little apart, so that intervals do not hide one another.
-        style = dict(
-            marker=marker, ls=line, color=grays[i], mfc="white", capsize=3, label=key.replace("_", " ")
-        )
-        ax.errorbar(x + 0.06 * (i - 1.5), rate, np.transpose(bars) / 100, **style)
-    shade_trained(ax, [b or -1e9 for b in asked], trained)
-    ax.set_xticks(x, ["none" if b is None else str(b) for b in asked])
-    ax.set(xlabel="requested length (tokens)", ylabel="words per 1,000 tokens")
-    ax.set_xlim(-0.8, len(asked) - 0.2)
-    ax.set_ylim(bottom=0)
-    legend(ax)
-
-
-PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error, "over": draw_over}
-PICTURES["patterns"] = draw_patterns
+PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -290,54 +247,59 @@ PICTURES["patterns"] = draw_patterns
 
 def draw_models(models: dict, out: str) -> list[str]:
     """`models`: {model: {data set: {budget: figures}}}; one picture of all curves per data set; the paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    paths = []
-    for name in next(iter(models.values())):
-        with plt.rc_context(STYLE):
-            picture, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
-            every = [curve_of(ax, i, label, sets[name]) for i, (label, sets) in enumerate(models.items())]
-            every = [x for lengths in every for x in lengths]
-            if every:
-                length_axis(ax, every)
-                ax.set(xlabel="mean produced length (tokens)", ylabel="accuracy (%)")
-                ax.set_title(
-                    f"{name}: points are budgets, bars 95% intervals".replace("$", r"\$"),
-                    loc="left",
-                    fontsize=11,
-                )
-                ax.grid(axis="y", color="0.9")
-                legend(ax)
-                suffix = "" if len(next(iter(models.values()))) == 1 else "_" + file_name(name)
-                paths.append(os.path.join(out, f"models{suffix}.png"))
-                picture.savefig(paths[-1], dpi=150)
-            plt.close(picture)
+    paths, sets = [], next(iter(models.values()))
+    for name in sets:
+        path = os.path.join(out, f"models{'' if len(sets) == 1 else '_' + file_name(name)}.png")
+        known = {m: {b: c for b, c in s[name].items() if c.get("mean_length") is not None}
+                 for m, s in models.items()}  # fmt: skip
+        if not any(known.values()):
+            continue
+        with canvas(path) as ax:
+            for i, (label, figures) in enumerate(known.items()):
+                curve_of(ax, i, label.replace("$", r"\$"), figures)
+            length_axis(ax, [c["mean_length"] for figures in known.values() for c in figures.values()])
+            ax.set(xlabel="mean produced length (tokens)", ylabel="accuracy (%)")
+            text = f"{name}: points are budgets, bars 95% intervals".replace("$", r"\$")
+            ax.set_title(text, loc="left", fontsize=11)
+            ax.grid(axis="y", color="0.9")
+            legend(ax)
+        paths.append(path)
     return paths
 
 
-def curve_of(ax, i: int, label: str, figures: dict) -> list[float]:
-    """One model's curve, budgets joined along the length, the run without a budget alone; its lengths."""
-    known = {b: c for b, c in figures.items() if c.get("mean_length") is not None}
-    markers, lines = "osD^vPX*", ("-", "--", "-.", ":")
-    colors = (DARK, OTHER, "0.45", "#4f8a5b")
-    x = {b: c["mean_length"] for b, c in known.items()}
-    y = {b: 100 * c["accuracy"] for b, c in known.items()}
-    along = sorted((b for b in known if b != "none"), key=x.get)
-    name = label.replace("$", r"\$")
+def curve_of(ax, i: int, name: str, figures: dict) -> None:
+    """One model's curve, budgets joined along the length, the run without a budget alone."""
+    markers, lines, colors = "osD^vPX*", ("-", "--", "-.", ":"), (DARK, OTHER, "0.45", "#4f8a5b")
+    x = {b: c["mean_length"] for b, c in figures.items()}
+    y = {b: 100 * c["accuracy"] for b, c in figures.items()}
+    along = sorted((b for b in figures if b != "none"), key=x.get)
     style = dict(color=colors[i % 4], marker=markers[i % 8], capsize=3, ms=7, lw=1.4)
-    for group, face, line in (
-        (along, None, lines[i % 4]),
-        ([b for b in known if b == "none"], "white", "none"),
-    ):
+    alone = [b for b in figures if b == "none"]
+    for group, face, line in ((along, colors[i % 4], lines[i % 4]), (alone, "white", "none")):
         if group:
-            bars = np.transpose([error_bar(known[b], "accuracy", y[b]) for b in group])
+            bars = np.transpose([error_bar(figures[b], "accuracy", y[b]) for b in group])
+            points = [x[b] for b in group], [y[b] for b in group], bars
             told = name if group is along else f"{name}, no budget"
-            ax.errorbar(
-                [x[b] for b in group], [y[b] for b in group], bars, ls=line, mfc=face, label=told, **style
-            )
+            ax.errorbar(*points, ls=line, mfc=face, label=told, **style)
     for budget in along:
         ax.annotate(budget, (x[budget], y[budget]), xytext=(5, -11), textcoords="offset points", fontsize=8)
-    return list(x.values())
+
+
+def draw_side_by_side(lengths: dict, out: str) -> list[str]:
+    """`lengths`: {model: {data set: {budget: lengths}}}; violins of up to four models on the same axes."""
+    paths, names = [], list(dict.fromkeys(name for sets in lengths.values() for name in sets))
+    for name in names:
+        shown = {m: {b: x for b, x in sets.get(name, {}).items() if len(x)} for m, sets in lengths.items()}
+        shown = {m: cells for m, cells in list(shown.items())[:4] if set(cells) - {None}}
+        if len(shown) < 2:
+            continue
+        axis = sorted({b for cells in shown.values() for b in cells if b is not None})
+        paths.append(os.path.join(out, f"side_by_side{'' if len(names) == 1 else '_' + file_name(name)}.png"))
+        with canvas(paths[-1], columns=len(shown)) as axes:
+            limits = []
+            for ax, (label, cells) in zip(axes, shown.items(), strict=True):
+                draw_violins(ax, {}, cells, None, axis)
+                limits.append(ax.get_ylim())
+                ax.set_title(f"{name}: {label}".replace("$", r"\$"), loc="left", fontsize=11)
+            axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    return paths

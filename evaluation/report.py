@@ -8,6 +8,7 @@ import base64
 import heapq
 import html
 import json
+import math
 import os
 import re
 import zlib
@@ -86,7 +87,8 @@ def html_picture(path: str) -> str:
     with open(path, "rb") as f:
         encoded = base64.b64encode(f.read()).decode()
     name = html.escape(os.path.basename(path))
-    return f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
+    wide = " class=wide" if name.startswith("side_by_side") else ""
+    return f'<img{wide} alt="{name}" src="data:image/png;base64,{encoded}">'
 
 
 def write(path: str, title: str, facts: dict, sections: list, samples: list, total: int = 0) -> None:
@@ -94,12 +96,13 @@ def write(path: str, title: str, facts: dict, sections: list, samples: list, tot
     told = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
     parts = []
     for section in sections:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in section["notes"])
-        tables = "".join(map(html_table, section["tables"]))
+        # Pictures first: what a reader looks for; behind them the first table, the others folded.
         pictures = "".join(map(html_picture, section["pictures"]))
-        parts.append(
-            f"<h2>{html.escape(section['title'])}</h2>{tables}{notes}<div class=pics>{pictures}</div>"
-        )
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in section["notes"])
+        first, *others = map(html_table, section["tables"]) if section["tables"] else [""]
+        more = f"<details><summary>More figures</summary>{''.join(others)}</details>" if others else ""
+        content = f"<div class=pics>{pictures}</div>{first}{notes}{more}"
+        parts.append(f"<h2>{html.escape(section['title'])}</h2>{content}")
     with open(TEMPLATE, encoding="utf-8") as f:
         page = f.read()
     if not samples:
@@ -130,14 +133,10 @@ COLUMNS |= {
     "cut off": "truncated",
 }
 # The report's further columns; their figures are numbers of tokens, shares, or rates.
-MORE = {
-    "median": "median_length",
-    "thinking": "thinking_length",
-    "solution": "solution_length",
-    "rmse": "rmse",
-}
-MORE |= {"over by 500": "over_budget_500", "exceed": "exceed"}
-TOKENS = ("mean_length", "median_length", "thinking_length", "solution_length")
+MORE = {"median": "median_length", "thinking": "thinking_length", "solution": "solution_length"}
+MORE |= {"rmse": "rmse", "over by 500": "over_budget_500", "exceed": "exceed"}
+MORE |= {"LIFEBench score": "length_score", "AUC OAA": "overthinking_auc"}
+TOKENS = ("mean_length", "median_length", "thinking_length", "solution_length", "length_score")
 
 
 def table_rows(lines: dict, columns: dict = COLUMNS, intervals: bool = False) -> list[list[str]]:
@@ -157,9 +156,8 @@ def table_rows(lines: dict, columns: dict = COLUMNS, intervals: bool = False) ->
 def lines_of(part: dict, summary: dict) -> dict:
     """{label: figures} of a data set's table: a line per budget (or group of many), then the means."""
     # As json has them: what is not known is None here, like in the means below.
-    lines = {
-        "none" if b is None else str(b): metrics.jsonable(figures) for b, figures in part["figures"].items()
-    }
+    names = {b: "none" if b is None else str(b) for b in part["figures"]}
+    lines = {names[b]: metrics.jsonable(figures) for b, figures in part["figures"].items()}
     for label, key in (("mean", "mean"), ("mean, trained", "mean_trained")):
         if len(lines) > 1 and summary[key]["abs_error"] is not None:
             lines[label] = summary[key]
@@ -182,17 +180,13 @@ def notes_of(summary: dict) -> list[str]:
         notes.append(f"Correlation of requested and produced length: {told}.")
     fit = summary["accuracy_by_log_length"]
     if fit["slope_ln"] is not None:
-        texts = [
-            with_interval(fit[k], fit.get("ci", {}).get(k), form) for k in ("slope_ln", "slope_log10", "r2")
-        ]
+        keys = ("slope_ln", "slope_log10", "r2")
+        texts = [with_interval(fit[k], fit.get("ci", {}).get(k), form) for k in keys]
         told = f"slope {texts[0]} (natural logarithm; {texts[1]} to base 10), R^2 {texts[2]}"
         notes.append(f"Accuracy against the logarithm of the mean length: {told}.")
     if fit.get("area") is not None and fit["high"] > 1.1 * fit["low"]:
         told = with_interval(fit["area"], fit.get("ci", {}).get("area"))
         notes.append(f"Mean accuracy over log length, {fit['low']:.0f} to {fit['high']:.0f} tokens: {told}.")
-    for key in ("ruler", "yap", "winrate"):
-        if key in summary:
-            notes.append(f"{key}: {json.dumps(summary[key])}")
     return notes
 
 
@@ -214,28 +208,36 @@ def more_tables(lines: dict) -> list[list[list[str]]]:
     return tables
 
 
+def summary_rows(models: dict) -> list[list[str]]:
+    """Table of {model: {budget: figures}}: a line per budget, a column per model, accuracy at mean length."""
+    budgets = list(dict.fromkeys(b for figures in models.values() for b in figures))
+    rows = [["asked for", *models]]
+    for budget in sorted(budgets, key=lambda b: math.inf if b == "none" else int(b)):
+        cells = [figures.get(budget, {}) for figures in models.values()]
+        known = [(c.get("accuracy"), c.get("mean_length")) for c in cells]
+        texts = ["" if a is None else f"{a:.1%} at {number(n, '{:.0f}')}" for a, n in known]
+        rows.append([budget, *texts])
+    return rows
+
+
 def write_report(results: dict, shown: dict, pictures: list[str], kept: list, out: str) -> None:
-    """html: tables, pictures and samples of all data sets, and how they were made."""
+    """html: pictures, tables and samples of all data sets, and how they were made."""
     sections, at = [], 0
-    if "mean" in results:
-        rows = table_rows(results["mean"]["budgets"], COLUMNS, True)
-        sections.append({"title": "Mean of the data sets", "notes": [], "tables": [rows], "pictures": []})
     for name, part in shown.items():
         summary = results["datasets"][name]
         lines = lines_of(part, summary)
         tables = [table_rows(lines, COLUMNS, True), *more_tables(lines)]
         suffix = "" if len(shown) == 1 else "_" + plots.file_name(name)
-        own = [
-            p for p in pictures if os.path.basename(p) in {f"{kind}{suffix}.png" for kind in plots.PICTURES}
-        ]
+        wanted = {f"{kind}{suffix}.png" for kind in plots.PICTURES}
+        own = [path for path in pictures if os.path.basename(path) in wanted]
         title = f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}"
         sections.append({"title": title, "notes": notes_of(summary), "tables": tables, "pictures": own})
         at += sum(cell["n"] for cell in summary["budgets"].values())
-    facts = {k: v for k, v in results.items() if k not in ("datasets", "mean", "pictures") and v is not None}
-    facts = {
-        k: json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for k, v in facts.items()
-    }
-    title = (
-        f"{os.path.basename(str(results.get('model') or results.get('samples')).rstrip('/'))}: length control"
-    )
-    write(os.path.join(out, "report.html"), title, facts, sections, picked(kept, at), at)
+    if "mean" in results:
+        rows = table_rows(results["mean"]["budgets"], COLUMNS, True)
+        sections.append({"title": "Mean of the data sets", "notes": [], "tables": [rows], "pictures": []})
+    known = {k: v for k, v in results.items() if k not in ("datasets", "mean", "pictures") and v is not None}
+    lists = {k: json.dumps(v, ensure_ascii=False) for k, v in known.items() if isinstance(v, (dict, list))}
+    model = os.path.basename(str(results.get("model") or results.get("samples")).rstrip("/"))
+    path = os.path.join(out, "report.html")
+    write(path, f"{model}: length control", known | lists, sections, picked(kept, at), at)

@@ -1,8 +1,8 @@
-"""What papers do besides their reward: one file each, `--method NAME`. A method overrides what it needs of Method.
+"""What papers do besides their reward: a file each, `--method NAME`. Each overrides what it needs of Method.
 
-The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first one to
-read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two papers at once
-are a subclass: see the end of docs/guide.md.
+The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first
+one to read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two
+papers at once are a subclass: see docs/guide.md.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import json
 import os
 
 from data import BadInput, encode_prompt
+from rewards import DERIVED
 
 
 def request(prompt_ids, n, cap, forced=(), **tags):
@@ -33,7 +34,7 @@ class Method:
         )  # state: plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
-        """Before sampling; `turn` counts the refills of --dynamic-sampling. ask(rows, n, key) samples and checks."""
+        """Before sampling; `turn` counts the step's refills. ask(rows, n, key, starting) samples and checks."""
 
     def row(self, row, step):
         """The row as it is asked at this step (curricula change its budget)."""
@@ -52,7 +53,7 @@ class Method:
         """After the check: responses that are cut, checked again or scored by a model."""
 
     def reward_inputs(self, groups, rows, step):
-        """Fields that the reward reads besides lengths and verdicts, [P] or [P, G]; "constants" override its own."""
+        """Fields for the reward besides lengths and verdicts, [P] or [P, G]; "constants" override its own."""
         return {}
 
     def learn(self, groups, rows):
@@ -79,10 +80,13 @@ def find(name):
     return Method if name == "plain" else importlib.import_module(f"methods.{name}").METHOD
 
 
+KNOWN = {"budget", "mode", "step", "range", *DERIVED}  # what a reward can read without a method
+
+
 def make(args, tokenizer, *readers):
-    """The method that --method names. Reward and advantage declare the fields of the rollouts that they read."""
+    """The method that --method names. `readers`, reward and advantage, declare the fields that they read."""
     method = find(args.method)
-    for field in sorted({field for f in readers for field in getattr(f, "needs", ())} - {"budget"}):
+    for field in sorted({field for f in readers for field in f.needs} - KNOWN):
         if field not in method.provides:
             having = [name for name in names() if field in find(name).provides]
             raise BadInput(f"--reward and --advantage read {field!r}: give --method {' or '.join(having)}")
@@ -97,12 +101,10 @@ def constants(name, function, words):
     for word in words:
         k, _, value = word.partition("=")
         if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:
-            near = difflib.get_close_matches(k, known, 1) or sorted(
-                set(known) - {"rollouts", "rewards", "parts"}
-            )
-            raise BadInput(
-                f"{flag} ({word}) must be K=V, K a constant of {function.__name__}, as {', '.join(near)}"
-            )
+            having = [k for k in known if known[k].default is not inspect.Parameter.empty and k != "parts"]
+            near = ", ".join(difflib.get_close_matches(k, having, 1) or having) or "it has none"
+            flag = f"--{name.replace('_', '-')} ({word})"
+            raise BadInput(f"{flag} must be K=V with K a constant of {function.__name__}: {near}")
         try:
             found[k] = json.loads(value)
         except ValueError:

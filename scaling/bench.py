@@ -168,7 +168,6 @@ def save_gradient(optimizer, path: str) -> None:
 def step_ours(variant: str, s: dict, folder: str) -> None:
     """Worker: our update."""
     import torch
-
     from update import make_optimizer, update
 
     device, batch, args = race.pick_device(), step_rollouts(s), step_args(s)
@@ -194,7 +193,6 @@ def step_trl(variant: str, s: dict, folder: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
     from update import make_optimizer
 
     device, batch, groups = race.pick_device(), step_rollouts(s), s["sequences"] // 8
@@ -363,7 +361,6 @@ def full_logps(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.T
 def logprobs_worker(variant: str, s: dict, folder: str) -> None:
     """Worker: forward and backward of one version at one vocabulary."""
     import torch
-
     from losses import head_loss
 
     device, (name, vocab) = race.pick_device(), variant.split("-")
@@ -464,7 +461,6 @@ def bench_padding(s: dict) -> dict:
 def scale_worker(variant: str, s: dict, folder: str) -> None:
     """Worker: one process of 1 or 2; in a turn one update at each batch size."""
     from accelerate import PartialState
-
     from update import make_optimizer, update
 
     state = PartialState(cpu=race.pick_device() == "cpu")

@@ -1,4 +1,4 @@
-"""The model as the loop sees it: log-probs of tokens; adapters (LoRA) and shards (FSDP2), and how they become whole."""
+"""The model as the loop sees it: what is trained, log-probs of tokens, adapters (LoRA) and shards (FSDP2)."""
 
 import contextlib
 
@@ -37,9 +37,9 @@ def load_model(path: str, args, frozen: bool = False):
 
 
 def build(args, model=None, with_reference: bool = False, device="cpu"):
-    """(model, reference, optimizer) on `device` or sharded. `model`: that of a checkpoint; None: the starting model.
+    """(model, reference, optimizer) on `device` or sharded. `model`: a checkpoint's, or None.
 
-    reference: the starting model, frozen; with adapters the model itself, see without_adapters(); None: not needed.
+    reference: the starting model, frozen; with adapters the model itself, see without_adapters(); or None.
     """
     model = model or load_model(args.model, args)
     if args.gradient_checkpointing:
@@ -58,10 +58,10 @@ def build(args, model=None, with_reference: bool = False, device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# Log-probs of the sampled tokens and their gradient, a chunk of tokens at a time: [tokens x vocabulary] never exists.
+# Log-probs of the tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
 #
-# A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z), z = W h / T and
-# g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is still at hand:
+# A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z),
+# z = W h / T and g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is at hand:
 #
 #     dlogp/dz = onehot - p,    dh = g W^T (onehot - p) / T,    dW = g (onehot - p) h^T / T
 #
@@ -99,7 +99,7 @@ class ChunkedHead:
         """Log-probs of `target` [t] and entropies [t]."""
         h = self.hidden[part]
         z = torch.mm(h, self.weight.T, out=self.logits[: len(h)])
-        # Divided in float32, after the product: with and without gradient the same numbers, whatever type h has.
+        # Divided in float32, after the product: the same numbers with and without gradient, in any type of h.
         z = z.float().div_(self.temperature)
         p = torch.softmax(z, -1, out=self.p[: len(h)])
         top, at = z.max(-1, keepdim=True)
@@ -119,7 +119,7 @@ class ChunkedHead:
             self.d_hidden = torch.empty_like(self.hidden)
             # float32: many chunks add up in it.
             self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32) if learn_weight else None
-        # p - onehot in float32 before it is rounded: for a token of p = 0.9999 all that matters is the difference.
+        # p - onehot in float32 before it is rounded: of a token of p = 0.9999 only the difference matters.
         p = self.p[: len(h)]
         p[torch.arange(len(h), device=p.device), target] -= 1
         p, g = p.to(h.dtype), (-g / self.temperature)[:, None]
@@ -131,14 +131,14 @@ class ChunkedHead:
 
 
 def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Last hidden states [N, width, d]. No attention mask: a causal model cannot see the padding on the right."""
+    """Last hidden states [N, width, d]. No mask: a causal model cannot see the padding on the right."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return hidden.bfloat16() if bf16 else hidden
 
 
 def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
-    """(hidden states [T, d] that predict the response tokens, weight of the output layer [V, d], its ChunkedHead)
+    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
@@ -186,8 +186,8 @@ def without_adapters(model):
 
 
 def shard(model, bf16: bool, device) -> None:
-    """Spreads weights, gradients and optimizer over the processes (FSDP2); float32 weights, computed in bf16 or not."""
-    # FSDP gathers weights around a module's forward(), and training calls the decoder alone: so that is forward().
+    """Spreads float32 weights, gradients and optimizer over the processes (FSDP2); bf16: to compute in."""
+    # FSDP gathers weights around a module's forward(), and training calls the decoder: so that is forward().
     model.forward = lambda ids: hidden_states(model, ids, bf16)
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
@@ -233,7 +233,7 @@ GATHERED = {"full_state_dict": True, "cpu_offload": True}
 
 
 def trained_state(model, optimizer) -> dict:
-    """{"optimizer", "adapter"}: what a checkpoint holds beside whole weights, in the first process's memory."""
+    """{"optimizer", "adapter"}: what a checkpoint holds beside weights, in memory of the first process."""
     if is_plain(model):
         return {"optimizer": optimizer.state_dict()}
     adapter = get_model_state_dict(model, options=StateDictOptions(**GATHERED, ignore_frozen_params=True))

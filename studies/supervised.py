@@ -16,10 +16,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from sampler import load_model, make_sampler
 
 import data
 import verifier
-from sampler import load_model, make_sampler
 from studies import ideas
 from toy import task as toy
 

@@ -269,12 +269,12 @@ OTHERS = {  # script: (flags of a command that would run, its flags with a numbe
     data: ("{math} --tokenizer {tiny} --out {out}.jsonl", "--copies --seed --limit --max-prompt-tokens", []),
     evaluate: (
         "--model {tiny} --data {math} --budgets 8 --out {out} --sampler hf",
-        "--n --temperature --top-p --max-tokens --seed --limit --exceed",
+        "--n --temperature --top-p --max-tokens --seed --limit --concurrency",
         ["-0.5"],
     ),
     baselines: (
         "sweep --model {tiny} --data {math} --budgets 8 --out {out}",
-        "--n --temperature --top-p --max-tokens --answer-tokens --reserve --waits --votes --seed --limit",
+        "--n --temperature --top-p --max-tokens --answer-tokens --seed --limit",
         ["-0.5"],
     ),
 }
@@ -307,9 +307,9 @@ LINES = [  # by the real command line, and before anything heavy is imported
     "data.py {math} --out {root}/none/o.jsonl",
     "evaluate.py --model {tiny} --data {root}/empty.jsonl --budgets 8 --out {root}/o",
     "evaluate.py --samples {root}/broken.jsonl --out {root}/o",
-    "evaluate.py --compare {root}/run {root}/plain --out {root}/o",
-    "baselines.py tops --samples {root}/broken.jsonl --out {root}/o.jsonl",
-    "baselines.py merge --base {root}/plain --tuned {tiny} --out {root}/o",
+    "-m evaluation.compare {root}/run {root}/plain --out {root}/o",
+    "-m evaluation.baselines tops --samples {root}/broken.jsonl --out {root}/o.jsonl",
+    "-m evaluation.baselines merge --base {root}/plain --tuned {tiny} --out {root}/o",
 ]
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import data
 import evaluate
-import sampler as samplers
-from evaluation import baselines
+from evaluation import baselines, compare, edits, engines
+from evaluation.samples import read_samples
 from toy import task as toy
 
 DATA = os.path.join(ROOT, "tests", "data")
@@ -34,18 +35,34 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    return samplers.load_sampler(model, "hf")
+    return engines.open_sampler(model, "hf", 512)
 
 
 @pytest.fixture(scope="module")
-def prompts(sampler):
+def tokenizer():
+    return toy.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
     rows = toy.problems("toy", "train", 6)
-    return [data.encode_prompt(sampler.tokenizer, row["problem"]) for row in rows]
+    return [data.encode_prompt(tokenizer, row["problem"]) for row in rows]
 
 
 @pytest.fixture(scope="module")
-def s(sampler):
-    return baselines.settings(sampler.tokenizer, 400, temperature=1.0, top_p=1.0)
+def ask(sampler, tokenizer, prompts):
+    """ask(method, n, budget, ...) -> the responses to all prompts in one list, ids as plain lists."""
+
+    def function(method, n, budget, room=400, **options):
+        baseline = baselines.Baseline(method, sampler, tokenizer, room, **options)
+        made = flat(baseline.generate(prompts, n, budget, 0, temperature=1.0, top_p=1.0))
+        return [response | {"ids": response["ids"].tolist()} for response in made]
+
+    return function
+
+
+def load_model(folder):
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
 
 
 def flat(groups):
@@ -83,60 +100,58 @@ def by_hand(k: float, temperature: float) -> list[float]:
 
 
 def check_golden(sampler, ids):
+    def draw(n, temperature, scale):
+        bias = baselines.stop_bias([*sampler.stop_ids, 4], scale) or None
+        made = sampler.generate([[5, 6]], n, [1], temperature, 1, logit_bias=bias)
+        return [response | {"ids": response["ids"].tolist()} for response in flat(made)]
+
     cases = [(1.0, 1.0, GOLDEN), (2.0, 1.0, [0.0952, 0.5714, 0.3333]), (4.0, 1.0, [0.1739, 0.5217, 0.3043])]
     cases += [(3.0, 0.5, by_hand(3, 0.5)), (0.25, 1.0, by_hand(0.25, 1))]
     for k, temperature, wanted in cases:
         assert by_hand(k, temperature) == pytest.approx(wanted, abs=1e-4)
-        made = flat(sampler.generate([[5, 6]], 2000, 1, temperature, seed=1, stop_scale=k))
-        drawn = [c["ids"][0] for c in made]
+        made = draw(2000, temperature, k)
+        drawn = [response["ids"][0] for response in made]
         for token, p in zip(ids, wanted, strict=True):
             # five standard errors of a share of 2000 draws
             assert drawn.count(token) / 2000 == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 2000))
         # the log-probs are those of the distribution that was sampled from
-        for completion in made:
-            want = wanted[ids.index(completion["ids"][0])]
-            assert math.exp(completion["logps"][0]) == pytest.approx(want, abs=2e-4)
+        for response in made:
+            want = wanted[ids.index(response["ids"][0])]
+            assert math.exp(response["logps"][0]) == pytest.approx(want, abs=2e-4)
     # greedy: the end token's odds only have to pass the best other
-    assert flat(sampler.generate([[5]], 1, 1, 0.0, stop_scale=11.0))[0]["ids"] == [ids[1]]
-    assert flat(sampler.generate([[5]], 1, 1, 0.0, stop_scale=13.0))[0]["ids"] == [ids[0]]
+    assert draw(1, 0.0, 11.0)[0]["ids"] == [ids[1]]
+    assert draw(1, 0.0, 13.0)[0]["ids"] == [ids[0]]
 
 
-def test_stop_scale_golden(tmp_path):
-    tokenizer = toy.make_tokenizer()
+def test_stop_scale_golden(tmp_path, tokenizer):
     ids = golden_model(str(tmp_path), tokenizer)
-    sampler = samplers.load_sampler(str(tmp_path), "hf")
+    sampler = engines.open_sampler(str(tmp_path), "hf", 64)
     check_golden(sampler, ids)
-    made = flat(sampler.generate([[5]], 50, 40, seed=2, stop_ids=[ids[2]]))
-    for completion in made:  # another stop token in place of the sampler's own
-        assert (completion["ids"][-1] == ids[2]) == (completion["finish_reason"] == "stop")
-        assert ids[2] not in completion["ids"][:-1]
-    assert any(ids[0] in completion["ids"] for completion in made)
+    made = flat(sampler.generate([[5]], 50, [40], 1.0, 2, stop_ids=[ids[2]]))
+    for response in made:  # another stop token in place of the sampler's own
+        assert (response["ids"][-1] == ids[2]) == (not response["truncated"])
+        assert ids[2] not in response["ids"][:-1]
+    assert any(ids[0] in response["ids"] for response in made)
+
+
+def test_stop_bias_by_hand():
+    assert baselines.stop_bias([7, 3], 1.0) == {}
+    assert baselines.stop_bias([7, 3], 2.0) == {3: math.log(2), 7: math.log(2)}
     for scale in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(data.BadInput, match="stop_scale"):
-            sampler.generate([[5]], 1, 1, stop_scale=scale)
-
-
-def test_stop_scale_moves_think_and_end_tokens_only(sampler, prompts):
-    """Against the plain logits of the model: the same, but for log k on the stop tokens and `</think>`."""
-    stops = {*sampler.stop_ids, sampler.tokenizer.convert_tokens_to_ids("</think>")}
-    made = flat(sampler.generate(prompts[:2], 3, 30, seed=3, stop_scale=5.0))
-    for i, completion in enumerate(made):
-        prompt, ids = prompts[i // 3], completion["ids"]
-        with torch.no_grad():
-            logits = sampler.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        logits[:, sorted(stops)] += math.log(5)
-        wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert completion["logps"] == pytest.approx(wanted.tolist(), abs=1e-4)
+        with pytest.raises(data.BadInput, match="stop scale"):
+            baselines.stop_bias([3], scale)
 
 
 VLLM = """
 import sys
-import sampler, test_baselines, toy
+from evaluation import engines
+import test_baselines
+from toy import task as toy
 ids = test_baselines.golden_model(sys.argv[1], toy.make_tokenizer())
-engine = sampler.load_sampler(sys.argv[1], "vllm")
+engine = engines.open_sampler(sys.argv[1], "vllm", 64)
 test_baselines.check_golden(engine, ids)
-made = [c for g in engine.generate([[5]], 20, 40, seed=2, stop_ids=[ids[2], ids[0]]) for c in g]
-assert {c["ids"][-1] for c in made} == {ids[0], ids[2]}
+made = test_baselines.flat(engine.generate([[5]], 20, [40], 1.0, 2, stop_ids=[ids[2], ids[0]]))
+assert {int(response["ids"][-1]) for response in made} == {ids[0], ids[2]}
 print("golden")
 """
 
@@ -153,9 +168,9 @@ def test_stop_scale_golden_in_vllm(script, tmp_path):
 # Decoding
 
 
-def test_budget_forcing(sampler, prompts, s):
-    end, wait = samplers.think_token(sampler.tokenizer), s["wait"]
-    stops, made = {end, *sampler.stop_ids}, flat(baselines.respond("s1", sampler, prompts, 4, 60, s))
+def test_budget_forcing(sampler, tokenizer, ask):
+    end, wait = baselines.think_token(tokenizer), tokenizer.encode("wait", add_special_tokens=False)
+    stops, made = {end, *sampler.stop_ids}, ask("s1", 4, 60)
     assert len(made) == 24 and sum(c["waits"] for c in made) > 10
     for c in made:
         at = c["ids"].index(end)
@@ -165,42 +180,41 @@ def test_budget_forcing(sampler, prompts, s):
         # (an end token just before the budget leaves no place for "Wait": `</think>` is forced there)
         assert 60 - len(wait) - 1 <= at <= 60 and (at < 60 or c["forced"])
         assert c["injected"] == c["waits"] * len(wait) + c["forced"]
-        assert 1 <= len(answer) <= s["answer_tokens"]
-        assert (answer[-1] in sampler.stop_ids) == (c["finish_reason"] == "stop")
-    few = flat(baselines.respond("s1", sampler, prompts, 4, 60, s | {"waits": 1}))
+        assert 1 <= len(answer) <= 512
+        assert (answer[-1] in sampler.stop_ids) == (not c["truncated"])
+    few = ask("s1", 4, 60, waits=1)
     assert {c["waits"] for c in few} == {0, 1} and any(c["ids"].index(end) < 50 for c in few)
-    again = baselines.respond("s1", sampler, prompts, 4, 60, s)
-    assert flat(again) == made  # one seed, one result
+    assert ask("s1", 4, 60) == made  # one seed, one result
 
 
-def test_final_text_and_reserve(sampler, prompts, s):
-    end, final = samplers.think_token(sampler.tokenizer), sampler.tokenizer.encode("Think for")
-    inside = s | {"final": final, "reserve": 10}
-    made = flat(baselines.respond("truncate", sampler, prompts, 4, 40, inside))
+def test_final_text_of_hard_truncation(tokenizer, ask, monkeypatch):
+    monkeypatch.setattr(baselines, "FINAL_TEXTS", ("Think for",))
+    end, final = baselines.think_token(tokenizer), tokenizer.encode("Think for", add_special_tokens=False)
+    made = ask("truncate", 4, 30, answer_tokens=9)
     assert any(c["forced"] for c in made) and not all(c["forced"] for c in made)
     for c in made:
-        assert len(c["ids"]) <= 40  # with a reserve the whole response stays inside
+        at = c["ids"].index(end)
+        assert len(c["ids"]) <= 30 + 1 + len(final) + 9 and at <= 30 and c["waits"] == 0
         if c["forced"]:
-            at = c["ids"].index(end)
-            assert at <= 30 and c["ids"][at + 1 : at + 3] == final and c["injected"] == 3
+            assert c["ids"][at + 1 : at + 3] == final and c["injected"] == 3
 
 
-def test_cut_and_none(sampler, prompts, s):
-    cut = flat(baselines.respond("cut", sampler, prompts, 4, 20, s))
-    assert all(len(c["ids"]) == 20 for c in cut if c["finish_reason"] == "length")
+def test_cut_and_none(ask):
+    cut = ask("cut", 4, 20)
+    assert all(len(c["ids"]) == 20 for c in cut if c["truncated"])
     assert max(len(c["ids"]) for c in cut) == 20
-    free = flat(baselines.respond("none", sampler, prompts, 4, None, s))
+    free = ask("none", 4, None)
     # the same seed, so the cut responses are the beginnings of the free ones
     assert [c["ids"][:20] for c in free] == [c["ids"] for c in cut]
 
 
-def test_stop_scale_sets_the_mean_length(sampler, prompts, s):
+def test_stop_scale_sets_the_mean_length(sampler, tokenizer, prompts, ask):
     def length(k):
-        made = baselines.respond("stop_scale", sampler, prompts, 8, 40, s | {"scales": {40: {"k": k}}})
-        return np.mean([len(c["ids"]) for c in flat(made)])
+        return np.mean([len(c["ids"]) for c in ask("stop_scale", 8, 40, scales={40: k})])
 
     assert length(20.0) < length(1.0) < length(0.05)
-    fit = baselines.fit_scale(sampler, prompts, 12, s)
+    baseline = baselines.Baseline("stop_scale", sampler, tokenizer, 400)
+    fit = baselines.fit_scale(baseline, prompts, 12, {"temperature": 1.0, "top_p": 1.0, "seed": 0})
     assert fit["k"] > 1 and abs(fit["mean_length"] - 12) < 4 and fit["tries"] <= 10
 
 
@@ -221,84 +235,75 @@ def test_calibrate():
     assert stuck["tries"] == 4 and stuck["mean_length"] in (10, 50)
 
 
-def test_majority(sampler, prompts, s):
-    made = flat(baselines.respond("majority", sampler, prompts, 2, 240, s | {"reserve": 40}))
-    assert len(made) == 12
-    for c in made:
-        assert c["length"] <= 240 and len(c["ids"]) <= 60 < c["length"] and len(c["votes"]) == 4
-        given = [answer for answer in c["votes"] if answer is not None]
-        if given:
-            answer = baselines.spoken_answer(sampler.tokenizer, c)
-            assert given.count(answer) == max(map(given.count, given))
-    assert sum(len(set(c["votes"]) - {None}) > 1 for c in made) > 2  # some had to be counted
-    assert baselines.winner(["2", "3", "3", None]) == 1
-    assert baselines.winner([None, "7", "2", "2", "7"]) == 1  # a tie: the first to come
-    assert baselines.winner([None, None]) == 0
+def test_caps_by_hand(tokenizer, monkeypatch):
+    monkeypatch.setattr(baselines, "FINAL_TEXTS", ("Think for",))  # two tokens
 
+    def caps(method, budget, room=1000, **options):
+        options = {"answer_tokens": 50} | options
+        return baselines.Baseline(method, None, tokenizer, room, **options).caps(budget)
 
-def test_spoken_answer(tiny):
-    tokenizer = data.load_tokenizer(tiny)
-    cases = {
-        r"so 1 </think> it is \boxed{ 1/2 }.": "1/2",
-        "so \\boxed{3} </think> **12**": "**12**",
-        r"no thinking, \boxed{4}, then \boxed{ 5. }": "5",
-        "so 3 </think>": None,
-    }
-    for text, answer in cases.items():
-        whole = {"ids": tokenizer.encode(text) + [tokenizer.eos_token_id], "finish_reason": "stop"}
-        assert baselines.spoken_answer(tokenizer, whole) == answer
-        assert baselines.spoken_answer(tokenizer, whole | {"finish_reason": "length"}) is None
-
-
-def test_plan_by_hand(s):
-    s = s | {"final": [1, 2], "room": 1000, "answer_tokens": 50}
-    assert baselines.plan("none", None, s) == (1000, 1000)
-    assert baselines.plan("none", None, s | {"max_tokens": 30}) == (30, 30)
-    assert baselines.plan("s1", 100, s) == (100, 153)  # 100 + </think> + 2 of the question + 50
-    assert baselines.plan("truncate", 100, s | {"reserve": 20}) == (80, 100)
-    assert baselines.plan("s1", 980, s) == (980, 1000)
-    assert baselines.plan("cut", 100, s) == (100, 100)
-    assert baselines.plan("stop_scale", 100, s) == (200, 200)
-    assert baselines.plan("majority", 100, s) == (19, 25)  # a quarter of 25 for the answer
-    for method, budget in [("s1", 997), ("majority", 20), ("cut", 1001)]:
+    assert caps("none", None) == (1000, 1000)
+    assert caps("none", None, max_tokens=30) == (30, 30)
+    assert caps("s1", 100) == (100, 153)  # 100 + </think> + 2 of the question + 50
+    assert caps("s1", 980) == (980, 1000)
+    assert caps("truncate", 100, answer_tokens=20) == (100, 123)
+    assert caps("cut", 100) == (100, 100)
+    assert caps("stop_scale", 100) == (200, 200)
+    for method, budget in [("s1", 997), ("cut", 1001)]:
         with pytest.raises(data.BadInput, match=f"--budgets {budget}"):
-            baselines.plan(method, budget, s)
+            caps(method, budget)
 
 
-def test_texts_that_the_tokenizer_can_write(sampler, tiny):
-    words = sampler.tokenizer
-    assert words.decode(baselines.first_writable(words, baselines.WAIT_TEXTS, "--wait-text")) == "wait"
-    assert baselines.first_writable(words, baselines.FINAL_TEXTS, "--final-text") == []
+def test_texts_that_the_tokenizer_can_write(tokenizer, tiny):
+    assert tokenizer.decode(baselines.first_writable(tokenizer, baselines.WAIT_TEXTS)) == "wait"
+    assert baselines.first_writable(tokenizer, baselines.FINAL_TEXTS) == []
     pieces = data.load_tokenizer(tiny)
-    assert pieces.decode(baselines.first_writable(pieces, baselines.WAIT_TEXTS, "--wait-text")) == "Wait"
-    with pytest.raises(data.BadInput, match="--wait-text 'Hmm'"):
-        baselines.first_writable(words, ("Hmm",), "--wait-text")
+    assert pieces.decode(baselines.first_writable(pieces, baselines.WAIT_TEXTS)) == "Wait"
+    with pytest.raises(data.BadInput, match="cannot write 'Hmm'"):
+        baselines.first_writable(tokenizer, ("Hmm",))
 
 
 def test_sweep(model, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--budgets", "16,32", "--n", "2", "--limit", "5", "--sampler", "hf", "--out", str(out)]
-    flags += ["--temperature", "1", "--max-tokens", "60", "--held-out", "4", "--seed", "1"]
+    flags += ["--temperature", "1", "--max-tokens", "60", "--seed", "1"]
     assert baselines.main(["sweep", "--model", model, "--data", "toy", *flags]) == 0
+    told = capsys.readouterr().out.splitlines()
+    table = [
+        re.split(r"\s{2,}", line.strip()) for line in told if re.match(r" *(asked for|\d+|none)  ", line)
+    ]
+    assert table[0] == ["asked for", *baselines.METHODS]
     for method in baselines.METHODS:
-        rows = list(evaluate.read_samples(str(out / method / "samples.jsonl")))
+        rows = list(read_samples(str(out / method / "samples.jsonl")))
         results = json.loads((out / method / "results.json").read_text())
         keys = ["none"] if method == "none" else ["16", "32"]
-        assert results["baseline"] == method and list(results["did"]) == keys
+        assert results["baseline"] == method and results["mode"] == "none"
         cells = results["datasets"]["toy"]["budgets"]
+        assert list(cells) == keys
         for key in keys:
             cell = [row for row in rows if str(row["budget"] or "none") == key]
             assert len(cell) == cells[key]["n"] == 10 and {row["baseline"] for row in cell} == {method}
             assert cells[key]["mean_length"] == pytest.approx(np.mean([row["length"] for row in cell]))
-            did = results["did"][key]
-            assert did["accuracy"] == cells[key]["accuracy"] == np.mean([row["correct"] for row in cell])
-            assert did["stops_overridden"] == np.mean([row.get("waits", 0) for row in cell])
+            accuracy = np.mean([row["correct"] for row in cell])
+            assert cells[key]["accuracy"] == accuracy
+            text = f"{accuracy:.1%} at {cells[key]['mean_length']:.0f}"
+            assert any(line[0] == key and text in line for line in table), (text, table)
+            assert not any("Think" in row["prompt"] for row in cell)
         if method != "cut":
             assert not any(row["correct"] for row in rows if row["finish_reason"] == "length")
-    assert json.loads((out / "s1" / "results.json").read_text())["did"]["32"]["stops_overridden"] > 0
-    assert "s1 at 32: accuracy" in capsys.readouterr().out
+    assert sum(row["waits"] for row in read_samples(str(out / "s1" / "samples.jsonl"))) > 0
     assert baselines.main(["sweep", "--model", model, "--data", "toy", *flags]) == 2  # nothing is overwritten
     assert "holds a run of none" in capsys.readouterr().err
+    # The one that was asked for no length stands beside the others at every budget.
+    folders = [str(out / method) for method in ("none", "s1", "cut")]
+    assert compare.main([*folders, "--out", str(tmp_path / "both")]) == 0
+    budgets = json.loads((tmp_path / "both" / "compare.json").read_text())["datasets"]["toy"]["budgets"]
+    assert list(budgets) == ["16", "32"]
+    assert all(list(cell["figures"]) == ["none", "s1", "cut"] for cell in budgets.values())
+    free = budgets["16"]["figures"]["none"]
+    assert free["accuracy"] == budgets["32"]["figures"]["none"]["accuracy"] and free["abs_error"] is None
+    assert compare.main([folders[1], folders[0], "--out", str(tmp_path / "other")]) == 0
+    assert "asked for" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -313,14 +318,14 @@ def test_threshold_is_the_nth_largest(given):
     )
     n = given.draw(st.integers(1, len(values)))
     chunks = [torch.tensor(values[i : i + 7], dtype=torch.float32) for i in range(0, len(values), 7)]
-    found = baselines.largest_threshold(lambda: (c.view(torch.int32) for c in chunks), n)
+    found = edits.largest_threshold(lambda: (c.view(torch.int32) for c in chunks), n)
     assert np.int32(found).view(np.float32) == np.sort(np.float32(values))[-n]
 
 
 @pytest.fixture(scope="module")
 def tuned(model, tmp_path_factory):
     """The same model after an update of every weight."""
-    folder, torch_model = str(tmp_path_factory.mktemp("models") / "tuned"), samplers.load_model(model)
+    folder, torch_model = str(tmp_path_factory.mktemp("models") / "tuned"), load_model(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in torch_model.parameters():
@@ -331,13 +336,12 @@ def tuned(model, tmp_path_factory):
 
 
 def weights(folder):
-    return samplers.load_model(str(folder)).state_dict()
+    return load_model(str(folder)).state_dict()
 
 
 @pytest.mark.parametrize("shard", [4 << 30, 300_000])
 def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
-    monkeypatch.setattr(baselines, "SHARD", shard)
-    monkeypatch.setattr(baselines, "CHUNK", 1000)
+    monkeypatch.setattr(edits, "SHARD", shard)
     a, b = weights(model), weights(tuned)
     for name, keep, scale in [("all", 1, 1), ("nothing", 0, 1), ("dler", 0.25, 0.7)]:
         flags = ["--keep", str(keep), "--scale", str(scale), "--out", str(tmp_path / name)]
@@ -345,7 +349,7 @@ def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
     for name, wanted in (("all", b), ("nothing", a)):
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(tmp_path / name).items())
     merged = weights(tmp_path / "dler")
-    names = [name for name, _ in samplers.load_model(model).named_parameters()]  # tied weights once
+    names = [name for name, _ in load_model(model).named_parameters()]  # tied weights once
     delta = torch.cat([(b[key] - a[key]).flatten() for key in names])
     done = torch.cat([(merged[key] - a[key]).flatten() for key in names])
     largest = delta.abs() >= delta.abs().sort(descending=True).values[round(0.25 * len(delta)) - 1]
@@ -353,39 +357,42 @@ def test_merge(model, tuned, tmp_path, monkeypatch, capsys, shard):
     assert torch.allclose(done, torch.where(largest, 0.7 * delta, 0), atol=1e-7)
     assert f"merge: {int(largest.sum())} of {len(delta)} updates kept (25.0%)" in capsys.readouterr().out
     assert os.path.exists(tmp_path / "dler" / "model.safetensors") == (shard > 300_000)
-    assert baselines.merge(model, model, str(tmp_path / "same"))[1] == 0  # what did not move is not counted
+    assert edits.merge(model, model, str(tmp_path / "same"))[1] == 0  # what did not move is not counted
     assert data.load_tokenizer(str(tmp_path / "dler")).encode("wait") == toy.make_tokenizer().encode("wait")
 
 
 def test_thinkedit_golden():
     weight, v = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([2.0, 0.0])  # its length does not matter
-    assert baselines.remove_direction(weight, v).tolist() == [[0, 2], [0, 4]]
-    assert baselines.remove_direction(weight, v, 0.5).tolist() == [[0.5, 2], [1.5, 4]]
+    assert edits.remove_direction(weight, v).tolist() == [[0, 2], [0, 4]]
 
 
 @pytest.fixture(scope="module")
 def spoken(sampler, tmp_path_factory):
     """Saved samples of the toy's model."""
     path, rows = tmp_path_factory.mktemp("samples") / "samples.jsonl", toy.problems("toy", "train", 20)
-    prompts = [data.encode_prompt(sampler.tokenizer, row["problem"]) for row in rows]
+    words = toy.make_tokenizer()
+    prompts = [data.encode_prompt(words, row["problem"]) for row in rows]
+    made = sampler.generate(prompts, 2, [60] * len(rows), 1.0, 5)
     with open(path, "w") as f:
-        for row, group in zip(rows, sampler.generate(prompts, 2, 60, seed=5), strict=True):
-            made = baselines.to_rows("none", row, row["problem"], None, group, sampler.tokenizer, 4)
-            f.writelines(json.dumps(sample | {"correct": True}) + "\n" for sample in made)
+        for row, group in zip(rows, made, strict=True):
+            request = {"problem": row, "prompt": row["problem"], "budget": None, "mode": None}
+            responses = [engines.to_text(response, words) for response in group]
+            for sample in evaluate.to_samples(request, responses):
+                f.write(json.dumps(sample | {"correct": True}) + "\n")
     return str(path)
 
 
-def test_thinkedit(model, sampler, spoken, tmp_path, capsys):
+def test_thinkedit(model, tokenizer, spoken, tmp_path, capsys):
     out, heads = tmp_path / "edited", 3
     flags = ["--samples", spoken, "--heads", str(heads), "--long", "20", "--short", "10", "--out", str(out)]
     assert baselines.main(["thinkedit", "--model", model, *flags]) == 0
     assert f"{heads} of 8 heads: " in capsys.readouterr().out
     about = json.loads((out / "thinkedit.json").read_text())
     chosen = {(layer, head): value for layer, head, value in about["layer_head_contribution"]}
-    groups = baselines.thinking_samples(baselines.read_samples(spoken), sampler.tokenizer, 20, 10, None)
+    groups = edits.thinking_samples(read_samples(spoken), tokenizer, 20, 10)
     assert [len(group) for group in groups] == [about["long"], about["short"]] and all(groups)
     # By another way: the residuals behind the attention, and W_o times each head's output, token by token.
-    before, after = samplers.load_model(model), AutoModelForCausalLM.from_pretrained(str(out))
+    before, after = load_model(model), AutoModelForCausalLM.from_pretrained(str(out))
     residual, outputs = by_token(before, groups)
     for layer in range(2):
         v = residual[0][layer] - residual[1][layer]
@@ -454,11 +461,8 @@ BAD = [
     ("sweep --model {model} --data toy --budgets 16 --n 0 --out {out}", ["--n (0)", "1 or more"]),
     ("sweep --model {model} --data toy --budgets 16 --temperature nan --out {out}", ["--temperature (nan)"]),
     ("sweep --model {model} --data toy --budgets 600 --methods cut --out {out}", ["--budgets 600", "cut"]),
-    (
-        "sweep --model {model} --data toy --budgets 12 --methods majority --out {out}",
-        ["--votes 4", "majority"],
-    ),
-    ("sweep --model {model} --data toy --budgets 16 --wait-text Hmm --out {out}", ["--wait-text", "'Hmm'"]),
+    ("sweep --model {model} --data toy --budgets 16 --out /proc/none", ["--out /proc/none", "written"]),
+    ("merge --base {model} --tuned {model} --out /proc/none", ["--out /proc/none", "written"]),
     ("sweep --model {model} --data {math} --budgets 16 --out {out}", ["--calibration", "stop_scale"]),
     ("sweep --model {out} --data toy --budgets 16 --out {out}", ["{out}"]),
     ("sweep --model {model} --data toy --budget 16 --out {out}", ["--budget"]),
@@ -470,7 +474,7 @@ BAD = [
     ("thinkedit --model {model} --samples {spoken} --long 9 --short 9 --heads 9 --out {out}", ["(9)", "8 "]),
     ("thinkedit --model {model} --samples {spoken} --long 1 --short 9 --out {out}", ["--short (9)"]),
     ("tops --samples {spoken} --out {out}", ["--out", ".jsonl"]),
-    ("tops --samples {math} --out {out}.jsonl", ["record 1", "response"]),
+    ("tops --samples {math} --out {out}.jsonl", ["line 1", "response"]),
     ("tops --samples {out} --out {out}.jsonl", ["{out}"]),
     ("juggle", ["juggle", "sweep"]),
 ]
@@ -482,12 +486,12 @@ def test_bad_input(line, words, model, tiny, spoken, tmp_path, capsys):
     names["math"] = os.path.join(DATA, "math_train_small.jsonl.gz")
     assert baselines.main(line.format(**names).split()) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("baselines.py: error: ")
+    assert message.startswith("evaluation.baselines: error: ")
     assert all(word.format(**names) in message for word in words), message
     assert os.listdir(tmp_path) == []
 
 
 def test_help_needs_no_torch(script):
-    look = "import sys, baselines; code = baselines.main(['sweep', '--help'])"
+    look = "import sys; from evaluation import baselines; code = baselines.main(['sweep', '--help'])"
     done = script("-c", f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {look}")
-    assert "--reserve" in done.stdout and done.stdout.strip().endswith("False")
+    assert "--answer-tokens" in done.stdout and done.stdout.strip().endswith("False")

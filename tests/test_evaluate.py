@@ -20,11 +20,10 @@ import data
 import evaluate
 from data import BadInput
 from evaluation import engines, metrics
-from sampler import load_sampler
 from toy import task as toy
 
 ROOT = Path(__file__).parent.parent
-PICTURES = ("violins", "accuracy", "error", "over", "patterns")
+PICTURES = ("violins", "accuracy", "error")
 DATA = Path(__file__).parent / "data"
 SAMPLES = DATA / "samples_small.jsonl"
 
@@ -41,10 +40,10 @@ def sample(**fields) -> dict:
     return row | {"finish_reason": "stop", "correct": True} | fields
 
 
-def table_of(rows, count: str = "response") -> dict:
+def table_of(rows) -> dict:
     table = {}
     for row in rows:
-        metrics.add(table, row, count)
+        metrics.add(table, row)
     return table
 
 
@@ -171,12 +170,13 @@ BAD_FLAGS = {
     "not none": [],
     "not --model and --samples": ["--samples", SAMPLES, "--model", "m"],
     "leave out --n": ["--samples", SAMPLES, "--n", "3"],
-    "leave out --protocol": ["--compare", "a", "b", "--protocol", "l1"],
+    "leave out --protocol": ["--samples", SAMPLES, "--protocol", "l1"],
     "go together": ["--base-url", "http://localhost:1/v1", "--data", "toy", "--budgets", "8"],
     "--sampler is for --model": ["--base-url", "u", "--api-model", "m", "--sampler", "hf", "--data", "toy"],
     "choose one": ["--model", "m", "--data", "toy", "--budgets", "8", "--resume", "--overwrite"],
     "--concurrency (0)": ["--model", "m", "--data", "toy", "--budgets", "8", "--concurrency", "0"],
-    "no such folder": ["--compare", "nowhere", "nowhere2"],
+    "is no budget; give token counts above 0": ["--model", "m", "--data", "toy", "--budgets", "none,x"],
+    "--out /proc/none": ["--samples", SAMPLES, "--out", "/proc/none"],
     "leave out --data": ["--samples", SAMPLES, "--data", "toy"],
     "leave out --limit": ["--samples", SAMPLES, "--limit", "3"],
     "--regrade needs --samples": ["--model", "m", "--data", "toy", "--budgets", "8", "--regrade"],
@@ -200,7 +200,8 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("words", BAD_FLAGS)
 def test_bad_flags_are_refused_in_one_line(words, tmp_path, capsys):
-    assert run(*BAD_FLAGS[words], "--out", tmp_path / "out") == 2
+    out = [] if "--out" in BAD_FLAGS[words] else ["--out", tmp_path / "out"]
+    assert run(*BAD_FLAGS[words], *out) == 2
     error = capsys.readouterr().err
     assert error.startswith("evaluate.py: error: ") and error.count("\n") == 1 and words in error, error
     assert not (tmp_path / "out").exists()
@@ -241,6 +242,13 @@ def model_folder(tmp_path_factory) -> str:
     return str(path)
 
 
+def opened(folder: str):
+    return engines.open_sampler(folder, "hf", 512)
+
+
+WORDS = {"tokenizer": toy.make_tokenizer(), "context": 512, "wording": "tulu"}  # what evaluate() is told
+
+
 def test_plan_fits_prompt_and_response_into_the_context(model_folder):
     tokenizer = toy.make_tokenizer()
     problems = toy.problems("toy", "test", 3)
@@ -258,13 +266,13 @@ def test_plan_fits_prompt_and_response_into_the_context(model_folder):
 
 
 def test_sampling_in_process(model_folder, tmp_path):
-    sampler = load_sampler(model_folder, "hf")
+    sampler = opened(model_folder)
     problems = toy.problems("toy", "test", 3) + toy.problems("toy_ood", "test", 2)
     lines, what = [], (sampler, problems, [None, 8, 12], "exact", 2)
-    options = {"wording": "tulu", "temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
+    options = WORDS | {"temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "log": lines.append}
     options |= {"trained_budgets": [8], "model": model_folder}
     drawn, generate = [], sampler.generate
-    sampler.generate = lambda *args: drawn.append(generate(*args)) or drawn[-1]
+    sampler.generate = lambda *args, **more: drawn.append(generate(*args, **more)) or drawn[-1]
     results = evaluate.evaluate(*what, str(tmp_path / "a"), **options)
     sampler.generate = generate
     assert results == read(tmp_path / "a") and set(results["datasets"]) == {"toy", "toy_ood"}
@@ -290,7 +298,7 @@ def test_sampling_in_process(model_folder, tmp_path):
 
 
 def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypatch):
-    sampler = load_sampler(model_folder, "hf")
+    sampler = opened(model_folder)
     monkeypatch.setattr(evaluate, "BATCH", 4)
     assert run("--samples", SAMPLES, "--out", tmp_path) == 0
     path, seen = tmp_path / "samples.jsonl", []
@@ -302,9 +310,7 @@ def test_samples_are_on_disk_after_every_batch(model_folder, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         problems = toy.problems("toy", "test", 6)
-        evaluate.evaluate(
-            sampler, problems, [8], "exact", 2, str(tmp_path), wording="tulu", max_tokens=16, log=log
-        )
+        evaluate.evaluate(sampler, problems, [8], "exact", 2, str(tmp_path), max_tokens=16, log=log, **WORDS)
     # What the folder held of an earlier evaluation does not pass for the figures of this one.
     assert seen == [4, 8] and not (tmp_path / "results.json").exists()
     assert run("--samples", path, "--out", tmp_path / "rest") == 0
@@ -317,8 +323,8 @@ class Stopped(Exception):
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path, monkeypatch):
     """Killed in its third batch, with half a line on disk: resumed it equals the one that was not stopped."""
     monkeypatch.setattr(evaluate, "BATCH", 4)
-    sampler, problems = load_sampler(model_folder, "hf"), toy.problems("toy", "test", 5)
-    what, options = (sampler, problems, [8, 12], "exact", 2), {"wording": "tulu", "max_tokens": 16}
+    sampler, problems = opened(model_folder), toy.problems("toy", "test", 5)
+    what, options = (sampler, problems, [8, 12], "exact", 2), WORDS | {"max_tokens": 16}
     whole = evaluate.evaluate(*what, str(tmp_path / "whole"), log=lambda line: None, **options)
 
     def stop(line):
@@ -337,7 +343,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path
             evaluate.evaluate(*what, str(out), resume=True, **options | {key: other})
     with pytest.raises(BadInput, match="data was"):
         evaluate.evaluate(sampler, problems[:4], *what[2:], str(out), resume=True, **options)
-    sampler.generate = lambda *args: calls.append(1) or generate(*args)
+    sampler.generate = lambda *args, **more: calls.append(1) or generate(*args, **more)
     resumed = evaluate.evaluate(*what, str(out), resume=True, log=lambda line: None, **options)
     assert len(calls) == 2  # of the five batches the last two were missing
     for name in ("samples.jsonl", "results.json", "problems.jsonl", "report.html"):
@@ -348,24 +354,18 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_end(model_folder, tmp_path
 
 
 def test_what_makes_a_run_again(model_folder, tmp_path):
-    sampler, problems = load_sampler(model_folder, "hf"), toy.problems("toy", "test", 2)
+    sampler, problems = opened(model_folder), toy.problems("toy", "test", 2)
     weights = engines.hash_weights(model_folder)
-    about = {
-        "model": model_folder,
-        "weights": weights,
-        "wording": "tulu",
-        "max_tokens": 9,
-        "log": lambda line: None,
-    }
+    about = WORDS | {"model": model_folder, "weights": weights, "max_tokens": 9, "log": lambda line: None}
     results = evaluate.evaluate(sampler, problems, [8], "exact", 1, str(tmp_path), **about)
     assert results["weights"] == weights and len(weights) == 64
-    assert results["template"] == sampler.tokenizer.chat_template and results["versions"]["math-verify"]
+    assert results["template"] == WORDS["tokenizer"].chat_template and results["versions"]["math-verify"]
     expected = {"temperature": 0.6, "top_p": 0.95, "seed": 0, "n": 1, "max_tokens": 9, "asked": [8]}
     assert {key: results[key] for key in expected} == expected
     assert {"checked", "timeouts", "parse_failures"} <= set(results["verify"])
-    assert results["data"] == evaluate.hash_data(problems) and results["data"]["toy"]["problems"] == 2
+    assert results["data"] == engines.hash_data(problems) and results["data"]["toy"]["problems"] == 2
     # One other letter, one other hash: of the problems, and of the weights.
-    assert evaluate.hash_data([problems[0], problems[1] | {"answer": "x"}]) != results["data"]
+    assert engines.hash_data([problems[0], problems[1] | {"answer": "x"}]) != results["data"]
     copy = shutil.copytree(model_folder, tmp_path / "copy")
     assert engines.hash_weights(str(copy)) == weights
     with open(copy / "model.safetensors", "r+b") as f:
@@ -596,3 +596,127 @@ def test_servers_that_know_one_name_of_the_cap_and_count_their_thoughts(tmp_path
     same([cell["thinking_length"], cell["solution_length"]], [7.0, 2.0])
     assert api("http://127.0.0.1:9/v1", tmp_path / "c") == 2
     assert "is the server up" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_answers_that_are_none(tmp_path, capsys):
+    """Of 16 requests 7 get an answer that is none: told in a line each, and asked again by --resume."""
+    pytest.importorskip("openai")
+    broken = {
+        2: lambda reply: reply | {"choices": None},
+        4: lambda reply: reply | {"choices": []},
+        6: lambda reply: with_choice(reply, finish_reason="content_filter"),
+        8: lambda reply: with_choice(reply, finish_reason="error"),
+        10: lambda reply: with_choice(reply, finish_reason="abort"),
+        12: lambda reply: with_choice(reply, finish_reason=None),
+        14: lambda reply: with_choice(reply, message=None),
+    }
+
+    def answer(request, number):
+        if number == 16:
+            return 422, {"error": {"message": "this prompt only"}}
+        return 200, broken.get(number, dict)(completion(request))
+
+    with serve(answer) as (url, seen):
+        assert api(url, tmp_path / "out") == 0
+        told = capsys.readouterr()
+        assert told.err == "" and told.out.count("--resume asks again") == 8 + 1
+        assert "finish_reason content_filter" in told.out and "an answer without choices" in told.out
+        assert "status 422" in told.out and "8 responses are missing" in told.out
+        rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+        assert len(rows) == 8 and read(tmp_path / "out")["missing"] == 8 and len(seen) == 16
+        broken.clear()
+        assert api(url, tmp_path / "out") == 2  # an evaluation is not written over
+        assert api(url, tmp_path / "out", "--resume") == 0
+        assert len(seen) == 16 + 8
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+    assert len({(r["id"], r["budget"], r["sample"]) for r in rows}) == len(rows) == 16
+    results = read(tmp_path / "out")
+    assert results["missing"] is None and results["verify"]["checked"] == 16
+    assert [cell["n"] for cell in results["datasets"]["toy"]["budgets"].values()] == [8, 8]
+    assert not (tmp_path / "out" / "unfinished.json").exists()
+
+
+def with_choice(reply, **fields):
+    return reply | {"choices": [reply["choices"][0] | fields]}
+
+
+@pytest.mark.parametrize(
+    "fields, response, finish",
+    [
+        ({"finish_reason": "eos"}, "T", "stop"),
+        ({"finish_reason": "end_turn"}, "T", "stop"),
+        ({"finish_reason": "tool_calls", "message": {"content": None}}, "", "stop"),
+        ({"finish_reason": "MAX_TOKENS"}, "T", "length"),
+        ({"finish_reason": "max_tokens", "message": {"content": None}}, "", "length"),
+        (
+            {"message": {"content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}},
+            "42",
+            "stop",
+        ),
+        ({"message": {"content": ["4", {"type": "image", "url": 1}, None]}}, "4", "stop"),
+        ({"message": {"content": [{"thinking": [{"text": "hm"}]}, {"text": "4"}]}}, "hm</think>4", "stop"),
+        ({"message": {"content": "4", "reasoning": "hm"}}, "hm</think>4", "stop"),
+        ({"finish_reason": "length", "message": {"content": None, "reasoning": "hm"}}, "hm", "length"),
+    ],
+)
+def test_answers_as_servers_write_them(fields, response, finish):
+    pytest.importorskip("openai")
+    fields = dict(fields)
+    message = {"role": "assistant", "content": "T"} | fields.pop("message", {})
+    reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": None}
+    reply["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"} | fields]
+    with serve(lambda request, number: (200, reply)) as (url, _):
+        server = engines.Server(url, "m", 1)
+        ((found,),) = server.respond([{"prompt": "p", "max_tokens": 5}], 1, 1.0, 1.0, 0, "</think>")
+    assert found == {"response": response, "length": None, "finish_reason": finish}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Smaller things
+
+
+def test_a_byte_order_mark_in_saved_samples(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(sample()).encode() + b"\r\n")
+    assert [row["id"] for row in evaluate.read_samples(str(path))] == ["a"]
+
+
+def test_out_is_checked_before_anything_is_loaded(tmp_path, capsys):
+    """A folder below a file, and a place where nothing can be written: neither data nor model is opened."""
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
+        assert run("--model", "no_such", "--data", "no_such", "--budgets", "8", "--out", out) == 2
+        error = capsys.readouterr().err
+        assert f"--out {out}" in error and error.count("\n") == 1, error
+    evaluate.check_writable(str(tmp_path / "new" / "below"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_end_of_thinking(tmp_path, tiny):
+    tokenizer = data.load_tokenizer(tiny)
+    for text, mark, wanted in (
+        ("so 1 </think> 2 </think> 3", "</think>", "so 1 </think> 2 </think>"),
+        ("hm [/THINK] 3", "[/THINK]", "hm [/THINK]"),
+        ("hm [/THINK]\n\n3", "[/THINK]", "hm [/THINK]"),
+        ("never closed", "[/THINK]", None),
+        ("hm [/THINK", "[/THINK]", None),
+    ):
+        ids = engines.np.array(tokenizer.encode(text))
+        found = engines.thinking_length(ids, tokenizer, mark)
+        if wanted is None:
+            assert found is None
+        else:  # the shortest beginning that has it, though its last token may reach beyond
+            assert tokenizer.decode(ids[:found]).startswith(wanted)
+            assert tokenizer.decode(ids[: found - 1]).count(mark) < text.count(mark)
+    # A box inside the thinking of such a model is no answer.
+    rows = [
+        sample(id=i, response=r, correct=None)
+        for i, r in enumerate([r"\boxed{2} [/THINK] 3", "3 [/THINK] 2"])
+    ]
+    path = write(tmp_path / "s.jsonl", rows)
+    assert run("--samples", path, "--regrade", "--think-end", "[/THINK]", "--out", tmp_path / "out") == 0
+    found = read(tmp_path / "out")
+    assert found["datasets"]["s"]["budgets"]["10"]["accuracy"] == 0.5 and found["think_end"] == "[/THINK]"
+    flags = ["--regrade", "--require-think", "--out", tmp_path / "strict"]
+    assert run("--samples", path, *flags) == 0  # without its name no thinking was closed
+    assert read(tmp_path / "strict")["datasets"]["s"]["budgets"]["10"]["accuracy"] == 0

@@ -17,17 +17,14 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import logbook
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
 
 import evaluate
-import logbook
 import train_grpo
 from data import annotate
-from evaluation import curves
 from integrations import card, trackers
 from toy import task as toy
 
@@ -255,67 +252,6 @@ def test_trained_budgets_of_a_table():
     )
 
 
-# Learning curves --------------------------------------------------------------------------------------------
-
-
-def write_run(folder, steps, tail=""):
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "metrics.jsonl"), "w") as f:
-        for step in steps:
-            m = {"step": step, "reward": step / 10, "reward_correct": 0.5, "reward_length": step / 10 - 0.5}
-            m |= {"reward_std": 0.1, "accuracy": 0.5, "length": 20.0, "abs_error": 0.5}
-            cell = {"signed": -0.5, "abs": 0.5, "length": 20.0}
-            f.write(json.dumps(m | {"error_by_budget": {"16": cell, "128-255": cell}}) + "\n")
-        f.write(tail)
-    return str(folder)
-
-
-def test_watch_one_run_several_and_one_that_is_being_written(tmp_path, capsys):
-    a = write_run(tmp_path / "a", range(30), tail='{"step": 30, "rew')
-    b = write_run(tmp_path / "x" / "a", [0])
-    assert evaluate.main(["--watch", a]) == 0
-    assert "a: step 30, reward +2.900, accuracy 50.0%, length error 50.0%" in capsys.readouterr().out
-    assert evaluate.main(["--watch", a, b, "--out", str(tmp_path / "both")]) == 0
-    from matplotlib.image import imread
-
-    for path in (tmp_path / "a" / "curves.png", tmp_path / "both" / "curves.png"):
-        pixels = imread(path)[..., :3]
-        assert min(pixels.shape[:2]) > 900 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
-    assert not [p for p in (tmp_path / "a").iterdir() if p.suffix == ".tmp"]
-    # What cannot be drawn is said in one line, and no picture is left.
-    broken = write_run(tmp_path / "broken", range(3), tail="what?\n")
-    empty = write_run(tmp_path / "empty", [], tail='{"step": 0')
-    for bad, words in ((broken, "line 4"), (empty, "no step"), (str(tmp_path), "--out folder")):
-        assert evaluate.main(["--watch", bad]) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1 and not os.path.exists(f"{bad}/curves.png")
-    assert evaluate.main(["--watch", a, "--budgets", "8"]) == 2 and "--budgets" in capsys.readouterr().err
-    assert evaluate.main(["--data", "toy"]) == 2 and "--watch" in capsys.readouterr().err
-
-
-def test_what_the_curves_show(tmp_path):
-    steps = curves.read_metrics(write_run(tmp_path, [0, 1, 2, 1, 3]))  # resumed: step 1 was taken twice
-    assert [s["step"] for s in steps] == [0, 1, 2, 3]
-    x, y = curves.series(steps, "error_by_budget/16/length")
-    assert x.tolist() == [1, 2, 3, 4] and y.tolist() == [20.0] * 4
-    assert len(curves.series(steps, "error_by_budget/99/length")[0]) == 0
-    assert curves.reward_names(steps) == ["reward", "reward_correct", "reward_length"]
-    assert curves.reward_names([{"reward": 1.0, "reward_total": 1.0}]) == ["reward"]
-    assert curves.budget_names({"a": steps}) == ["16", "128-255"]
-    many = [{"error_by_budget": {str(b): {} for b in range(100, 0, -1)}}]
-    assert curves.budget_names({"a": many}) == ["1", "26", "51", "75", "100"]
-    assert curves.smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.integers(0, 60))
-def test_smoothing_stays_between_the_extremes(values, width):
-    line = curves.smooth(np.array(values), width)
-    assert len(line) == len(values) and line[0] == pytest.approx(values[0], abs=1e-9)
-    assert min(values) - 1e-6 <= line.min() and line.max() <= max(values) + 1e-6
-    if width <= 1:
-        assert line == pytest.approx(values, abs=1e-6)
-
-
 # Progress ---------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +318,6 @@ SCRIPTS = ["train_grpo.py", "evaluate.py", "data.py", "baselines.py", "card.py"]
         ),
         ("train_grpo.py @recipes/l1_", {"recipes/l1_exact.args", "recipes/l1_max.args"}),
         ("evaluate.py --samples tests/data/sam", {"tests/data/samples_small.jsonl"}),
-        ("baselines.py merge --ke", {"--keep"}),
     ],
 )
 def test_tab_completion(line, found, tmp_path, script):

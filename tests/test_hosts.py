@@ -176,6 +176,7 @@ def toy_model(tmp_path_factory, tokenizer):
 def our_rewards(name, rows, responses, tokenizer, **options):
     """What the training loop here makes of the same responses."""
     import rollouts
+
     import train_grpo
 
     args = train_grpo.build_parser().parse_args([])

@@ -22,10 +22,10 @@ def sample(**fields) -> dict:
     return row | {"finish_reason": "stop", "correct": True} | fields
 
 
-def table_of(rows, count: str = "response") -> dict:
+def table_of(rows) -> dict:
     table = {}
     for row in rows:
-        metrics.add(table, row, count)
+        metrics.add(table, row)
     return table
 
 
@@ -98,6 +98,9 @@ def test_summary_of_the_small_file():
     expected = {"n": 6, "problems": 3, "accuracy": 0.5, "accuracy_stderr": 0.5 / math.sqrt(3)}
     # Votes of two: right where both or the first are right. Thinking 14 14 12 16 - 10, then 2 tokens.
     expected |= {"truncated": 1 / 6, "maj_at_k": {"2": 2 / 3}, "exceed": 0.0}
+    # Errors 0 0 -1/8 1/8 1/4 -1/4. Right ones thought for 14, 14 and 12 of 1000 tokens.
+    scores = [1, 1, math.exp(-5 / 8), math.exp(-2 / 8), math.exp(-2 / 4), math.exp(-5 / 4)]
+    expected |= {"length_score": 100 * sum(scores) / 6, "overthinking_auc": (3 - 0.04) / 6}
     expected |= {"thinking_length": 13.2, "solution_length": 2.0}
     # Words: 8 8 6 10 13 2 "wait" in 96 tokens. Lengths by problem: 16 16, 14 18, 20 12.
     expected |= {"patterns": {"self_correction": 47000 / 96} | dict.fromkeys(list(metrics.PATTERNS)[1:], 0.0)}
@@ -130,14 +133,6 @@ def test_summary_of_the_small_file():
     # Requested +-8 around 24; produced +-12 around 28, and within the first budget a variance of 40/6 more.
     same(summary["correlation"], 96 / math.sqrt(64 * (144 + 10 / 3)))
     same(summary["accuracy_by_log_length"]["slope_ln"], 0.5 / math.log(40 / 16))
-
-
-def test_thinking_tokens_can_count_instead():
-    rows = list(evaluate.read_samples(str(SAMPLES)))
-    summary = summary_of(table_of(rows, "thinking"))["toy"]
-    # Two tokens less each, but for the response that was cut off while thinking.
-    same(summary["budgets"]["16"]["mean_length"], 16 - 2 * 5 / 6)
-    same(summary["budgets"]["32"]["mean_length"], 38.0)
 
 
 def test_what_is_not_known_is_null():
@@ -216,12 +211,14 @@ def test_majority():
 
 def test_votes_go_by_the_answer():
     def key(response, finish="stop", kind="math"):
-        return metrics.answer_key(sample(response=response, finish_reason=finish, kind=kind))
+        return metrics.spoken_answer(sample(response=response, finish_reason=finish, kind=kind))
 
-    assert key("x </think> so \\boxed{ 1/2 }.") == key("\\boxed{1/2}") == key("hm\n$1/2$.")
+    assert key("x </think> so \\boxed{ 1/2 }.") == key("\\boxed{1/2}") == key("hm\n$1/2$.") == "1/2"
     assert key("\\boxed{1/2}") != key("\\boxed{0.5}")
-    assert key("\\boxed{(C)}", kind="choice") == key("The answer is C.", kind="choice")
-    assert key("") == key("\\boxed{1}", "length") == key("no letter here", kind="choice") == -1
+    assert key("\\boxed{(C)}", kind="choice") == key("The answer is C.", kind="choice") == "C"
+    assert key("") is key("\\boxed{1}", "length") is key("no letter here", kind="choice") is None
+    ended = sample(response="\\boxed{3} [/THINK] 7")
+    assert metrics.spoken_answer(ended, "[/THINK]") == "7" and metrics.spoken_answer(ended) == "3"
 
 
 def test_castillo():
@@ -237,38 +234,54 @@ def test_reasoning_words():
     text = "Wait, so we HAVE waited. Let me check; what if, however... In summary: so"
     # wait, let me check (not also "let"), however | what if | - | so, in summary, so. "waited" is no "wait".
     assert metrics.pattern_counts(text) == [3, 1, 1, 3]
-    rates = metrics.pattern_rates([text, "wait"], [100, 300])
+    rows = [sample(id=0, response=text, length=100), sample(id=1, response="wait", length=300)]
+    rates = summary_of(table_of(rows))["s"]["budgets"]["10"]["patterns"]
     same(rates, {"self_correction": 10.0, "exploration": 2.5, "context": 2.5, "conclusion": 7.5})
 
 
 def test_exceed():
-    same(metrics.exceed([3999, 4000, 4001, 9000]), {"share": 0.5})
-    same(metrics.exceed([5, 6], 5), {"share": 0.5})
+    rows = [sample(id=i, length=n) for i, n in enumerate([3999, 4000, 4001, 9000])]
+    same(summary_of(table_of(rows))["s"]["budgets"]["10"]["exceed"], 0.5)
 
 
-def test_length_controlled_win_rate_of_a_model_that_only_writes_more():
-    # Preferred exactly where it is longer, by one rule for all: at equal lengths it wins half the time.
-    rng = np.random.default_rng(0)
-    base, own = rng.integers(500, 2000, (2, 4000))
-    preference = 1 / (1 + np.exp(3 * np.tanh((base - own) / (base - own).std())))
-    fit = metrics.fit_length_control(base, own, np.zeros(4000), preference, ridge=1e-9)
-    assert abs(fit["theta"]) < 1e-3 and abs(fit["phi"] + 3) < 1e-3
-    rates = metrics.length_controlled_winrate(base, own + 800, np.zeros(4000), **fit)
-    assert abs(rates["lc"] - 50) < 0.1 and rates["raw"] > 70
+def test_length_score_of_lifebench():
+    # 80, 100 and 150 for 100: 20% below costs exp(-1), 50% above costs exp(-1), a hit is 100.
+    found = metrics.length_score([80, 100, 150], 100)
+    same(found, {"deviation": 70 / 3, "score": (200 * math.exp(-1) + 100) / 3})
+    # At most 100: what is below is no fault, and the deviations keep their signs.
+    found = metrics.length_score([80, 100, 150], 100, "max")
+    same(found, {"deviation": 10.0, "score": (200 + 100 * math.exp(-1)) / 3})
+    for mode in ("exact", "max"):
+        rows = [sample(id=i, length=n, budget=100, mode=mode) for i, n in enumerate([80, 100, 150])]
+        cell = summary_of(table_of(rows))["s"]["budgets"]["100"]
+        same(cell["length_score"], metrics.length_score([80, 100, 150], 100, mode)["score"])
+        assert cell["ci"]["length_score"][0] < cell["length_score"] < cell["ci"]["length_score"][1]
 
 
-def test_fields_of_other_benchmarks():
-    rows = [
-        sample(id=i, response="word " * n, target_words=t)
-        for i, (n, t) in enumerate([(92, 80), (801, ">800")])
-    ]
-    found = summary_of(table_of(rows))["s"]
-    same(found["ruler"], {"n": 2, "pm": 0.5, "fm": 1.0})
-    rows = [sample(id=i, response="x" * 500, baseline="y" * 120, category=c) for i, c in enumerate("AB")]
-    found = summary_of(table_of([r | {"preference": 1} for r in rows]))["s"]
-    same(found["yap"], {"median_score": {"A": 380.0, "B": 380.0}, "index": 380.0})
-    assert found["winrate"]["n"] == 2 and found["winrate"]["raw"] == 100 and found["winrate"]["lc"] > 90
-    assert not {"ruler", "yap", "winrate"} & set(summary_of(table_of([sample()]))["s"])
+def test_overthinking_auc_of_optimal_thinking_bench():
+    # Right after 250 of 1000 tokens: 0.75; right after 1500: 0; wrong: 0. By its definition, too: the share
+    # of answers that are right within t tokens, averaged over t.
+    thinking, correct = [250, 1500, 10], [1, 1, 0]
+    same(metrics.overthinking_auc(correct, thinking), {"auc": 0.25})
+    within = [np.mean([c * (n < t) for c, n in zip(correct, thinking, strict=True)]) for t in range(1, 1001)]
+    same(float(np.mean(within)), 0.25)
+    rows = [sample(id=i, length=2000, thinking_length=t, correct=bool(c))
+            for i, (t, c) in enumerate(zip(thinking, correct, strict=True))]  # fmt: skip
+    same(summary_of(table_of(rows))["s"]["budgets"]["10"]["overthinking_auc"], 0.25)
+    # Thinking that is not told apart counts whole.
+    cell = summary_of(table_of([sample(length=400)]))["s"]["budgets"]["10"]
+    same(cell["overthinking_auc"], 0.6)
+
+
+def test_buckets_of_a_learning_curve_are_few_and_cover_the_range():
+    assert metrics.budget_buckets([32, 16, 16, 64]) == {"16": (16, 16), "32": (32, 32), "64": (64, 64)}
+    buckets = metrics.budget_buckets(range(100, 4001))
+    assert list(buckets) == ["100-879", "880-1659", "1660-2440", "2441-3220", "3221-4000"]
+    assert sum(high - low + 1 for low, high in buckets.values()) == 3901
+    assert metrics.budget_buckets([1, 2, 3, 4, 5, 6]) == {
+        "1-1": (1, 1), "2-2": (2, 2), "3-4": (3, 4), "5-5": (5, 5), "6-6": (6, 6)
+    }  # fmt: skip
+    assert metrics.budget_buckets([]) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------

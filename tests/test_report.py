@@ -1,6 +1,8 @@
-"""report.html and --compare: what the page holds, that it runs in a real browser, and paired differences."""
+"""Report, comparisons, learning curves: what pages hold, that they run in a browser, paired differences."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,9 +10,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_evaluate import SAMPLES, run, sample, write
 
-from evaluation import metrics, plots, report
+from evaluation import compare, curves, metrics, plots, report
 
 HOSTILE = (
     "</script><script>document.title='taken'</script><!--CONTENT--><!--END--> /*DATA*/[] \u2028 <b>x</b>"
@@ -122,6 +126,10 @@ def test_filters_in_a_real_browser(tmp_path):
 # Comparison
 
 
+def compared(*folders, out) -> int:
+    return compare.main([*map(str, folders), "--out", str(out)])
+
+
 def evaluation(tmp_path, name, rows):
     out = tmp_path / name / "eval"
     assert run("--samples", write(tmp_path / f"{name}.jsonl", rows), "--out", out) == 0
@@ -137,7 +145,7 @@ def test_differences_are_paired(tmp_path, capsys):
         return first + [r | {"budget": 200, "length": 2 * r["length"]} for r in first]
 
     a, b = evaluation(tmp_path, "a", rows(0, 100)), evaluation(tmp_path, "b", rows(1, 110))
-    assert run("--compare", a, f"mine={b}", "--out", tmp_path / "both") == 0
+    assert compared(a, f"mine={b}", out=tmp_path / "both") == 0
     with open(tmp_path / "both" / "compare.json") as f:
         found = json.load(f)
     assert list(found["models"]) == ["eval", "mine"]
@@ -151,10 +159,6 @@ def test_differences_are_paired(tmp_path, capsys):
     low, high = cell["figures"]["mine"]["ci"]["accuracy"]
     assert high - low > 0.1
     assert gap["mean_length"]["value"] == 10 and gap["abs_error"]["value"] == pytest.approx(0.1)
-    # Both curves are flat: the area is the accuracy, over the lengths that both reach.
-    assert (part["area"]["low"], part["area"]["high"]) == (110, 200)
-    assert part["area_difference"]["mine"]["value"] == pytest.approx(1 / 8)
-    assert part["area_difference"]["mine"]["ci"] == pytest.approx([1 / 8, 1 / 8], abs=1e-6)
     assert found["pictures"] == ["models.png"]
     assert (tmp_path / "both" / "models.png").stat().st_size > 10_000
     page = Page(tmp_path / "both" / "report.html")
@@ -166,7 +170,7 @@ def test_only_problems_that_both_have_are_compared(tmp_path):
     a = evaluation(tmp_path, "a", [sample(id=i, correct=i < 3) for i in range(6)])
     rows = [sample(id=i, correct=True) for i in range(2, 9)]
     b = evaluation(tmp_path, "b", rows + [sample(id=0, budget=99), sample(id=0, source="t")])
-    assert run("--compare", a, b, "--out", tmp_path / "both") == 0
+    assert compared(a, b, out=tmp_path / "both") == 0
     with open(tmp_path / "both" / "compare.json") as f:
         found = json.load(f)
     assert list(found["models"]) == ["a/eval", "b/eval"] and list(found["datasets"]) == ["s"]
@@ -189,12 +193,38 @@ def test_comparisons_that_make_no_sense(tmp_path, capsys):
         "no such folder": [a, tmp_path / "nowhere"],
     }.items():
         capsys.readouterr()
-        assert run("--compare", *folders, "--out", tmp_path / "both") == 2
+        assert compared(*folders, out=tmp_path / "both") == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and not (tmp_path / "both").exists(), error
     # An evaluation is no place for a comparison.
-    assert run("--compare", a, a, "--out", a, "--overwrite") == 2
+    assert compared(a, b, out=a) == 2
     assert json.loads((a / "results.json").read_text())["datasets"]
+
+
+def test_violins_of_several_models_share_their_axes(tmp_path, monkeypatch):
+    """Before: 4 budgets, answers of 50 tokens; after: 6 budgets that are met; one picture, equal scales."""
+    rng, seen, real = np.random.default_rng(0), [], plots.canvas
+
+    def spread(asked, of):
+        return [sample(id=i, budget=b, length=int(n)) for b in asked for i, n in enumerate(of(b))]
+
+    @contextlib.contextmanager
+    def watched(*args, **more):
+        with real(*args, **more) as axes:
+            yield axes
+            seen.append([(ax.get_xlim(), ax.get_ylim(), ax.get_xscale()) for ax in np.atleast_1d(axes)])
+
+    a = evaluation(tmp_path, "a", spread([16, 32, 48, 64], lambda b: rng.normal(50, 5, 30)))
+    b = evaluation(tmp_path, "b", spread([16, 32, 48, 64, 96, 128], lambda b: rng.normal(b, 1, 30)))
+    for folder, name in ((a, "a"), (b, "b")):
+        shutil.copy(tmp_path / f"{name}.jsonl", folder / "samples.jsonl")
+    monkeypatch.setattr(plots, "canvas", watched)
+    assert compared(f"before={a}", f"after={b}", out=tmp_path / "both") == 0
+    with open(tmp_path / "both" / "compare.json") as f:
+        assert json.load(f)["pictures"] == ["side_by_side.png", "models.png"]
+    before, after = seen[0]
+    assert before == after and before[0][1] > 128 and before[1][1] > 128
+    assert (tmp_path / "both" / "side_by_side.png").stat().st_size > 10_000
 
 
 def test_curves_of_three_models_in_one_picture(tmp_path):
@@ -206,3 +236,68 @@ def test_curves_of_three_models_in_one_picture(tmp_path):
     assert (
         plots.error_bar({}, "accuracy", 50.0) == (0, 0) and np.isfinite(plots.error_bar({}, "x", 1.0)).all()
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning curves
+
+
+def write_run(folder, steps, tail=""):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "metrics.jsonl"), "w") as f:
+        for step in steps:
+            m = {"step": step, "reward": step / 10, "reward_correct": 0.5, "reward_length": step / 10 - 0.5}
+            m |= {"reward_std": 0.1, "accuracy": 0.5, "length": 20.0, "abs_error": 0.5}
+            cell = {"signed": -0.5, "abs": 0.5, "length": 20.0}
+            f.write(json.dumps(m | {"error_by_budget": {"16": cell, "128-255": cell}}) + "\n")
+        f.write(tail)
+    return str(folder)
+
+
+def test_watch_one_run_several_and_one_that_is_being_written(tmp_path, capsys):
+    a = write_run(tmp_path / "a", range(30), tail='{"step": 30, "rew')
+    b = write_run(tmp_path / "x" / "a", [0])
+    assert curves.main([a]) == 0
+    assert "a: step 30, reward +2.900, accuracy 50.0%, length error 50.0%" in capsys.readouterr().out
+    assert curves.main([a, b, "--out", str(tmp_path / "both")]) == 0
+    from matplotlib.image import imread
+
+    for path in (tmp_path / "a" / "curves.png", tmp_path / "both" / "curves.png"):
+        pixels = imread(path)[..., :3]
+        assert min(pixels.shape[:2]) > 900 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert not [p for p in (tmp_path / "a").iterdir() if p.suffix == ".tmp"]
+    # What cannot be drawn is said in one line, and no picture is left.
+    broken = write_run(tmp_path / "broken", range(3), tail="what?\n")
+    empty = write_run(tmp_path / "empty", [], tail='{"step": 0')
+    for bad, words in ((broken, "line 4"), (empty, "no step"), (str(tmp_path), "--out folder")):
+        assert curves.main([bad]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not os.path.exists(f"{bad}/curves.png")
+    assert curves.main([a, "--out", "/proc/none"]) == 2 and "--out /proc/none" in capsys.readouterr().err
+    assert curves.main([]) == 2 and "FOLDER" in capsys.readouterr().err
+
+
+def test_what_the_curves_show(tmp_path):
+    steps = curves.read_metrics(write_run(tmp_path, [0, 1, 2, 1, 3]))  # resumed: step 1 was taken twice
+    assert [s["step"] for s in steps] == [0, 1, 2, 3]
+    x, y = curves.series(steps, "error_by_budget/16/length")
+    assert x.tolist() == [1, 2, 3, 4] and y.tolist() == [20.0] * 4
+    assert len(curves.series(steps, "error_by_budget/99/length")[0]) == 0
+    assert curves.reward_names(steps) == ["reward", "reward_correct", "reward_length"]
+    assert curves.reward_names([{"reward": 1.0, "reward_total": 1.0}]) == ["reward"]
+    assert curves.budget_names({"a": steps}) == ["16", "128-255"]
+    many = [{"error_by_budget": {str(b): {} for b in range(100, 0, -1)}}]
+    assert curves.budget_names({"a": many}) == ["1", "26", "51", "75", "100"]
+    # Names that stand in single steps only, as older runs wrote them, are not drawn.
+    rare = [{"error_by_budget": {"16": {}, f"{i}-{i + 3}": {}}} for i in range(100, 140)]
+    assert curves.budget_names({"a": rare}) == ["16"] and curves.budget_names({"a": [{}]}) == []
+    assert curves.smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.integers(0, 60))
+def test_smoothing_stays_between_the_extremes(values, width):
+    line = curves.smooth(np.array(values), width)
+    assert len(line) == len(values) and line[0] == pytest.approx(values[0], abs=1e-9)
+    assert min(values) - 1e-6 <= line.min() and line.max() <= max(values) + 1e-6
+    if width <= 1:
+        assert line == pytest.approx(values, abs=1e-6)

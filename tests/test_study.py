@@ -7,14 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import sampler
 import torch
 from conftest import ROOT
+from sampler import load_model, load_sampler
 
 import data
 import methods
 import rewards
-import sampler
-from sampler import load_model, load_sampler
 from toy import task as toy
 
 sys.path.insert(0, os.path.join(ROOT, "studies"))

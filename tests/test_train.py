@@ -11,17 +11,17 @@ import time
 
 import numpy as np
 import pytest
+import rollouts
+import sampler as samplers
 import torch
+import update as updates
+import weights
 from conftest import ROOT, TIMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import rollouts
-import sampler as samplers
 import train_grpo
-import update as updates
-import weights
 from data import load_tokenizer
 from scaling import plan
 from toy import task as toy

@@ -6,13 +6,13 @@ import os
 import pickle
 import shutil
 
+import checkpoints
 import pytest
 import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoints
 import data
 import evaluate
 import train_grpo
@@ -86,7 +86,8 @@ def test_files_without_a_usable_row(files, tiny, tmp_path, capsys, name):
     for module, argv in commands:
         assert module.main(argv) == 2, module.__name__
         error = capsys.readouterr().err
-        assert error.startswith(f"{module.__name__}.py: error: ") and error.count("\n") == 1, error
+        name_of_command = module.__name__ + ("" if "." in module.__name__ else ".py")
+        assert error.startswith(f"{name_of_command}: error: ") and error.count("\n") == 1, error
         assert path in error or name in error, error
     assert os.listdir(tmp_path) == []
 

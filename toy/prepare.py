@@ -2,7 +2,7 @@
 
     python -m toy.prepare [--seed N]     prints the folder; `python train_grpo.py` calls it by itself
 
-They lie in toy/cache/, under a name made of the code that makes them: a changed toy is never taken for this one.
+They lie in toy/cache/, in a folder named after the code that makes them: no other toy is taken for this one.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TRAINED, TESTED = 8000, 100  # problems
 
 
 def prepare(seed: int = 0, log=print) -> dict:
-    """{"model", "data", "eval_data"}: paths of the base model of `seed`, its training rows, its test problems."""
+    """{"model", "data", "eval_data"}: paths of the base model of `seed`, training rows, test problems."""
     files = {}
     for name, split, n in (("toy", "train", TRAINED), ("toy", "test", TESTED), ("toy_ood", "test", TESTED)):
         files[name, split] = keep(

@@ -1,0 +1,105 @@
+"""Samples on disk: read and checked a line at a time, written so that a crash loses a batch at most.
+
+A Sample is one response: {"id", "sample", "source", "problem", "answer", "kind", "prompt", "budget", "mode",
+"response", "length", "finish_reason", "correct"} and, where known, "thinking_length" and "choices".
+"""
+
+import gzip
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+
+from data import BadInput
+from evaluation.metrics import jsonable
+
+NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")  # of a sample, for results
+
+
+def check_sample(sample: object, need: Iterable[str]) -> dict:
+    """The sample, token counts as int; BadInput (without the line's number) if it breaks the contract."""
+    if not isinstance(sample, dict):
+        raise BadInput(f"it is a {type(sample).__name__}, not an object with the fields {', '.join(need)}")
+    if missing := [key for key in need if key not in sample]:
+        raise BadInput(f"no field {', '.join(missing)}; a sample needs {', '.join(need)} (null: not known)")
+    for key, least in (("budget", 1), ("length", 0), ("thinking_length", 0)):
+        value = sample.get(key)
+        # nan and infinity, which Python's json reads, fail the comparison with their own whole part.
+        if value is not None and (
+            type(value) not in (int, float) or value != value // 1 or not least <= value < 2**31
+        ):
+            raise BadInput(f"{key} is {value!r}; it must be null or a whole number of tokens from {least}")
+        sample |= {} if value is None else {key: int(value)}
+    if not isinstance(sample["id"], (str, int)) or not isinstance(sample.get("source", ""), str):
+        raise BadInput("id must be a string or a whole number, and source a string")
+    if "correct" in need and sample["correct"] not in (0, 1):
+        raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
+    if not all(isinstance(sample[key], str) for key in ("problem", "prompt", "response") if key in need):
+        raise BadInput("problem, prompt and response must be texts")
+    if "answer" in need and sample["answer"] is None:
+        raise BadInput("answer must be a string or a list of strings")
+    if sample.get("kind") not in (None, "math", "choice"):
+        raise BadInput(f"kind is {sample['kind']!r}; it must be math or choice")
+    return sample
+
+
+def read_samples(path: str, need: Iterable[str] = NEEDED, flag: str = "--samples") -> Iterator[dict]:
+    """Samples of a JSONL file, plain or gzipped, one at a time; BadInput names the line that is wrong."""
+    sample = None
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for at, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    sample = check_sample(json.loads(line), need)
+                except BadInput as error:
+                    raise BadInput(f"{flag} {path}, line {at}: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise BadInput(f"{flag} {path}, line {at} is no JSON ({error}): delete it") from None
+                yield sample
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadInput(f"{flag} {path} cannot be read ({error}): give a .jsonl(.gz) file") from None
+    if sample is None:
+        raise BadInput(f"{flag} {path} holds no samples: give a file that evaluate.py wrote")
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items, without holding more than one of them."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+
+def append(file, samples: list[dict]) -> None:
+    """Samples to disk, for good: the record of them that follows must never be ahead of them."""
+    file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path: str, value: dict) -> None:
+    """Written beside its place, fsynced and renamed: nobody ever reads half a file."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(json.dumps(jsonable(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def check_writable(folder: str, flag: str = "--out") -> None:
+    """BadInput, before a model is loaded, where no file can be written into `folder`; it is not made yet."""
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        told = f"{flag} {folder} cannot be written ({place}: {error.strerror})"
+        raise BadInput(f"{told}: name a folder in a place that can be") from None
+
+
+def sum_counts(counts: list[dict]) -> dict:
+    """Counters added up, name by name."""
+    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
