@@ -641,7 +641,8 @@ def main(argv=None):
     # ---- model, starting model, optimizer
     saved, model = newest_checkpoint(args)
     model, reference, optimizer = net.build(args, model, args.kl_coef or method.asks_starting_model, DEVICE)
-    step, position, method.state = saved.get("step", 0), saved.get("position", 0), saved.get("method", {})
+    step, position = saved.get("step", 0), saved.get("position", 0)
+    method.state |= saved.get("method", {})
     if saved:
         net.load_trained_state(model, optimizer, saved)
 
