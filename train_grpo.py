@@ -166,8 +166,7 @@ def parse_args(argv=None):
         (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
         (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
-        (args.kl_coef and args.kl_estimator == "k1", "--kl-estimator k1 regularises nothing: its gradient does "
-         "not depend on the reference; use k3 or k2"),
+        (args.kl_coef and args.kl_estimator == "k1", "--kl-estimator k1 has no gradient: use k3 or k2"),
         (lacking, f"a flag needs a package that is not installed: pip install {' '.join(lacking)}"),
     ):  # fmt: skip
         if wrong:
