@@ -73,6 +73,7 @@ def toy_flags(text: str) -> list[str]:
 def runs() -> dict[str, list[str]]:
     """{name: flags} of all runs of the study."""
     names = sorted(n[:-5] for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args"))
+    names.remove("toy")  # no paper's: peaked_exact is its run
     return {n: toy_flags(recipe(n)) for n in names} | {n: shlex.split(flags) for n, flags in EXTRA.items()}
 
 
@@ -83,9 +84,10 @@ def run(name: str) -> int:
         print(f"{name}: done before", flush=True)
         return 0
     flags = [*runs()[name], *(["--steps", STEPS] if STEPS else []), "--seed", "0", "--sampler", "hf"]
-    # One length for all is learned from fewer prompts than one length for each budget.
-    if "--budgets" in flags and "none" in flags and "--prompts-per-step" not in flags:
-        flags += ["--prompts-per-step", "16"]
+    if "--budgets none" in " ".join(flags):  # a method that asks for no length is asked for none
+        flags += ["--eval-budgets", "none"]
+        # One length for all is learned from fewer prompts than one length for each budget.
+        flags += [] if "--prompts-per-step" in flags else ["--prompts-per-step", "16"]
     began = time.monotonic()
     with open(folder + ".log", "w") as log:
         command = [sys.executable, "train_grpo.py", *flags, "--out", folder, "--overwrite"]
@@ -106,7 +108,7 @@ def run(name: str) -> int:
 def figures(path: str) -> dict:
     """Accuracy, length and the rest of one evaluation: without a budget, or the mean over BUDGETS."""
     with open(path) as f:
-        cells = json.load(f)["datasets"]["toy"]["budgets"]
+        cells = json.load(f)["datasets"]["toy-test"]["budgets"]
     asked = ["none"] if "none" in cells else BUDGETS
     names = {"accuracy": "accuracy", "length": "mean_length", "truncated": "truncated", "error": "abs_error"}
     out = {"asked": "none" not in cells, "budgets": sum(b in cells for b in asked)}
@@ -125,12 +127,12 @@ def read_run(name: str) -> dict:
         args = json.load(f)
     last, text = json.loads(lines[-1]), "" if name in EXTRA else recipe(name)
     found = {"name": name, "reward": args["reward"], "advantage": args["advantage"], "steps": len(lines)}
-    if args.get("objective", "policy") != "policy":
-        found["advantage"] = args["objective"]
+    if args["method"] == "drpo":
+        found["advantage"] = "drpo"
     found |= figures(os.path.join(folder, "eval", "results.json"))
     found["reconstruction"] = text.startswith("# RECONSTRUCTION")
     found["own"] = {key: last[key] for key in OWN if last.get(key) is not None}
-    return found | {"base": figures(os.path.join(folder, "eval_base", "results.json"))}
+    return found | {"base": figures(os.path.join(folder, "eval-0", "results.json"))}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false OUT="${OUT:-out/zoo}" STEPS="${STEPS:-}"
 mkdir -p "$OUT"
 # Made once, before two runs would make it side by side.
-python -c 'import os, toy; toy.make_base(os.environ["OUT"])'
+python -m toy.prepare
 code=0
 # A run that fails is named and leaves the others alone.
 python -m studies.zoo names ${ONLY:-} | xargs -P 2 -n 1 python -m studies.zoo run || code=1
