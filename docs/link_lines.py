@@ -1,8 +1,8 @@
 """Keeps README.md and docs/*.md true to the code: `python docs/link_lines.py` after a change of a script.
 
-A link [`text`](../file.py#L12) gets the number of the line that defines `text` (a function, class, method as
-Class.method, or constant) or, for any other text, of the one line that holds it. The tables of docs/methods.md
-are written from the docstrings of rewards.py and methods/, and from the recipes.
+A link [`text`](../file.py#L12) gets the number of the line that defines `text` (a function, class, constant, or
+Class.method) or, for any other text, of the one line that holds it. The tables of docs/methods.md are written
+from the docstrings of rewards.py and methods/, and from the recipes.
 """
 
 import glob
@@ -21,7 +21,7 @@ def read(path: str) -> str:
 
 
 def line_of(text: str, path: str) -> int:
-    """Number of the line of a file of the repository that `text` means; KeyError where it is not exactly one."""
+    """Number of the line of a file that `text` means; KeyError where it is not exactly one."""
     lines, name = read(path).splitlines(), text.rpartition(".")[2]
     if re.fullmatch(r"\w+(\.\w+)?", text):
         found = [n for n, x in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b|{name} = ", x)]
@@ -75,7 +75,7 @@ def users(name: str, word: str, default: str) -> str:
 
 
 def functions(table: dict, name: str, default: str, section: str = "") -> str:
-    """The functions of REWARDS or ADVANTAGES with their docstrings, those of a section of rewards.py if named."""
+    """REWARDS or ADVANTAGES with their docstrings; `section`: those below that heading of rewards.py."""
     lines, rows = read("rewards.py").splitlines(), ["| name | formula, source, differences | recipes |"]
     rows.append("| --- | --- | --- |")
     for word, function in table.items():
@@ -95,7 +95,10 @@ def tables() -> dict:
     import methods
     from rewards import ADVANTAGES, REWARDS
 
-    made = ["| recipe | what it is, and where it was read | reward, advantage | method |", "| --- |" + " --- |" * 3]
+    made = [
+        "| recipe | what it is, and where it was read | reward, advantage | method |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, (about, flags) in recipes().items():
         reward, advantage = flag(flags, "--reward", "lcpo_exact"), flag(flags, "--advantage", "grpo")
         row = f"[{name}](../recipes/{name}.args) | {cell(about)} | `{reward}`, `{advantage}`"
