@@ -33,7 +33,7 @@ ENDS, CUTS = ("stop", "eos", "end_turn", "tool_calls"), ("length", "max_tokens")
 
 
 def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
-    """A sampler for a finished model, of the trainer's classes; `kind`: auto, vllm or hf; lengths in tokens."""
+    """A sampler (one of the trainer's) for a finished model; `kind`: auto, vllm or hf; length in tokens."""
     import train_grpo as trainer
 
     kind, tokenizer = trainer.pick_sampler(kind), load_tokenizer(path)

@@ -1,8 +1,8 @@
-"""What papers do besides their reward: one file each, `--method NAME`. Each overrides what it needs of Method.
+"""What papers do besides their reward: a file each, `--method NAME`. Each overrides what it needs of Method.
 
-The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first one
-to read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two papers at
-once are a subclass: see the end of docs/guide.md.
+The hooks stand in the order in which a step of train_grpo.py calls them. hapo.py (a memory) is a good first
+one to read, then dot.py (edits responses), adaptthink.py (forces tokens), drpo.py (another objective). Two
+papers at once are a subclass: see docs/guide.md.
 """
 
 import difflib
@@ -34,7 +34,7 @@ class Method:
         )  # state: plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
-        """Before sampling; `turn` counts refills of --dynamic-sampling. ask(rows, n, key) samples and checks."""
+        """Before sampling; `turn` counts its refills. ask(rows, n, key, starting) samples and checks."""
 
     def row(self, row, step):
         """The row as it is asked at this step (curricula change its budget)."""
@@ -101,12 +101,10 @@ def constants(name, function, words):
     for word in words:
         k, _, value = word.partition("=")
         if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:
-            near = difflib.get_close_matches(k, known, 1) or sorted(
-                set(known) - {"rollouts", "rewards", "parts"}
-            )
-            raise BadInput(
-                f"--{name.replace('_', '-')} ({word}) must be K=V, K a constant of {function.__name__}: {', '.join(near)}"
-            )
+            having = [k for k in known if known[k].default is not inspect.Parameter.empty and k != "parts"]
+            near = ", ".join(difflib.get_close_matches(k, having, 1) or having) or "it has none"
+            flag = f"--{name.replace('_', '-')} ({word})"
+            raise BadInput(f"{flag} must be K=V with K a constant of {function.__name__}: {near}")
         try:
             found[k] = json.loads(value)
         except ValueError:

@@ -72,7 +72,7 @@ class Drpo(Method):
             r |= {"advantage": -w, "weight": 1.0}
 
     def metrics(self, groups, rollouts, reward):
-        loss, kl = np.mean(self.told, 0)
+        loss, kl = np.mean(self.told or [(0.0, 0.0)], 0)
         return {"loss": loss, "drpo_kl": kl}
 
 

@@ -32,7 +32,7 @@ class Elastic(Method):
                 continue  # it ended while thinking
             if closed is None:
                 closed = len(ids) + n
-                r["mask"] = np.array([1] * len(ids) + [0] * n, np.float32)
+                r |= {"forced_end": 1, "mask": np.array([1] * len(ids) + [0] * n, np.float32)}
                 self.append(r, np.array(self.end, np.int32), np.full(n, np.nan, np.float32))
             left = closed + self.solution - len(r["ids"])
             if left < 0 or (left == 0 and r["truncated"]):
@@ -48,7 +48,7 @@ class Elastic(Method):
         for (r, _), [rest] in zip(unfinished, more, strict=True):
             self.append(r, rest["ids"], rest["logps"])
             r["truncated"] = rest["truncated"]
-            if "mask" in r:
+            if "forced_end" in r:
                 r["mask"] = np.concatenate([r["mask"], np.ones(len(rest["ids"]), np.float32)])
 
     @staticmethod
@@ -56,7 +56,7 @@ class Elastic(Method):
         r |= {"ids": np.concatenate([r["ids"], ids]), "logps": np.concatenate([r["logps"], logps])}
 
     def metrics(self, groups, rollouts, reward):
-        return {"forced_share": np.mean(["mask" in r for r in sum(groups, [])])}
+        return {"forced_share": np.mean(["forced_end" in r for r in sum(groups, [])])}
 
 
 METHOD = Elastic

@@ -37,9 +37,9 @@ def load_model(path: str, args, frozen: bool = False):
 
 
 def build(args, model=None, with_reference: bool = False, device="cpu"):
-    """(model, reference, optimizer) on `device` or sharded. `model`: a checkpoint's; None: the starting model.
+    """(model, reference, optimizer) on `device` or sharded. `model`: a checkpoint's, or None.
 
-    reference: the starting model, frozen; with adapters the model itself (without_adapters()); None: not needed.
+    reference: the starting model, frozen; with adapters the model itself, see without_adapters(); or None.
     """
     model = model or load_model(args.model, args)
     if args.gradient_checkpointing:
@@ -61,7 +61,7 @@ def build(args, model=None, with_reference: bool = False, device="cpu"):
 # Log-probs of the tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
 #
 # A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z),
-# z = W h / T and g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is still at hand:
+# z = W h / T and g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is at hand:
 #
 #     dlogp/dz = onehot - p,    dh = g W^T (onehot - p) / T,    dW = g (onehot - p) h^T / T
 #
@@ -119,7 +119,7 @@ class ChunkedHead:
             self.d_hidden = torch.empty_like(self.hidden)
             # float32: many chunks add up in it.
             self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32) if learn_weight else None
-        # p - onehot in float32 before it is rounded: for a token of p = 0.9999 the difference is all that matters.
+        # p - onehot in float32 before it is rounded: of a token of p = 0.9999 only the difference matters.
         p = self.p[: len(h)]
         p[torch.arange(len(h), device=p.device), target] -= 1
         p, g = p.to(h.dtype), (-g / self.temperature)[:, None]
@@ -138,7 +138,7 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
 
 
 def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
-    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, its ChunkedHead)
+    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
@@ -156,10 +156,8 @@ ADAPTER = "default"
 
 def add_lora(model, rank: int, seed: int) -> None:
     """Freezes the model; adapters of `rank` beside all its linear layers learn (2106.09685), scaled by 2."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise BadInput(f"--lora {rank} needs the package peft: pip install peft") from None
+    from peft import LoraConfig, inject_adapter_in_model
+
     model.requires_grad_(False)
     torch.manual_seed(seed)  # the same adapters on every process
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -186,7 +184,7 @@ def without_adapters(model):
 
 
 def shard(model, bf16: bool, device) -> None:
-    """Spreads float32 weights, gradients and optimizer over the processes (FSDP2); computes in bf16 or not."""
+    """Spreads float32 weights, gradients and optimizer over the processes (FSDP2); bf16: to compute in."""
     # FSDP gathers weights around a module's forward(), and training calls the decoder: so that is forward().
     model.forward = lambda ids: hidden_states(model, ids, bf16)
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -233,7 +231,7 @@ GATHERED = {"full_state_dict": True, "cpu_offload": True}
 
 
 def trained_state(model, optimizer) -> dict:
-    """{"optimizer", "adapter"}: what a checkpoint holds beside whole weights, in memory of the first process."""
+    """{"optimizer", "adapter"}: what a checkpoint holds beside weights, in memory of the first process."""
     if is_plain(model):
         return {"optimizer": optimizer.state_dict()}
     adapter = get_model_state_dict(model, options=StateDictOptions(**GATHERED, ignore_frozen_params=True))

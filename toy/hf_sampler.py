@@ -9,9 +9,9 @@ import torch
 class HFSampler:
     name = "hf"
 
-    def __init__(self, model, tokenizer, stop_ids: list[int], max_model_len: int, sharded: bool = False):
+    def __init__(self, model, tokenizer, stop_ids: list[int], max_model_len: int, sharded=False, bf16=False):
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
-        self.max_model_len, self.sharded = max_model_len, sharded
+        self.max_model_len, self.sharded, self.bf16 = max_model_len, sharded, bf16
 
     def load(self, model) -> None:
         """Read `model` itself from now on. Shards cannot be asked token by token: they fill a copy."""
@@ -90,7 +90,8 @@ class HFSampler:
     def _logits(self, ids, mask, position, cache):
         """Logits [N, V] of the token that follows `ids` [N, T], float32."""
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, **options)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):  # as in training
+            out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, **options)
         return out.logits[:, -1].float()
 
 

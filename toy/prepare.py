@@ -2,7 +2,7 @@
 
     python -m toy.prepare [--seed N]     prints the folder; `python train_grpo.py` calls it by itself
 
-They lie in toy/cache/, under a name made of the code that makes them: another toy is never taken for this one.
+They lie in toy/cache/, in a folder named after the code that makes them: no other toy is taken for this one.
 """
 
 import argparse

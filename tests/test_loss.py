@@ -1,0 +1,319 @@
+"""The loss of train_grpo.py: by hand, against TRL's own, and whatever the split of the batch."""
+
+import math
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import methods
+import train_grpo
+from train_grpo import micro_batches, policy_loss, sequence_ratio, to_tensors, token_weights
+
+
+def arguments(*flags):
+    """The flags of train_grpo.py for an update on the CPU; later ones win."""
+    common = ["--dtype", "float32", "--tis-cap", "0", "--micro-tokens", "4096", "--max-tokens", "64"]
+    return train_grpo.build_parser().parse_args([*common, *flags])
+
+
+def tokens(logp, advantage, old=None, **more):
+    """What policy_loss reads of a micro-batch, for flat tokens [T], each of weight 1; more: changes."""
+    one = torch.ones_like(logp).detach()
+    t = {"old_logp": old, "sampler_logp": one * math.nan, "ref_logp": None, "advantage": advantage}
+    return t | {"weight": one, "mask": one, "sequence_ratio": None} | more
+
+
+def close(got, expected, tolerance=1e-6):
+    torch.testing.assert_close(
+        torch.as_tensor(got).double(), torch.tensor(expected).double(), rtol=tolerance, atol=tolerance
+    )
+
+
+# By hand ----------------------------------------------------------------------------------------------------
+
+
+def test_reductions_by_hand():
+    close(token_weights([1, 3], "token_mean", 10), [1 / 4, 1 / 4])
+    close(token_weights([1, 3], "sequence_mean", 10), [1 / 2, 1 / 6])
+    close(token_weights([1, 3], "constant", 10), [1 / 20, 1 / 20])
+    for reduction in ("token_mean", "sequence_mean", "constant"):
+        assert np.isfinite(token_weights([0, 0], reduction, 10)).all()
+
+
+def test_clip_by_hand():
+    # ratios 2 and 0.5: a good action is not pushed beyond 1.2, a bad one not below 0.8: no gradient
+    logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
+    loss, stats = policy_loss(logp, tokens(logp, torch.tensor([1.0, -1.0]), torch.zeros(2)), arguments())
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.2 + 0.8)
+    assert logp.grad.tolist() == [0.0, 0.0] and stats["clip_fraction"] == 2
+    # in the other direction nothing is clipped: a good action that became rarer is pulled back in full
+    logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
+    loss, stats = policy_loss(logp, tokens(logp, torch.tensor([-1.0, 1.0]), torch.zeros(2)), arguments())
+    loss.backward()
+    assert loss.item() == pytest.approx(2 - 0.5)
+    close(logp.grad, [2.0, -0.5])
+    assert stats["clip_fraction"] == 0
+
+
+def test_dual_clip_and_cispo_by_hand():
+    logp, bad = torch.tensor([10.0]).log().requires_grad_(), torch.tensor([-1.0])
+    loss, _ = policy_loss(logp, tokens(logp, bad, torch.zeros(1)), arguments("--dual-clip", "3"))
+    loss.backward()
+    assert loss.item() == pytest.approx(3) and logp.grad.item() == 0
+    # CISPO: the ratio 10 is cut to 1.2 and is a weight alone: -1.2 A logp
+    logp = torch.tensor([10.0]).log().requires_grad_()
+    loss, stats = policy_loss(logp, tokens(logp, bad, torch.zeros(1)), arguments("--ratio", "cispo"))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.2 * math.log(10)) and logp.grad.item() == pytest.approx(1.2)
+    assert stats["clip_fraction"] == 1
+
+
+def test_kl_by_hand():
+    logp, ref = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    t = tokens(logp, torch.zeros(1), ref_logp=ref)
+    for estimator, expected in (("k2", math.log(2) ** 2 / 2), ("k3", 0.5 - 1 + math.log(2))):
+        flags = arguments("--kl-coef", "0.1", "--kl-estimator", estimator)
+        loss, stats = policy_loss(logp, t, flags)
+        assert stats["kl"].item() == pytest.approx(expected) and loss.item() == pytest.approx(0.1 * expected)
+
+
+def test_kl_of_a_token_that_the_reference_finds_impossible_is_bounded():
+    """k3 at a log-ratio of -20 is 4.9e8 nats unbounded; as verl's low_var_kl: 10, and no gradient."""
+    logp = torch.tensor([-20.0]).requires_grad_()
+    flags = arguments("--kl-coef", "1")
+    loss, _ = policy_loss(logp, tokens(logp, torch.zeros(1), ref_logp=torch.zeros(1)), flags)
+    loss.backward()
+    assert loss.item() == 10 and logp.grad.item() == 0
+
+
+def test_importance_weight_by_hand():
+    old = torch.tensor([0.0, 0.0, -100.0, 0.0])
+    sampler = torch.tensor([-1.0, 1.0, 100.0, math.nan])  # nan: forced, no correction
+    t = tokens(old, torch.ones(4), old, sampler_logp=sampler, mask=torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    for i, expected in enumerate([2.0, math.exp(-1), 0.0, 1.0]):
+        one = {k: v if v is None else v[i : i + 1] for k, v in t.items()}
+        assert policy_loss(old[i : i + 1], one, arguments("--tis-cap", "2"))[0].item() == pytest.approx(
+            -expected
+        )
+    assert policy_loss(old, t, arguments())[1]["logp_gap"].item() == 2  # of the tokens that have a loss
+
+
+def test_sequence_ratio_by_hand():
+    logp, old = torch.tensor([0.3, 0.1, 0.5, 7.0]), torch.zeros(4)
+    t = {"ids": torch.zeros(2, 5), "row": torch.tensor([0, 0, 1, 1]), "old_logp": old}
+    t["mask"] = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the last token was forced
+    close(sequence_ratio(logp, t), [math.exp(0.2)] * 2 + [math.exp(0.5)] * 2)
+    far = sequence_ratio(logp + 89, t)  # a mean gap of 89 overflows float32
+    assert torch.isfinite(far).all()
+
+
+def test_extreme_log_ratios_stay_finite():
+    logp = torch.tensor([0.0, -1000.0], requires_grad=True)
+    t = tokens(logp, torch.tensor([-1.0, 1.0]), torch.tensor([-1000.0, 0.0]))
+    loss, _ = policy_loss(logp, t, arguments())
+    loss.backward()
+    assert math.isfinite(loss.item()) and torch.isfinite(logp.grad).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), ratio=st.sampled_from(["token", "cispo"]), kl=st.sampled_from(["0", "0.1"])
+)
+def test_float32_agrees_with_float64_and_is_finite(seed, ratio, kl):
+    torch.manual_seed(seed)
+    logp, old = -torch.rand(8, dtype=torch.float64) * 3, -torch.rand(8, dtype=torch.float64) * 3
+    rest = {"ref_logp": old - 0.2, "sampler_logp": old + 0.1, "weight": torch.full((8,), 0.125).double()}
+    t = tokens(logp, torch.randn(8, dtype=torch.float64), old, **rest)
+    flags = arguments("--ratio", ratio, "--kl-coef", kl, "--tis-cap", "2")
+    exact, _ = policy_loss(logp, t, flags)
+    single, _ = policy_loss(logp.float(), {k: v if v is None else v.float() for k, v in t.items()}, flags)
+    assert math.isfinite(single) and abs(single - exact) <= 2e-6 * max(1, abs(exact))
+
+
+# TRL --------------------------------------------------------------------------------------------------------
+
+
+def trl_loss(logp, old, ref, sampler, advantage, mask, loss_type, level, delta, beta, high, tis):
+    """TRL's own GRPOTrainer._compute_loss of padded log-probs [N, L]; only its forward pass is replaced."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl import GRPOTrainer
+    from collections import defaultdict
+
+    process = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    self = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, torch.zeros_like(logp), None),
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta,
+        importance_sampling_level=level, loss_type=loss_type, epsilon_low=0.2, epsilon_high=high,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=1),
+        use_vllm=tis is not None, vllm_importance_sampling_correction=True, accelerator=process,
+        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
+        max_completion_length=logp.shape[1], _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    inputs = {"prompt_ids": torch.zeros(len(mask), 1), "prompt_mask": torch.ones(len(mask), 1)}
+    inputs |= {"completion_ids": torch.zeros_like(mask), "completion_mask": mask, "advantages": advantage}
+    inputs |= {"old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": mask.sum()}
+    if tis is not None:
+        inputs["importance_sampling_ratio"] = (old - sampler).exp().clamp(max=tis)
+    return GRPOTrainer._compute_loss(self, None, inputs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("tis", [None, 1.5])
+@pytest.mark.parametrize(
+    "flags, theirs",
+    [
+        ("--loss-reduction token_mean", {"loss_type": "dapo"}),
+        ("--loss-reduction token_mean --clip-high 0.28", {"loss_type": "bnpo", "high": 0.28}),
+        ("--loss-reduction sequence_mean", {"loss_type": "grpo"}),
+        ("--loss-reduction constant", {"loss_type": "dr_grpo"}),
+        ("--loss-reduction token_mean --dual-clip 1.4", {"loss_type": "dapo", "delta": 1.4}),
+        ("--loss-reduction sequence_mean --ratio sequence", {"loss_type": "grpo", "level": "sequence"}),
+        ("--loss-reduction token_mean --ratio sequence", {"loss_type": "dapo", "level": "sequence"}),
+        # TRL cuts the ratio from above alone, at epsilon_high itself.
+        ("--ratio cispo --clip-low 1 --clip-high 0.3", {"loss_type": "cispo", "high": 1.3}),
+    ],
+)  # fmt: skip
+def test_loss_and_gradient_are_trls(flags, theirs, kl, tis, seed):
+    """On ragged batches, in float64: value and gradient by each token's log-prob, to 1e-6."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (6,), generator=generator)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).double()
+
+    def noise(scale):
+        return scale * torch.randn(mask.shape, generator=generator, dtype=torch.float64)
+
+    padded = (-2 + noise(0.5)).requires_grad_()
+    old, ref, sampler = (padded.detach() + noise(scale) for scale in (0.4, 0.3, 0.3))
+    advantage = torch.randn(6, generator=generator, dtype=torch.float64)
+    rest = {"level": "token", "delta": None, "high": 0.2, "beta": kl, "tis": tis} | theirs
+    expected = trl_loss(padded, old, ref, sampler, advantage, mask, **rest)
+    (want,) = torch.autograd.grad(expected, padded)
+
+    args = arguments(
+        *flags.split(), "--kl-coef", str(kl), "--tis-cap", str(tis or 0), "--max-tokens", str(mask.shape[1])
+    )
+    row, column = mask.nonzero(as_tuple=True)
+    flat = padded.detach()[row, column].requires_grad_()
+    weight = torch.from_numpy(token_weights(lengths.tolist(), args.loss_reduction, args.max_tokens))
+    t = tokens(flat, advantage[row], old[row, column], sampler_logp=sampler[row, column], weight=weight[row])
+    t |= {"ref_logp": ref[row, column] if kl else None, "row": row, "ids": torch.zeros(6, 20)}
+    if args.ratio == "sequence":
+        single = {k: v.float() if k in ("old_logp", "mask") else v for k, v in t.items()}
+        t["sequence_ratio"] = sequence_ratio(flat.detach().float(), single)
+    loss, _ = policy_loss(flat, t, args)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    both = torch.stack([flat.grad, want[row, column]])
+    if args.ratio == "sequence" and tis:
+        # As in verl each token's gradient has its own importance weight; in TRL all share their mean.
+        both = torch.zeros(2, 6, dtype=torch.float64).index_add(1, row, both) / lengths
+    assert (both[0] - both[1]).abs().max() < 1e-6 and want.abs().max() > 1e-3
+
+
+# The split --------------------------------------------------------------------------------------------------
+
+
+def random_batch(n=7, seed=0, vocabulary=500):
+    """Responses as the loop hands them over; one of them has tokens that a method forced."""
+    rng, batch = np.random.default_rng(seed), []
+    for i in range(n):
+        length = int(rng.integers(1, 30))
+        r = {"prompt_ids": rng.integers(5, vocabulary, int(rng.integers(1, 12))).tolist(), "group": i // 2}
+        r |= {"ids": rng.integers(5, vocabulary, length).astype(np.int32), "advantage": float(rng.normal())}
+        r |= {"logps": rng.normal(-6, 0.1, length).astype(np.float32), "correct": i % 2, "truncated": 0}
+        batch.append(r)
+    batch[0]["mask"] = (np.arange(len(batch[0]["ids"])) >= 2).astype(np.float32)
+    return batch
+
+
+def load(path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+
+
+def after_update(path, batch, *flags):
+    """(all weights in one row, diagnostics) after an update of the model in `path`."""
+    model, args = load(path), arguments("--lr", "1e-3", *flags)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # Adam would make much of gradients near 0
+    method = methods.Method(args, None)
+    stats = train_grpo.update(model, None, optimizer, [dict(r) for r in batch], method, args)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), stats
+
+
+@pytest.mark.parametrize("flags", ["--loss-reduction token_mean", "--loss-reduction sequence_mean",
+                                   "--loss-reduction constant --ratio sequence --minibatches 2"])  # fmt: skip
+def test_update_does_not_depend_on_micro_batches(tiny, flags):
+    batch = random_batch()
+    whole, stats = after_update(tiny, batch, "--micro-tokens", "100000", *flags.split())
+    for size in ("60", "1"):
+        split, split_stats = after_update(tiny, batch, "--micro-tokens", size, *flags.split())
+        torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
+        assert split_stats["loss"] == pytest.approx(stats["loss"], abs=1e-6)
+        assert split_stats["entropy"] == pytest.approx(stats["entropy"], rel=1e-5)
+        assert split_stats["padding"] <= stats["padding"]
+
+
+def test_gradient_is_that_of_the_plain_model(tiny):
+    """Without chunks, micro-batches and flat rows: the sum of w A log p over response tokens, by autograd."""
+    model, batch, args = load(tiny), random_batch(), arguments("--temperature", "0.7")
+    weights = token_weights([train_grpo.mask_of(r).sum() for r in batch], "token_mean", 64)
+    loss = 0.0
+    for r, weight in zip(batch, weights, strict=True):
+        r["weight"] = weight
+        ids = torch.tensor([*r["prompt_ids"], *r["ids"]])
+        logp = (model(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
+        logp = logp[len(r["prompt_ids"]) - 1 :].gather(-1, torch.from_numpy(r["ids"]).long()[:, None])[:, 0]
+        loss = loss - (weight * r["advantage"] * logp * torch.from_numpy(train_grpo.mask_of(r))).sum()
+    loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for micro in micro_batches(batch, 80):
+        train_grpo.backward(model, micro, args)
+    for name, p in model.named_parameters():
+        assert (p.grad - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def test_a_response_without_trained_tokens_teaches_nothing_and_breaks_nothing(tiny):
+    batch = random_batch(3)
+    for r in batch:
+        r["mask"] = np.zeros(len(r["ids"]), np.float32)
+    before = torch.cat([p.detach().flatten() for p in load(tiny).parameters()])
+    for ratio in ("token", "sequence", "cispo"):
+        after, stats = after_update(tiny, batch, "--ratio", ratio, "--minibatches", "2")
+        assert torch.equal(after, before) and stats["loss"] == stats["grad_norm"] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 400))
+def test_micro_batches_lose_nothing(n, limit):
+    batch = random_batch(n, seed=n)
+    parts = micro_batches(batch, limit)
+    assert sorted(id(r) for part in parts for r in part) == sorted(map(id, batch))
+    sizes = [max(map(train_grpo.size, part)) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)  # what needs most memory comes first
+    for part, width in zip(parts, sizes, strict=True):
+        assert len(part) == 1 or len(part) * width <= limit
+
+
+def test_tensors_by_hand():
+    a = {"prompt_ids": [7, 8], "ids": np.array([1, 2], np.int32), "logps": np.array([-1, -2], np.float32)}
+    b = {"prompt_ids": [9], "ids": np.array([3], np.int32), "logps": np.array([np.nan], np.float32)}
+    a |= {"advantage": 0.5, "weight": 0.25, "mask": np.array([0, 1], np.float32)}
+    b |= {"advantage": np.array([-1.0]), "weight": 0.125}
+    t = to_tensors([a, b])
+    assert t["ids"].tolist() == [[7, 8, 1, 2], [9, 3, 0, 0]]
+    assert t["row"].tolist() == [0, 0, 1] and t["column"].tolist() == [1, 2, 0]  # predicted one place before
+    assert t["target"].tolist() == [1, 2, 3] and t["mask"].tolist() == [0, 1, 1]
+    assert t["weight"].tolist() == [0, 0.25, 0.125] and t["advantage"].tolist() == [0.5, 0.5, -1]
+    assert t["sampler_logp"][:2].tolist() == [-1, -2] and t["sampler_logp"][2].isnan()
+    assert t["old_logp"] is None and t["ref_logp"] is None
