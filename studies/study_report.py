@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from studies import study
-from studies.study import DOCS, ROOT, RUNS
-
-sys.path.insert(0, ROOT)
+from studies.study import ROOT, RUNS
 
 RECORDS = {}  # {(name, seed): record} of study.json; load() fills it
 CORE = ["lcpo_sum", "lcpo_gdpo", "peaked_sum", "peaked_gdpo"]
@@ -40,10 +38,10 @@ IDEAS[1].extend("remind_capped remind_16 remind_16_capped unfinished free_beyond
 # Figures
 
 
-def load(docs: str = DOCS) -> None:
+def load() -> None:
     """Read $DOCS/study.json."""
     RECORDS.clear()
-    RECORDS.update(study.read(docs))
+    RECORDS.update(study.read())
 
 
 def seeds(name: str) -> list[dict]:
@@ -276,7 +274,7 @@ def save(fig, name: str) -> None:
     """$DOCS/study_NAME.png."""
     import matplotlib.pyplot as plt
 
-    fig.savefig(os.path.join(DOCS, f"study_{name}.png"), dpi=110)
+    fig.savefig(os.path.join(study.DOCS, f"study_{name}.png"), dpi=110)
     plt.close(fig)
 
 
@@ -476,17 +474,18 @@ def main() -> None:
     """Pictures and page of what study.json holds."""
     load()
     if not RECORDS:
-        sys.exit(f"study_report.py: error: {DOCS} holds no study.json: bash studies/study.sh makes it")
+        sys.exit(f"study_report.py: error: {study.DOCS} holds no study.json: bash studies/study.sh makes it")
     for draw in (draw_blog, draw_tasks, draw_l1, draw_onset, draw_gdpo, draw_alpha):
         draw()
     draw_lengths([["lcpo_sum", "supervised", "ruler"]], "supervised")
     draw_lengths(IDEAS, "beyond")
-    with open(os.path.join(DOCS, "study.md"), "w", encoding="utf-8") as f:
+    with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]
-    print(f"{len(RECORDS)} runs are in {os.path.join(DOCS, 'study.md')}; not run: {' '.join(todo) or 'none'}")
+    print(
+        f"{len(RECORDS)} runs are in {os.path.join(study.DOCS, 'study.md')}; not run: {' '.join(todo) or 'none'}"
+    )
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     main()
