@@ -22,6 +22,7 @@ def read(path: str) -> str:
 
 def line_of(text: str, path: str) -> int:
     """Number of the line of a file that `text` means; KeyError where it is not exactly one."""
+    text = " ".join(text.split())  # a line of the page may end in it
     lines, name = read(path).splitlines(), text.rpartition(".")[2]
     if re.fullmatch(r"\w+(\.\w+)?", text):
         found = [n for n, x in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b|{name} = ", x)]
