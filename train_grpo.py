@@ -115,7 +115,7 @@ def build_parser():
     reductions = ["token_mean", "sequence_mean", "constant"]  # 1 / (all tokens, N x own tokens, N x cap)
     add("--loss-reduction", "token_mean", "what a token weighs", choices=reductions)
     add("--kl-coef", 0.0, "weight of the KL to the starting model; 0 loads no such model")
-    add("--kl-estimator", "k3", "of that KL", choices=["k2", "k3"])
+    add("--kl-estimator", "k3", "of that KL", choices=["k1", "k2", "k3"])
     add("--tis-cap", 2.0, "cap of the trainer/sampler importance weight; 0: off")
     # evaluation and checkpoints
     add("--eval-data", help="held-out problems for evaluate.py: files or presets, comma-separated")
@@ -144,16 +144,13 @@ def parse_args(argv=None):
         least, rule = (1e-30, "more than 0") if name in positive else (0, "0 or more")
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {rule}")
-    check_args(args, os.path.abspath(args.out) + os.sep)
-    return args
-
-
-def check_args(args, out):
-    """The mistakes that people make, each told in a line before anything is loaded."""
-    p, cap, dual = args.prompts_per_step, args.max_tokens, args.dual_clip
+    # The mistakes that people make, each told in a line before anything is loaded.
+    p, dual, tracker = args.prompts_per_step, args.dual_clip, args.log_with
+    out = os.path.abspath(args.out) + os.sep
     held = os.path.exists(out + "args.json") and not args.resume and not args.overwrite
     inside = [n for n in (args.model, args.data) if n and os.path.abspath(n).startswith(out)]
-    highest = data.parse_budgets(args.budgets or "none")["high"] or 0
+    needs = ("peft", args.lora), ("bitsandbytes", args.optim == "adamw8bit"), (tracker, tracker != "none")
+    lacking = [name for name, asked in needs if asked and not importlib.util.find_spec(name)]
     for wrong, message in (
         (args.model and not args.data, "--data is missing: name the rows to train on (data.py makes them)"),
         (args.data and not args.model, "--model is missing: name the model to train"),
@@ -161,7 +158,6 @@ def check_args(args, out):
         (p % WORLD, f"--prompts-per-step ({p}) must be a multiple of the {WORLD} processes"),
         (args.minibatches > p, f"--minibatches ({args.minibatches}) exceeds --prompts-per-step ({p})"),
         (not 0 < args.vllm_memory < 1, f"--vllm-memory ({args.vllm_memory}) must lie between 0 and 1"),
-        (highest > cap, f"--budgets reaches {highest} tokens, above --max-tokens ({cap}): raise that"),
         (dual and (args.ratio == "cispo" or dual <= 1), f"--dual-clip ({dual}) must exceed 1; not for cispo"),
         (args.fsdp and WORLD == 1, "--fsdp needs several processes: torchrun --nproc_per_node N"),
         (args.fsdp and args.optim == "adamw8bit", "--fsdp cannot shard 8-bit states: use --optim adamw"),
@@ -170,22 +166,20 @@ def check_args(args, out):
         (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
         (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
+        (args.kl_coef and args.kl_estimator == "k1", "--kl-estimator k1 has no gradient: use k3 or k2"),
+        (lacking, f"a flag needs a package that is not installed: pip install {' '.join(lacking)}"),
     ):  # fmt: skip
         if wrong:
             raise BadInput(message)
     functions = REWARDS[args.reward], ADVANTAGES[args.advantage], methods.find(args.method)
     for name, function in zip(("reward_args", "advantage_args", "method_args"), functions, strict=True):
         setattr(args, name, methods.constants(name, function, getattr(args, name)))
+    return args
 
 
 def print0(*words, **options):
     if RANK == 0:
         print(*words, flush=True, **options)
-
-
-def gather(items):
-    """The items of all processes, in their order: afterwards every process holds the same list."""
-    return gather_object(items) if WORLD > 1 else items
 
 
 def add_up(counters):
@@ -237,13 +231,11 @@ class VLLM:
         common |= {"logprobs": 0, "flat_logprobs": True}  # plain lists, one number a token: the sampled one's
         params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        found = []
-        for answer in self.llm.generate(requests, params, use_tqdm=False):
-            found.append([])
+        found = [[] for _ in prompts]
+        for group, answer in zip(found, self.llm.generate(requests, params, use_tqdm=False), strict=True):
             for o in answer.outputs:
-                logps = np.array(o.logprobs.logprobs, np.float32)
-                r = {"ids": np.array(o.token_ids, np.int32), "logps": logps}
-                found[-1].append(r | {"truncated": int(o.finish_reason != "stop")})
+                r = {"ids": np.array(o.token_ids, np.int32), "truncated": int(o.finish_reason != "stop")}
+                group.append(r | {"logps": np.array(o.logprobs.logprobs, np.float32)})
         return found
 
     def sleep(self):
@@ -310,7 +302,7 @@ def roll_out(sampler, rows, requests, method, tokenizer, args, key):
     method.complete(groups, sampler, seed)
     counts = check(groups, rows, tokenizer, args)
     method.revise(groups, rows)
-    return gather(groups), add_up(gather([counts]))
+    return gather_object(groups), add_up(gather_object([counts]))
 
 
 def check(groups, rows, tokenizer, args):
@@ -388,6 +380,13 @@ def token_weights(lengths, reduction, cap):
     return np.full_like(lengths, 1 / (len(lengths) * cap))  # constant: Dr. GRPO, 2503.20783
 
 
+def sequence_ratio(logp, t, n):
+    """GSPO, 2507.18071: exp of the mean of logp - old_logp over a response, at each of its tokens [T]."""
+    tokens = logp.new_zeros(n).index_add(0, t["row"], t["mask"]).clamp(min=1)
+    mean = logp.new_zeros(n).index_add(0, t["row"], (logp - t["old_logp"]) * t["mask"]) / tokens
+    return mean.clamp(-20, 20).exp()[t["row"]]
+
+
 def policy_loss(logp, t, args):
     """The clipped objective of the tokens [T], and sums of its diagnostics over those that have a loss.
 
@@ -397,7 +396,7 @@ def policy_loss(logp, t, args):
     # Ratios beyond e^20 only come from a broken run; the clamp keeps them finite, so that it can be seen.
     ratio = (logp - old).clamp(-20, 20).exp()
     if args.ratio == "sequence" and t["sequence_ratio"] is not None:
-        # GSPO, 2507.18071: all tokens of a response share its ratio, and each brings its own gradient.
+        # All tokens of a response share its ratio, and each brings its own gradient.
         ratio = t["sequence_ratio"] * (logp - logp.detach()).exp()
     advantage, clipped = t["advantage"], ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     if args.ratio == "cispo":  # 2506.13585: the clipped ratio is a weight, without gradient
@@ -414,7 +413,7 @@ def policy_loss(logp, t, args):
     if t["ref_logp"] is not None:
         d = (logp - t["ref_logp"]).clamp(-20, 20)
         # k3 explodes where the reference is sure of another token: bounded, as in verl's low_var_kl.
-        kl = d.square() / 2 if args.kl_estimator == "k2" else (torch.expm1(-d) + d).clamp(-10, 10)
+        kl = {"k1": d, "k2": d.square() / 2, "k3": (torch.expm1(-d) + d).clamp(-10, 10)}[args.kl_estimator]
         loss, stats["kl"] = loss + args.kl_coef * kl, (kl * t["mask"]).sum()
     loss = (loss * t["weight"]).sum()
     return loss, stats | {"loss": loss}
@@ -481,10 +480,7 @@ def backward(model, micro, args):
     t, sums = to_tensors(micro), Counter(real=sum(map(size, micro)))
     hidden, weight, head = net.output_head(model, t, args)
     if args.ratio == "sequence" and t["old_logp"] is not None:  # of whole responses: the head runs once more
-        moved, of_rows = head.all_logps(t["target"]) - t["old_logp"], torch.zeros(len(micro), device=DEVICE)
-        tokens = of_rows.index_add(0, t["row"], t["mask"]).clamp(min=1)
-        mean = of_rows.index_add(0, t["row"], moved * t["mask"]) / tokens
-        t["sequence_ratio"] = mean.clamp(-20, 20).exp()[t["row"]]
+        t["sequence_ratio"] = sequence_ratio(head.all_logps(t["target"]), t, len(micro))
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
         of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
         logp, entropy = head.logps(part, of_part["target"])
@@ -527,7 +523,7 @@ def update(model, reference, optimizer, batch, method, args):
         norms.append((norm.full_tensor() if args.fsdp else norm).item())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    sums = add_up(gather([{k: float(v) for k, v in sums.items()}]))
+    sums = add_up(gather_object([{k: float(v) for k, v in sums.items()}]))
     per_token = [k for k in ("entropy", "clip_fraction", "logp_gap", "kl") if k in sums]
     means = {k: sums[k] / max(sums["tokens"], 1) for k in per_token}
     means |= {"loss": sums.get("loss", 0.0) / max(len(parts), 1), "grad_norm": float(np.mean(norms or [0.0]))}
@@ -581,7 +577,7 @@ def newest_checkpoint(args):
             state = torch.load(f"{folder}/trainer_state.pt", **safe)
             return state, net.load_model(args.model if args.lora else folder, args)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, BadInput) as error:
-            if "memory" in str(error):  # that is no damage
+            if "allocate" in str(error):  # out of memory is no damage
                 raise
             damaged = f"--resume: {folder} is damaged ({str(error).splitlines()[0][:120]})"
             print0(f"{damaged}: skipped")
@@ -599,15 +595,15 @@ def open_run(args, step):
     if os.path.exists(path):
         with open(path) as f:  # a crash may have torn the last line
             kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < step]
-    with open(path + ".tmp", "w") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
-    with open(f"{args.out}/args.json", "w") as f:
-        json.dump(vars(args) | {"resume": False, "overwrite": False}, f, indent=1)
+    flags = json.dumps(vars(args) | {"resume": False, "overwrite": False}, indent=1)
+    for name, text in {"metrics.jsonl": "".join(kept), "args.json": flags}.items():
+        with open(f"{args.out}/{name}.tmp", "w") as f:
+            f.write(text)
+        os.replace(f.name, f"{args.out}/{name}")  # killed in between, a run keeps the old one
     if args.log_with != "none":
         from integrations import trackers
 
-        return trackers.start(args)
+        return trackers.start(args, step)
 
 
 # -----------------------------------------------------------------------------
@@ -628,8 +624,6 @@ def main(argv=None):
     kind, tokenizer, rows = pick_sampler(args.sampler), data.load_tokenizer(args.model), load_rows(args)
     method = methods.make(args, tokenizer, REWARDS[args.reward], ADVANTAGES[args.advantage])
     drawn = sorted({row["budget"] for row in rows if row.get("budget")})
-    asked = drawn if len(drawn) < 6 else np.quantile(drawn, [0.125, 0.375, 0.625, 0.875]).astype(int).tolist()
-    asked = [int(b) for b in args.eval_budgets.split(",")] if args.eval_budgets else asked
     first = [method.row(row | {"position": i}, 0) for i, row in enumerate(rows)]
     longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
     if "budget" in REWARDS[args.reward].needs and not any(row.get("budget") for row in first):
@@ -638,17 +632,23 @@ def main(argv=None):
     if longest > context:
         raise BadInput(f"--max-tokens ({args.max_tokens}) and longest prompt: {longest}, the model takes "
                        f"{context}: lower it, or drop prompts (data.py --max-prompt-tokens)")  # fmt: skip
+    room = longest
+    if args.eval_every:
+        from evaluation.in_training import evaluate_now, plan_evaluation
+
+        asked = plan_evaluation(rows, tokenizer, context, args)
+        room = max(room, asked["room"])
 
     # ---- model, starting model, optimizer
     saved, model = newest_checkpoint(args)
     model, reference, optimizer = net.build(args, model, args.kl_coef or method.asks_starting_model, DEVICE)
-    step, position, method.state = saved.get("step", 0), saved.get("position", 0), saved.get("method", {})
+    step, position = saved.get("step", 0), saved.get("position", 0)
+    method.state |= saved.get("method", {})
     if saved:
         net.load_trained_state(model, optimizer, saved)
 
     # ---- the engine on the same GPU, with room for the longest prompt and response
     stops = data.stop_ids(model.generation_config, tokenizer)
-    room = min(context, longest + 2 * max(asked, default=0))
     if kind == "vllm":
         n = args.prompts_per_step * args.group_size // WORLD
         memory = args.vllm_memory, n, args.vllm_sleep
@@ -676,14 +676,12 @@ def main(argv=None):
 
     # ---- --out is touched last, when nothing can be wrong any more
     tracker, signals = open_run(args, step) if RANK == 0 else None, []
-    for number in (signal.SIGTERM, signal.SIGINT):  # looked at after each step; a second one ends it at once
-        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
+    for number in (signal.SIGTERM, signal.SIGINT):  # looked at after each step; launchers may send it twice
+        signal.signal(number, lambda n, _: (signals.append(n), signals[2:] and sys.exit(1)))
     print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, "
            f"sampler {kind}: {args.reward}, {args.advantage}, {args.method}")  # fmt: skip
-    if args.eval_every:
-        from evaluation.in_training import evaluate_now
-
-        evaluate_now(sampler, rows, asked, args, state, "eval-0") if step == 0 else None
+    if args.eval_every and step == 0:
+        evaluate_now(sampler, asked, args, state, "eval-0")
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
     while step < args.steps:
         # ---- sample a group of responses to each prompt, check the answers
@@ -729,19 +727,19 @@ def main(argv=None):
         m |= {"seconds_sample": t1 - t0, "seconds_train": t2 - t1, "seconds_sync": t3 - t2}
         log(m | counts | method.metrics(groups, rollouts, reward), args, bar, tracker)
         step += 1
-        stop = any(gather([bool(signals)]))  # all processes stop, or none
+        stop = any(gather_object([bool(signals)]))  # all processes stop, or none
         if step == args.steps or stop or (args.save_every and step % args.save_every == 0):
             trainer = {"step": step, "position": position, "method": method.state}
             save_checkpoint(args.out, step, model, tokenizer, optimizer, trainer, args)
         if stop:
             break
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            evaluate_now(sampler, rows, asked, args, state, f"eval-{step}")
+            evaluate_now(sampler, asked, args, state, f"eval-{step}")
     bar.close()
     if step < args.steps:
         print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")
     elif args.eval_every:
-        evaluate_now(sampler, rows, asked, args, state, "eval")
+        evaluate_now(sampler, asked, args, state, "eval")
     if WORLD > 1 and dist.is_initialized() and kind == "hf":  # vLLM takes its groups down itself
         dist.destroy_process_group()
 

@@ -3,30 +3,42 @@
 import json
 import os
 
+import numpy as np
+
 from data import BadInput, budget_prompt
-from evaluate import evaluate, load_data
+from evaluate import budget_list, evaluate, load_data, plan
 
 ASKED = ("problem", "budget", "mode", "kind")
 
 
-def evaluate_now(sampler, rows: list[dict], budgets: list[int], args, state, name: str) -> None:
-    """Asks for `budgets` on --eval-data; samples, results and report go to OUT/name. All processes together.
+def plan_evaluation(rows: list[dict], tokenizer, context: int, args) -> dict:
+    """What evaluate_now asks: {"problems", "budgets", "mode", "max_tokens"}, and the "room" it needs.
 
-    Rows that ask for their budgets in another sentence than --wording would make it measure something else.
+    All that can be wrong is found here, before a model is loaded. Rows that ask for their budgets in another
+    sentence than --wording would make the evaluation measure something else.
     """
     row = next((row for row in rows if row.get("budget")), None)
     if row and row["prompt"] != budget_prompt(*(row[key] for key in ASKED), args.wording):
         raise BadInput(f"--wording {args.wording} is not how --data asks: {row['prompt'][-80:]!r}")
+    drawn = sorted({row["budget"] for row in rows if row.get("budget")})
+    asked = drawn if len(drawn) < 6 else np.quantile(drawn, [0.125, 0.375, 0.625, 0.875]).astype(int).tolist()
+    asked = budget_list(args.eval_budgets, "--eval-budgets") if args.eval_budgets else asked or [None]
+    problems, mode = load_data(args.eval_data, 200, 0), "max" if args.mode == "max" else "exact"
+    longest = max(len(q["ids"]) for q in plan(problems, asked, mode, args.wording, tokenizer, context))
     # One cap for all budgets, so that one which is not obeyed shows the length it gets and not the cap.
-    cap, mode = 2 * max(budgets, default=args.max_tokens // 2), "max" if args.mode == "max" else "exact"
-    # The trainer's engine has room for the longest of these.
-    tokenizer, context = sampler.tokenizer, sampler.max_model_len
+    cap = min(2 * max((b for b in asked if b), default=args.max_tokens), context - longest)
+    found = {"problems": problems, "budgets": asked, "mode": mode, "trained_budgets": drawn}
+    return found | {"max_tokens": cap, "room": longest + cap}
+
+
+def evaluate_now(sampler, asked: dict, args, state, name: str) -> None:
+    """Asks what plan_evaluation made; samples, results and report go to OUT/name. Every process calls it."""
     told = print if state.is_main_process else lambda *words: None
     evaluate(
-        sampler, load_data(args.eval_data, 200, 0), budgets or [None], mode, 2, f"{args.out}/{name}",
-        wording=args.wording, temperature=args.temperature, top_p=1.0, max_tokens=cap, seed=args.seed,
-        model=args.model, log=told, require_think=args.require_think, think_end=args.think_end, state=state,
-        tokenizer=tokenizer, context=context,
+        sampler, n=2, out=f"{args.out}/{name}", wording=args.wording, temperature=args.temperature, top_p=1.0,
+        seed=args.seed, model=args.model, log=told, require_think=args.require_think,
+        think_end=args.think_end, state=state, tokenizer=sampler.tokenizer,
+        context=sampler.max_model_len, **{k: v for k, v in asked.items() if k != "room"},
     )  # fmt: skip
     if name == "eval" and state.is_main_process:
         told(before_and_after(args.out))

@@ -1,22 +1,17 @@
 """--log-with wandb|tensorboard|trackio: every step's numbers to a tracker, by accelerate's wrappers."""
 
 import atexit
-import importlib.util
 import os
 from collections.abc import Callable
 
-from data import BadInput
 
-
-def start(args) -> Callable[[dict], None]:
-    """A function that sends the metrics of a step; the tracker is closed at the end of the process."""
+def start(args, step: int = 0) -> Callable[[dict], None]:
+    """A function that sends the metrics of a step, from `step` on; closed at the end of the process."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    if not importlib.util.find_spec(args.log_with):
-        raise BadInput(f"--log-with {args.log_with} is not installed: pip install {args.log_with}")
     name, options = os.path.basename(os.path.abspath(args.out)), {}
     if args.log_with == "tensorboard":
-        options = {"logging_dir": args.out}
+        options = {"logging_dir": args.out, "purge_step": step + 1}  # what was sent of these steps is dropped
     elif args.log_with == "wandb":  # a resumed run goes on in the same one
         options = {"name": name, "id": f"{name}-{args.seed}", "resume": "allow", "dir": args.out}
     project = "tensorboard" if args.log_with == "tensorboard" else os.environ.get("WANDB_PROJECT", "nanoL1")

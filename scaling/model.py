@@ -172,10 +172,8 @@ ADAPTER = "default"
 
 def add_lora(model, rank: int, seed: int) -> None:
     """Freezes the model; adapters of `rank` beside all its linear layers learn (2106.09685), scaled by 2."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise BadInput(f"--lora {rank} needs the package peft: pip install peft") from None
+    from peft import LoraConfig, inject_adapter_in_model
+
     model.requires_grad_(False)
     torch.manual_seed(seed)  # the same adapters on every process
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
