@@ -3,8 +3,8 @@
     python -m studies.ideas NAME train_grpo FLAGS...     training with that idea put in
     python -m studies.ideas NAME evaluate FLAGS...
 
-Also an example of a fork that leaves the other files alone: a sentence in the place of data.budget_prompt, two
-rewards, a method, a sampler. Budgets up to 48 tokens are the trained ones; up to 96 is what is hoped for.
+Also an example of a fork that leaves the other files alone: a sentence in the place of data.budget_prompt,
+two rewards, a method, a sampler. Budgets up to 48 tokens are the trained ones; up to 96 is what is hoped for.
 
     relative       the budget is asked for in percent of 48 tokens: 72 are "Think for 150 maximum tokens."
     tally          the budget is asked for by marks, one for 4 tokens
@@ -94,8 +94,8 @@ class Unfinished(methods.Method):
 class Reminded(hf_sampler.HFSampler):
     """Writes the tokens that are left behind every `every` tokens of the thinking.
 
-    A reminder counts in the length and in what is left, and no loss falls on it. Neither the reminders nor the
-    prompt name more than `most` tokens.
+    A reminder counts in the length and in what is left, and no loss falls on it. Neither the reminders nor
+    the prompt name more than `most` tokens.
     """
 
     every, most = 8, None
@@ -115,10 +115,8 @@ class Reminded(hf_sampler.HFSampler):
                     r["truncated"] = more["truncated"]
                 elif end not in r["ids"]:
                     self.remind(r)
-        types = {"ids": np.int32, "logps": np.float32, "mask": np.float32}
-        done = [
-            {k: np.array(r[k], t) for k, t in types.items()} | {"truncated": r["truncated"]} for r in rows
-        ]
+        types = {"ids": np.int32, "logps": np.float32, "mask": np.float32, "truncated": int}
+        done = [{k: np.array(r[k], dtype)[()] for k, dtype in types.items()} for r in rows]
         return [done[i : i + n] for i in range(0, len(done), n)]
 
     def begin(self, prompt: list[int], cap: int) -> dict:

@@ -193,12 +193,11 @@ def decode(seed: int, log) -> dict:
     """The base model under s1's budget forcing and under truncation: {method: {data set: cells}}."""
     out = os.path.join(OUT, f"decoding-{seed}", "sweep")
     asked = ",".join(map(str, RUNS["decoding"]["asked"]))
-    words = (
-        f"-m evaluation.baselines sweep --data toy --budgets {asked} --methods s1,truncate {SAMPLED}".split()
-    )
+    words = f"-m evaluation.baselines sweep --data toy --budgets {asked} --methods s1,truncate".split()
     if not os.path.exists(os.path.join(out, "truncate", "results.json")):
         shutil.rmtree(out, ignore_errors=True)
-        command(log, *words, "--seed", str(seed), "--model", prepare(seed)["model"], "--out", out)
+        words += [*SAMPLED.split(), "--seed", str(seed), "--model", prepare(seed)["model"], "--out", out]
+        command(log, *words)
     return {method: cells(os.path.join(out, method), False) for method in ("s1", "truncate")}
 
 

@@ -156,35 +156,19 @@ def by_budget(names: list[str], form: Callable = error, budgets=None, **options)
 
 def blog_table() -> str:
     """The blog's four settings: control inside and outside the trained range, on both tasks."""
-    head = [
-        "setting",
-        "trained on",
-        "error inside",
-        "the same, unseen task",
-        "error at 1.5 times the largest",
-    ]
+    head = "setting|trained on|error inside|the same, unseen task|error at 1.5 times the largest".split("|")
     rows = []
     for name, label in BLOG.items():
         mode = RUNS[name].get("modes", ["exact"])[0]
         low, high = RUNS[name]["trained"]
-        beyond = 3 * high // 2
-        rows.append(
-            [label, f"{low} to {high}", error(name, mode=mode), error(name, data="toy_ood", mode=mode)]
-        )
-        rows[-1].append(error(name, beyond, mode=mode))
+        rows.append([label, f"{low} to {high}", error(name, mode=mode)])
+        rows[-1] += [error(name, data="toy_ood", mode=mode), error(name, 3 * high // 2, mode=mode)]
     return table(head, rows)
 
 
 def core_table() -> str:
     """The two rewards, summed and decoupled: error, correlation, onset, accuracy."""
-    head = [
-        "reward, advantage",
-        "length error",
-        "correlation",
-        "onset (step)",
-        "accuracy",
-        "unseen task: error",
-    ]
+    head = "reward, advantage|length error|correlation|onset (step)|accuracy|unseen task: error".split("|")
     rows = [
         [LABELS[n], error(n), field(n, "correlation_exact", lambda v: f"{v:.3f}"), onset(n), accuracy(n),
          error(n, data="toy_ood")]
@@ -217,11 +201,7 @@ METHODS = [  # label, experiment, mode or method
     ("L1-Max, asked as maximum", "l1_max", "max"),
     ("L1-Max, asked exactly", "l1_max", "exact"),
 ]
-ALPHAS = {
-    0.0005: "alpha_0.0005",
-    0.02: "lcpo_sum",
-    0.1: "alpha_0.1",
-}
+ALPHAS = {0.0005: "alpha_0.0005", 0.02: "lcpo_sum", 0.1: "alpha_0.1"}
 
 
 def alpha_table() -> str:
@@ -278,19 +258,7 @@ def save(fig, name: str) -> None:
     plt.close(fig)
 
 
-COLORS = [
-    "#1f3f5f",
-    "#b5541c",
-    "#4f8a5b",
-    "#7a5195",
-    "#c9a227",
-    "#5f9ea0",
-    "0.35",
-    "#d45087",
-    "#8c6d4a",
-    "#2e8b57",
-    "#b03060",
-]
+COLORS = "#1f3f5f #b5541c #4f8a5b #7a5195 #c9a227 #5f9ea0 0.35 #d45087 #8c6d4a #2e8b57 #b03060".split()
 MARKS = "osD^vPX*hd8"
 
 
@@ -335,20 +303,17 @@ def draw_blog() -> None:
 
     fig, axes = canvas(2, 2, (7, 5))
     for ax, (name, label) in zip(axes.flat, BLOG.items(), strict=True):
-        ax.set_title(
-            f"{label}: {RUNS[name]['flags'].split('--budgets ')[1].split()[0]}", loc="left", fontsize=11
-        )
+        spec = RUNS[name]["flags"].split("--budgets ")[1].split()[0]
+        ax.set_title(f"{label}: {spec}", loc="left", fontsize=11)
         cells = part(seeds(name)[0], "toy", None) if seeds(name) else {}
         if not cells:
             ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
             continue
         drawn = {int(b): np.repeat([int(n) for n in c["lengths"]], list(c["lengths"].values()))
                  for b, c in cells.items()}  # fmt: skip
-        spec = RUNS[name]["flags"].split("--budgets ")[1].split()[0]
         low, high = RUNS[name]["trained"]
-        known = (
-            [int(b) for b in spec[7:].split(",")] if spec.startswith("bucket") else [*range(low, high + 1)]
-        )
+        buckets = spec.startswith("bucket:")
+        known = [int(b) for b in spec[7:].split(",")] if buckets else [*range(low, high + 1)]
         plots.draw_violins(ax, {}, drawn, known)
     save(fig, "blog")
 
@@ -482,9 +447,7 @@ def main() -> None:
     with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]
-    print(
-        f"{len(RECORDS)} runs are in {os.path.join(study.DOCS, 'study.md')}; not run: {' '.join(todo) or 'none'}"
-    )
+    print(f"{len(RECORDS)} runs are in {study.DOCS}/study.md; not run: {' '.join(todo) or 'none'}")
 
 
 if __name__ == "__main__":
