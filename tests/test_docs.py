@@ -89,6 +89,12 @@ def test_pages_are_current(page):
     assert links.current(page) == PAGES[page], "run python docs/link_lines.py"
 
 
+def test_every_reward_advantage_and_method_has_a_line():
+    page = PAGES["docs/methods.md"]
+    names = [f.__name__ for f in (*rewards.REWARDS.values(), *rewards.ADVANTAGES.values())]
+    assert not [name for name in [*names, *methods.names()] if f"| [`{name}`](" not in page]
+
+
 def test_a_link_names_its_line(tmp_path, monkeypatch):
     monkeypatch.setattr(links, "ROOT", str(tmp_path))
     lines = [

@@ -306,39 +306,6 @@ bar.refresh()
 SCRIPTS = ["train_grpo.py", "evaluate.py", "data.py", "baselines.py", "card.py"]
 
 
-def code_lines() -> dict[str, int]:
-    """{"file.function": lines of code} of bodies, without comments, docstrings and blank lines."""
-    counts = {}
-    for path in sorted(Path(ROOT).glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                first, skip = node.body[0], set()
-                if ast.get_docstring(node) is not None:
-                    skip = set(range(first.lineno, first.end_lineno + 1))
-                at = [i for i in range(first.lineno, node.end_lineno + 1) if i not in skip]
-                code = [i for i in at if lines[i - 1].strip() and not lines[i - 1].strip().startswith("#")]
-                counts[f"{path.stem}.{node.name}"] = len(code)
-    return counts
-
-
-def test_counts_of_what_is_written_by_hand():
-    counts, rows = code_lines(), 0
-    with open(os.path.join(ROOT, "docs", "dependencies.md"), encoding="utf-8") as f:
-        for line in f:
-            names, told = re.findall(r"`(\w+\.\w+)`", line), re.search(r"\| (\d+) \|", line)
-            if line.startswith("| ") and told:
-                scripts = {name.removesuffix(".py") for name in os.listdir(ROOT) if name.endswith(".py")}
-                names = [
-                    n for n in names if n.split(".")[0] in scripts and not n.endswith((".py", ".ADVANTAGES"))
-                ]
-                counted = sum(counts[name] for name in names)  # a KeyError names a function that is gone
-                assert abs(counted - int(told[1])) <= max(2, 0.2 * counted), (names, counted)
-                rows += 1
-    assert rows > 20
-
-
 def test_every_piece_of_test_data_is_in_the_notice():
     with open(os.path.join(ROOT, "NOTICE"), encoding="utf-8") as f:
         notice = f.read()

@@ -26,11 +26,9 @@ def load(*path):
     return module
 
 
-zoo, links = load("studies", "zoo.py"), load("docs", "link_methods.py")
+zoo = load("studies", "zoo.py")
 RUNS = zoo.runs()
 RECIPES = [name for name in RUNS if name not in zoo.EXTRA]
-with open(os.path.join(ROOT, "docs", "methods.md"), encoding="utf-8") as f:
-    METHODS = f.read()
 
 # What a method adds to metrics.jsonl: the proof that more of it runs than its reward.
 MEMORY, GROUPS = ["history_known", "history_length"], ["kept_groups", "sampled_groups", "sampled_accuracy"]
@@ -84,21 +82,6 @@ def test_every_reward_and_advantage_has_a_run():
     assert any(a.dot for a in parsed)
     assert {a.advantage for a in parsed} == set(rewards.ADVANTAGES)
     assert {a.ratio for a in parsed} == {"token", "sequence", "cispo"}
-
-
-def test_table_of_methods_is_complete_and_its_links_are_right():
-    assert links.linked(METHODS) == METHODS, "run python docs/link_methods.py"
-    named = {(file, function) for function, file, _ in links.LINK.findall(METHODS)}
-    functions = [*rewards.REWARDS.values(), *rewards.ADVANTAGES.values()]
-    missing = {f.__name__ for f in functions} - {function for file, function in named if file == "rewards.py"}
-    assert not missing
-    source = open(os.path.join(ROOT, "rewards.py"), encoding="utf-8").read().splitlines()
-    for function, file, line in links.LINK.findall(METHODS):
-        if file == "rewards.py":
-            assert source[int(line) - 1].startswith(f"def {function}(")
-    for path in re.findall(r"\]\(\.\./(recipes/\w+\.args)\)", METHODS):
-        assert os.path.exists(os.path.join(ROOT, path)), path
-    assert {f"recipes/{name}.args" in METHODS for name in RECIPES} == {True}
 
 
 # Steps ------------------------------------------------------------------------------------------------------
