@@ -1,4 +1,4 @@
-"""The studies: pages that say what their figures say, ideas that do what they claim, runs that run and go on."""
+"""The studies: pages say what their figures say, ideas do what they claim, runs run and go on."""
 
 import json
 import os
