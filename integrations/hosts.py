@@ -3,7 +3,7 @@
 Copy this file with data.py, rewards.py and verifier.py, used as they are. Rewards are those of REWARDS,
 lengths are counted from token ids with their end token, and a response without an end token is truncated and
 wrong, all as in the training loop here. Fields that a reward needs beyond row and text (history, ref_length,
-...) are not there: it says which one it misses. The README has the lines to copy ("Use it from").
+...) are not there: it says which one it misses. docs/hosts.md has the lines to copy.
 """
 
 import json

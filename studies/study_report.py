@@ -435,40 +435,8 @@ def page() -> str:
         return render(f.read())
 
 
-MARKS_README = "<!-- the study -->\n", "\n<!-- the study: end -->"
-
-
-def readme_block() -> str:
-    """The README's table of answers, between its two comments."""
-    unasked = show(figures("base", "accuracy", "none"), percent)
-    forced, cut = (accuracy("decoding", mode=mode) for mode in ("s1", "truncate"))
-    rows = {
-        "Any length of the range?": f"before RL: error {error('base')}; L1-Exact: "
-        f"{error('lcpo_sum')}; with its terms normalised one by one (GDPO): {error('lcpo_gdpo')}",
-        "What do answers lose?": f"on the trained task nothing: {accuracy('lcpo_sum')} right; the base "
-        f"model, asked for no length, {unasked}",
-        "Without training?": f"s1's budget forcing {forced} right, hard truncation {cut}",
-        "A task RL never saw?": f"error {error('lcpo_sum', data='toy_ood')}; GDPO "
-        f"{error('lcpo_gdpo', data='toy_ood')}",
-        "Supervised instead?": "on its own answers, each behind a prompt that asks for its length: "
-        f"error {error('supervised')}; by special length tokens {error('ruler')} (one seed)",
-        "Beyond the range?": f"no: asked for 96 it writes {length('peaked_gdpo', 96)}. "
-        f"Tally marks instead of digits: {length('tally', 96)}, but few right answers",
-    }
-    block = table(["question", "answer in the toy world"], list(rows.items()))
-    return MARKS_README[0] + block + MARKS_README[1]
-
-
-def write_readme(path: str) -> None:
-    """Put the block into the README."""
-    with open(path, encoding="utf-8") as f:
-        before, rest = f.read().split(MARKS_README[0])
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(before + readme_block() + rest.split(MARKS_README[1])[1])
-
-
 def main() -> None:
-    """Pictures and page of what study.json holds; the README's block where it is the committed study."""
+    """Pictures and page of what study.json holds."""
     load()
     if not RECORDS:
         sys.exit(f"study_report.py: error: {study.DOCS} holds no study.json: bash studies/study.sh makes it")
@@ -478,8 +446,6 @@ def main() -> None:
     draw_lengths(IDEAS, "beyond")
     with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
-    if os.path.realpath(study.DOCS) == os.path.join(os.path.realpath(ROOT), "docs"):
-        write_readme(os.path.join(ROOT, "README.md"))
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]
     print(f"{len(RECORDS)} runs are in {study.DOCS}/study.md; not run: {' '.join(todo) or 'none'}")
 

@@ -1,4 +1,6 @@
+import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # Metrics that differ between two runs of the same thing.
-TIMES = ("seconds", "tokens_per", "peak", "overhead", "train_")
+TIMES = ("seconds",)
+
+# A run of seconds: a small model that was taught the toy's task, and twelve of its problems.
+FREEZE = os.path.join(ROOT, "tests", "data", "freeze")
+TOY = f"""--model {FREEZE}/model --data {FREEZE}/rows.jsonl --sampler hf --budgets bucket:16,32 --wording tulu
+    --require-think --reward peaked_exact --advantage gdpo --max-tokens 48 --prompts-per-step 4 --group-size 4
+    --micro-tokens 2048 --lr 1e-3""".split()
+
+
+def lines(out) -> list[dict]:
+    """The steps of metrics.jsonl."""
+    with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def timeless(out) -> list[dict]:
+    """The same without what differs between two runs of the same thing."""
+    return [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in lines(out)]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """The trainer's stay until its process ends; pytest goes on after it."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,7 @@
-import argparse
+"""The loop of train_grpo.py: what is trained, what is sampled, real runs from rows to the last table."""
+
 import copy
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,402 +11,287 @@ import time
 
 import numpy as np
 import pytest
-import rollouts
-import sampler as samplers
 import torch
-import update as updates
-import weights
-from conftest import ROOT, TIMES
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import FREEZE, ROOT, TOY, lines, timeless
 
 import data
+import methods
 import train_grpo
-from data import load_tokenizer
-from scaling import plan
-from toy import task as toy
+from rewards import ADVANTAGES, REWARDS
+from scaling import model as net
+from toy import prepare, task
+from toy.hf_sampler import HFSampler
 
 DATA = os.path.join(ROOT, "tests", "data")
-SMALL = (
-    "--budgets bucket:8,16 --max-tokens 24 --prompts-per-step 4 --group-size 4 --lr 1e-3 --sampler hf".split()
-)
+MATH = os.path.join(DATA, "math_train_small.jsonl.gz")
+MODEL = os.path.join(FREEZE, "model")
+SMALL = ["--budgets", "bucket:8,16", "--max-tokens", "24", "--prompts-per-step", "4", "--group-size", "4"]
+SMALL += ["--lr", "1e-3", "--sampler", "hf"]
 
 
 def arguments(*words):
-    return train_grpo.build_parser().parse_args(list(words))
+    args = train_grpo.build_parser().parse_args(["--dtype", "float32", *words])
+    args.reward_args = args.advantage_args = args.method_args = {}
+    return args
 
 
-def random_batch(n=7, seed=0, vocab=600):
+def load(path=MODEL, **options):
+    return net.load_model(path, arguments(), **options)
+
+
+def random_batch(n=7, seed=0, vocab=66, longest=30):
     rng = np.random.default_rng(seed)
     batch = []
     for _ in range(n):
-        ids = rng.integers(5, vocab, rng.integers(1, 30)).tolist()
+        ids = rng.integers(5, vocab, rng.integers(1, longest)).astype(np.int32)
         prompt = rng.integers(5, vocab, rng.integers(3, 12)).tolist()
-        response = {"prompt_ids": prompt, "ids": ids, "logps": [-6.0] * len(ids)}
-        batch.append(response | {"advantage": float(rng.normal()), "weight": 0.1})
+        logps = np.full(len(ids), -4, np.float32)
+        batch.append({"prompt_ids": prompt, "ids": ids, "logps": logps, "advantage": float(rng.normal())})
     return batch
 
 
-def weights_after_update(model, batch, args, **options):
-    """Weights after plain gradient descent with step 1: their change IS the gradient."""
-    model = copy.deepcopy(model)
+def gradient(batch, *flags, start=None, reference=None):
+    """(the change of all weights by a step of plain gradient descent, what update() tells)"""
+    model, args = copy.deepcopy(start) if start else load(), arguments(*flags)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stats = updates.update(model, None, optimizer, copy.deepcopy(batch), args, **options)
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), stats
+    method = methods.Method(args, None)
+    stats = train_grpo.update(model, reference, optimizer, copy.deepcopy(batch), method, args)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before, stats
 
 
 # What is trained --------------------------------------------------------------------------------------------
 
 
-def test_end_token_is_trained_when_pad_is_eos(tiny_pad_is_eos):
-    tokenizer, model = load_tokenizer(tiny_pad_is_eos), samplers.load_model(tiny_pad_is_eos)
+def test_the_end_token_is_trained_when_it_is_also_the_padding(tiny_pad_is_eos):
+    """A batch in which nothing but one end token has an advantage, beside a longer, padded-to response."""
+    tokenizer = data.load_tokenizer(tiny_pad_is_eos)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    short = {"prompt_ids": [5, 6], "ids": [7, tokenizer.eos_token_id], "logps": [0.0, 0.0]}
-    long = {"prompt_ids": [5, 6, 7], "ids": [8] * 9, "logps": [0.0] * 9}
-    batch = [r | {"advantage": 1.0, "weight": 1.0} for r in (short, long)]
-    t = updates.to_tensors(batch, "cpu")
-    assert t["target"].tolist() == [7, tokenizer.eos_token_id] + [8] * 9
-    # and its log-prob is pushed up: its row of the head has a gradient
-    logp, _ = updates.model_logps(model, t, arguments())
-    logp[1].backward()
-    assert model.get_output_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+    end = tokenizer.eos_token_id
+    short = {"ids": np.array([7, end], np.int32), "advantage": np.array([0, 1], np.float32)}
+    long = {"ids": np.full(9, 8, np.int32), "advantage": 0.0}
+    batch = [r | {"prompt_ids": [5, 6], "logps": np.zeros(len(r["ids"]), np.float32)} for r in (short, long)]
+    model = load(tiny_pad_is_eos)
+    before = model.get_output_embeddings().weight.detach().clone()
+    args = arguments("--tis-cap", "0")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stats = train_grpo.update(model, None, optimizer, batch, methods.Method(args, None), args)
+    moved = (model.get_output_embeddings().weight - before).norm(dim=1)
+    assert stats["grad_norm"] > 0 and moved[end] == moved.max() > 0
 
 
-def test_logps_equal_a_plain_forward_pass_and_change_no_input(tiny):
-    model, batch = samplers.load_model(tiny), random_batch()
-    t = updates.to_tensors(batch, "cpu")
-    before = {k: v.clone() for k, v in t.items()}
-    for temperature in ("1.0", "0.6"):
-        got, _ = updates.model_logps(model, t, arguments("--temperature", temperature))
-        want = []
-        for r in batch:  # one response at a time, nothing padded
-            logits = model(torch.tensor([r["prompt_ids"] + r["ids"]])).logits[0] / float(temperature)
-            logp = logits.log_softmax(-1)[len(r["prompt_ids"]) - 1 : -1]
-            want.append(logp.gather(-1, torch.tensor(r["ids"])[:, None])[:, 0])
-        torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(v, before[k]) for k, v in t.items())
+def test_a_mask_goes_by_place():
+    """Tokens that a method masks have no loss and no weight, whatever they are; the others keep theirs."""
+    batch = random_batch(3)
+    cut = copy.deepcopy(batch)
+    for r in cut:
+        keep = max(1, len(r["ids"]) // 2)
+        r |= {k: r[k][:keep] for k in ("ids", "logps")}
+    for r, c in zip(batch, cut, strict=True):
+        r["mask"] = (np.arange(len(r["ids"])) < len(c["ids"])).astype(np.float32)
+    (a, stats_a), (b, stats_b) = gradient(batch), gradient(cut)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for name in ("loss", "entropy", "logp_gap"):
+        assert stats_a[name] == pytest.approx(stats_b[name], rel=1e-5)
 
 
-def test_more_padding_changes_nothing(tiny):
-    model, t = samplers.load_model(tiny), updates.to_tensors(random_batch(), "cpu")
-    want, _ = updates.model_logps(model, t, arguments())
-    t["ids"] = torch.cat([t["ids"], torch.full((len(t["ids"]), 13), 3)], 1)
-    got, _ = updates.model_logps(model, t, arguments())
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+def test_an_advantage_of_one_number_is_one_for_every_token():
+    batch = random_batch()
+    spread = [r | {"advantage": np.full(len(r["ids"]), r["advantage"], np.float32)} for r in batch]
+    (a, _), (b, _) = gradient(batch), gradient(spread)
+    assert torch.equal(a, b) and a.abs().sum() > 0
+    for r in spread:
+        r["advantage"][::2] = 0
+    assert not torch.allclose(gradient(spread)[0], a)
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
-def test_update_does_not_depend_on_micro_batches(tiny, reduction):
-    model, batch = samplers.load_model(tiny), random_batch()
-    flags = ["--loss-reduction", reduction, "--grad-clip", "1e9"]
-    whole, stats = weights_after_update(model, batch, arguments("--micro-tokens", "100000", *flags))
+def test_weights_of_tokens_are_fixed_before_the_batch_is_split(reduction):
+    """Also per-token advantages and masks: micro-batches of any size give the same gradient."""
+    batch, rng = random_batch(9), np.random.default_rng(0)
+    for r in batch[::2]:
+        r["advantage"] = rng.normal(size=len(r["ids"])).astype(np.float32)
+        r["mask"] = (rng.random(len(r["ids"])) < 0.7).astype(np.float32)
+    flags = ["--loss-reduction", reduction, "--tis-cap", "0", "--micro-tokens"]
+    whole, stats = gradient(batch, *flags, "100000")
     for tokens in ("60", "1"):
-        split, split_stats = weights_after_update(model, batch, arguments("--micro-tokens", tokens, *flags))
-        torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
-        assert split_stats["loss"] == pytest.approx(stats["loss"], abs=1e-6)
-        assert split_stats["padding"] <= stats["padding"]
+        split, again = gradient(batch, *flags, tokens)
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
+        assert (
+            again["loss"] == pytest.approx(stats["loss"], abs=1e-6) and again["padding"] <= stats["padding"]
+        )
 
 
-def five_updates(path, flags, state) -> dict:
-    """{"losses" of five steps, "weights" after them, "again": the weights of a resumed trainer}."""
-    args = arguments("--minibatches", "2", "--lr", "1e-3", "--micro-tokens", "64", *flags)
-    made = argparse.Namespace(path=path, folder=None, reference=None)
-    train_grpo.build_model(made, args, state)
-    losses, options = [], {"rank": state.process_index, "processes": state.num_processes}
-    for k in range(5):
-        # The last batch has fewer responses than there are processes: one of them has none of its own.
-        batch = random_batch(1 if k == 4 else 7, seed=k)
-        stats = updates.update(made.model, None, made.optimizer, batch, args, **options)
-        losses.append(stats["loss"])
-    trained = weights.trained_state(made.model, made.optimizer)
-    again = argparse.Namespace(path=path, folder=None, reference=None)
-    train_grpo.build_model(again, args, state)
-    weights.load_trained_state(again.model, again.optimizer, trained)
-    both = [dict(weights.whole_weights(m.model)) for m in (made, again)]
-    if not args.lora:
-        both[1] = None  # the weights lie beside the trainer's state
-    moments = [weights.trained_state(m.model, m.optimizer)["optimizer"]["state"] for m in (made, again)]
-    for i, entry in moments[0].items():
-        assert all(torch.equal(value, moments[1][i][key]) for key, value in entry.items())
-    return {"losses": losses, "weights": both[0], "again": both[1]}
-
-
-@pytest.mark.parametrize("flags", ["", "--fsdp", "--lora 4", "--fsdp --lora 4 --gradient-checkpointing"])
-def test_two_processes_learn_what_one_does(tiny, script, tmp_path, flags):
-    """Over five optimizer steps: losses to 1e-5, weights; plain, sharded (FSDP2) and with adapters."""
-    alone = argparse.Namespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    one = five_updates(tiny, flags.replace("--fsdp", "").split(), alone)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script(
-        *launch, os.path.join(ROOT, "tests", "two_processes.py"), tiny, tmp_path / "out.pt", *flags.split()
+def test_later_minibatches_compare_with_the_policy_that_sampled():
+    """Two minibatches are two updates; the second one's old log-probs are those of before the first."""
+    batch, args = (
+        random_batch(8),
+        arguments("--minibatches", "2", "--clip-low", "0.01", "--clip-high", "0.01"),
     )
-    two = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert two["processes"] == 2 and min(map(abs, one["losses"])) > 0
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-6)
-    plain = dict(samplers.load_model(tiny).named_parameters())
-    assert set(two["weights"]) == set(one["weights"]) == set(plain)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-4)
-        assert two["again"] is None or torch.equal(two["again"][name], two["weights"][name])
-    moved = {name for name, p in plain.items() if not torch.equal(p, one["weights"][name])}
-    assert moved == set(plain) or (moved and "lora" in flags and not any("embed" in name for name in moved))
+    once, stats = gradient(batch, "--minibatches", "2", "--clip-low", "0.01", "--clip-high", "0.01")
+    model, second = load(), copy.deepcopy(batch[4:])
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for r in second:
+        r |= {"mask": np.ones(len(r["ids"]), np.float32), "weight": 0.0}
+    train_grpo.add_logps(model, second, "old_logps", args)
+    args.minibatches = 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for part in (copy.deepcopy(batch[:4]), second):
+        last = train_grpo.update(model, None, optimizer, part, methods.Method(args, None), args)
+    torch.testing.assert_close(
+        torch.cat([p.detach().flatten() for p in model.parameters()]) - start, once, rtol=1e-5, atol=1e-7
+    )
+    assert last["clip_fraction"] > 0 and 0 < stats["clip_fraction"] < last["clip_fraction"]
 
 
-# The starting model -----------------------------------------------------------------------------------------
-
-
-def test_kl_is_that_to_the_starting_model(tiny):
+def test_kl_is_that_to_the_starting_model():
     """By hand from a plain forward pass of each model, over minibatches and micro-batches."""
-    reference, batch = samplers.load_model(tiny).eval(), random_batch()
-    model = copy.deepcopy(reference)
+    reference, batch = load(frozen=True), random_batch()
+    model = load()
+    torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn_like(p)
+            p += 0.01 * torch.randn_like(p)
     kl, tokens = 0.0, sum(len(r["ids"]) for r in batch)
     for r in batch:
-        ids, first = torch.tensor([r["prompt_ids"] + r["ids"]]), len(r["prompt_ids"]) - 1
+        ids, first = torch.tensor([[*r["prompt_ids"], *r["ids"]]]), len(r["prompt_ids"]) - 1
         with torch.no_grad():
             both = [m(ids).logits[0, first:-1].log_softmax(-1) for m in (model, reference)]
-        d = (both[0] - both[1]).gather(-1, torch.tensor(r["ids"])[:, None])
-        kl += (torch.expm1(-d) + d).sum().item()
-    args = arguments("--kl-coef", "0.5", "--micro-tokens", "60", "--minibatches", "2", "--lr", "1e-9")
-    stats = updates.update(model, reference, updates.make_optimizer(model, args), batch, args)
+        d = (both[0] - both[1]).gather(-1, torch.tensor(r["ids"]).long()[:, None])
+        kl += (torch.expm1(-d) + d).clamp(max=10).sum().item()  # a token's share is bounded
+    args = arguments("--kl-coef", "0.5", "--micro-tokens", "60", "--minibatches", "2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    stats = train_grpo.update(model, reference, optimizer, batch, methods.Method(args, None), args)
     assert stats["kl"] == pytest.approx(kl / tokens, rel=1e-4) and kl / tokens > 1e-3
-
-
-def test_the_starting_model_visits_the_device(tiny):
-    model = samplers.load_model(tiny).eval()
-    homes = {name: t.data_ptr() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    with pytest.raises(KeyError), weights.as_reference(model, "meta") as there:
-        assert {t.device.type for t in (*there.parameters(), *there.buffers())} == {"meta"}
-        assert tied and there.get_output_embeddings().weight is there.get_input_embeddings().weight
-        raise KeyError  # whatever happens there, it comes home, and nothing was copied back
-    assert homes == {n: t.data_ptr() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def test_adapters_left_out_are_the_starting_model(tiny):
-    """No second model beside adapters; with them on again training goes on where it was."""
-    plain, model, batch = samplers.load_model(tiny), samplers.load_model(tiny).train(), random_batch()
-    weights.add_lora(model, 4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
-    logps = {}
-    for name in ("adapted", "again"):
-        updates.add_logps(model, batch, arguments(), "cpu")
-        logps[name] = [r["old_logps"] for r in batch]
-        with weights.as_reference(model, "cpu") as starting:
-            assert not starting.training
-            updates.add_logps(starting, batch, arguments(), "cpu", "ref_logps")
-    updates.add_logps(plain, batch, arguments(), "cpu")
-    assert [r["ref_logps"] for r in batch] == [r["old_logps"] for r in batch] != logps["adapted"]
-    assert logps["adapted"] == logps["again"] and model.training
-    state = argparse.Namespace(device=torch.device("cpu"))
-    made = argparse.Namespace(path=tiny, folder=None, reference=None)
-    train_grpo.build_model(made, arguments("--lora", "4", "--kl-coef", "0.1"), state)
-    assert made.reference is made.model
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 5))
-def test_shares_and_micro_batches_lose_nothing(n, limit, processes):
-    batch = random_batch(n, seed=n)
-    shares = [updates.share_of(batch, rank, processes) for rank in range(processes)]
-    assert sorted(id(r) for share in shares for r in share) == sorted(map(id, batch))
-    parts = updates.micro_batches(batch, limit)
-    assert sorted(id(r) for part in parts for r in part) == sorted(map(id, batch))
-    for part in parts:
-        assert len(part) == 1 or len(part) * max(map(updates.total_length, part)) <= limit
-
-
-def test_training_speed_by_hand(tiny):
-    """2 layers of width 64, 2 heads, keys and values of 32, MLP of 128, 600 words; 2 + 3 tokens."""
-    model, r = samplers.load_model(tiny), {"prompt_ids": [5, 6], "ids": [7, 8, 9]}
-    head, attention = 64 * 600 * 3, 2 * 64 * 5**2
-    linear = 2 * 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + head
-
-    def flops(words="", reference=None):
-        found = updates.training_speed(model, reference, [r], arguments(*words.split()), 2.0)
-        return found["train_tflops"] * 2e12
-
-    assert flops() == pytest.approx(6 * (linear + attention))
-    assert flops(reference=model) == pytest.approx(8 * (linear + attention))
-    # Of two minibatches the second one's old log-probs are computed first: half of a forward pass.
-    assert flops("--minibatches 2") == pytest.approx(7 * (linear + attention))
-    assert flops("--lora 4") == pytest.approx(4 * linear + 6 * attention)
-    model.config.num_experts = 4
-    assert updates.training_speed(model, None, [r], arguments(), 2.0) == {}
 
 
 def test_learning_rate_by_hand():
     args = arguments("--lr", "1", "--warmup-steps", "2", "--steps", "6", "--lr-schedule", "linear")
-    assert [updates.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [train_grpo.learning_rate(t, args) for t in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     args = arguments("--lr", "1", "--steps", "4", "--lr-schedule", "cosine")
-    assert updates.learning_rate(2, args) == pytest.approx(0.5)
+    assert train_grpo.learning_rate(2, args) == pytest.approx(0.5)
 
 
-# Weights in bfloat16 ----------------------------------------------------------------------------------------
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), st.integers(0, 9))
-def test_rounding_at_random_hits_the_neighbours(value, seed):
-    x = torch.full((500,), value)
-    got = updates.round_at_random(x, torch.Generator().manual_seed(seed)).float()
-    step = torch.tensor(value).bfloat16().float().abs() * 2**-7 + 1e-38  # at least the space between two
-    assert ((got - x).abs() <= step).all() and len(got.unique()) <= 2
-    assert torch.equal(updates.round_at_random(got, torch.Generator().manual_seed(1)).float(), got)
-
-
-def test_rounding_at_random_is_right_in_the_mean():
-    """1 + k / 1024 lies k eighths of the way from 1 to its next bfloat16, 1 + 1 / 128; the sign is free."""
-    for k in range(9):
-        for sign in (1, -1):
-            x = torch.full((40_000,), sign * (1 + k / 1024))
-            up = updates.round_at_random(x, torch.Generator().manual_seed(k)).float().abs() > 1
-            assert up.float().mean().item() == pytest.approx(k / 8, abs=0.01)
-    infinite = torch.tensor([math.inf, -math.inf])
-    assert torch.equal(updates.round_at_random(infinite, torch.Generator()).float(), infinite)
-
-
-def small_steps(dtype, step, count=200, size=4000):
-    """Mean move of weights of 1 under AdamW with lr 1e-5 and a constant gradient: 1e-5 a step, relative."""
-    p = torch.nn.Parameter(torch.ones(size, dtype=dtype))
-    optimizer = torch.optim.AdamW([p], lr=1e-5, weight_decay=0.0, fused=True)
-    for _ in range(count):
-        p.grad = torch.full_like(p, 0.25)
-        step(optimizer)
-    assert p.dtype == dtype
-    return (1 - p.float()).mean().item(), optimizer.state[p]
-
-
-def test_bfloat16_weights_follow_the_float32_ones():
-    """200 updates of 1e-5 relative, each far below what bfloat16 can tell apart (4e-3)."""
-    exact, _ = small_steps(torch.float32, lambda optimizer: optimizer.step())
-    lost, _ = small_steps(torch.bfloat16, lambda optimizer: optimizer.step())
-    ours, state = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 3))
-    assert exact == pytest.approx(2e-3, rel=0.01) and lost == 0
-    assert ours == pytest.approx(exact, rel=0.1)  # a weight moves by 2^-8 with odds of 1/2: +- 3%
-    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32 and int(state["step"]) == 200
-    again, _ = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 3))
-    other, _ = small_steps(torch.bfloat16, lambda optimizer: updates.optimizer_step(optimizer, 4))
-    assert again == ours != other
-
-
-def test_bfloat16_learns_and_resumes_exactly(tiny, tmp_path):
-    """3 steps equal 2 and a resumed one, bit for bit; half the bytes; the memory check learns nothing."""
-    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
-    common += ["--dtype", "bfloat16", "--param-dtype", "bfloat16", "--save-every", "2", "--steps", "3"]
-    common += ["--minibatches", "2"]
-    assert train_grpo.main([*common, "--check-memory", "--out", str(tmp_path / "whole")]) == 0
-    assert train_grpo.main([*common, "--out", str(tmp_path / "cut")]) == 0
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
-    assert train_grpo.main(["--resume", "--out", str(tmp_path / "cut")]) == 0
-    assert [timeless(m) for m in lines(tmp_path / "whole")] == [timeless(m) for m in lines(tmp_path / "cut")]
-    end, again = (dict(samplers.load_model(str(tmp_path / name / "checkpoint-3"), dtype="bfloat16")
-                       .named_parameters()) for name in ("whole", "cut"))  # fmt: skip
-    start = dict(samplers.load_model(tiny, dtype="bfloat16").named_parameters())
-    assert all(torch.equal(p, again[name]) and not torch.equal(p, start[name]) for name, p in end.items())
-    sizes = [os.path.getsize(os.path.join(f, "model.safetensors"))
-             for f in (tiny, tmp_path / "whole" / "checkpoint-3")]  # fmt: skip
-    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
-
-
-def test_bytes_of_bfloat16_weights_and_adapters(tiny):
-    """2 a parameter and 2 of gradient, 8 of moments; beside adapters, which learn in float32, 2."""
-    state = argparse.Namespace(device=torch.device("cpu"))
-    flags = ["--dtype", "bfloat16", "--param-dtype", "bfloat16"]
-    found = {}
-    for name, more in {"full": [], "lora": ["--lora", "4"]}.items():
-        made = argparse.Namespace(path=tiny, folder=None, reference=None)
-        args = arguments(*flags, *more)
-        train_grpo.build_model(made, args, state)
-        batch = random_batch()
-        updates.backward(made.model, batch, args, "cpu", dict.fromkeys(updates.SUMMED, torch.zeros(())))
-        gradients = sum(p.grad.nbytes for p in made.model.parameters() if p.grad is not None)
-        updates.optimizer_step(made.optimizer, 0)
-        moments = [v for e in made.optimizer.state.values() for k, v in e.items() if k != "step"]
-        held = sum(p.nbytes for p in made.model.parameters()) + gradients + sum(v.nbytes for v in moments)
-        c = made.model.config.to_dict()
-        found[name] = held / plan.state_bytes(c, "adamw", lora=args.lora, param_dtype="bfloat16")
-    assert found == {"full": 1, "lora": 1}
-
-
-# Data and samples -------------------------------------------------------------------------------------------
+# Rows, responses, verdicts ----------------------------------------------------------------------------------
 
 
 def test_rows_cover_every_epoch_once():
     rows = [{"id": i} for i in range(10)]
-    args = arguments("--prompts-per-step", "4", "--seed", "3")
-    ids = [row["id"] for step in range(5) for row in rollouts.draw_rows(rows, args, 4 * step, 4, {})]
+    drawn = [row for step in range(5) for row in train_grpo.draw_rows(rows, 4 * step, 4, 3)]
+    ids = [row["id"] for row in drawn]
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10)) and ids[:10] != ids[10:]
+    assert [row["position"] for row in drawn] == list(range(20))
+    assert [row["id"] for row in train_grpo.draw_rows(rows, 0, 10, 4)] != ids[:10]
 
 
-def test_resampled_budgets_differ_between_epochs_only():
-    args = arguments("--data", "toy", "--budgets", "uniform:8:60", "--wording", "tulu", "--resample-budgets")
-    args.max_tokens = 64
-    rows = train_grpo.load_rows(args)[:8]
-    args.prompts_per_step = 8
-    draw = [
-        sorted((r["id"], r["budget"]) for r in rollouts.draw_rows(rows, args, 8 * step, 8, {}))
-        for step in (0, 1, 1)
-    ]
-    assert draw[0] != draw[1] == draw[2]
-    assert all(
-        f"Think for {r['budget']} tokens." in r["prompt"] for r in rollouts.draw_rows(rows, args, 8, 8, {})
-    )
+def test_a_response_that_was_cut_off_is_wrong():
+    """Also when the right answer stands in it; and one without the end of thinking, where that is asked."""
+    tokenizer = data.load_tokenizer(MODEL)
+    row = {"answer": "6", "kind": "math", "choices": None}
+    texts = ["6 +5 =1 </think> 6", "6 +5 =1 </think> 5", "6 =6 wait 6"]
+    answers = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    group = [{"ids": np.array([*ids, 1], np.int32), "truncated": 0} for ids in answers]
+    group += [{"ids": np.array(answers[0], np.int32), "truncated": 1}]
+    found = {}
+    for flags in ([], ["--require-think"]):
+        train_grpo.check([group], [row], tokenizer, arguments(*flags))
+        found[len(flags)] = [r["correct"] for r in group]
+    assert found == {0: [1, 0, 1, 0], 1: [1, 0, 0, 0]}
+    assert [r["length"] for r in group] == [len(r["ids"]) for r in group]  # the end token counts
+    assert [r["text"] for r in group] == [*texts, texts[0]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_hf_sampler(tiny, temperature):
-    sampler = samplers.load_sampler(tiny, "hf")
+def test_hf_sampler(temperature):
+    """The same seed gives the same responses; their log-probs are those of the loss; caps are kept."""
+    model, tokenizer = load(), data.load_tokenizer(MODEL)
+    sampler = HFSampler(model, tokenizer, [1], 64)
     prompts = [[5, 6, 7], [8, 9], [10] * 9]
     made = sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=1)
-    assert made == sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=1)
-    assert made != sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=2)
+    again, other = (sampler.generate(prompts, 3, [20, 4, 12], temperature, seed=s) for s in (1, 2))
+    flat = [[r["ids"].tolist() for group in run for r in group] for run in (made, again, other)]
+    assert flat[0] == flat[1] != flat[2] and [len(group) for group in made] == [3, 3, 3]
+    args = arguments("--temperature", str(temperature))
     for prompt, group, cap in zip(prompts, made, [20, 4, 12], strict=True):
-        assert len(group) == 3
         for r in group:
-            assert len(r["ids"]) == len(r["logps"]) <= cap
-            assert (r["ids"][-1] in sampler.stop_ids) == (r["finish_reason"] == "stop")
-            t = updates.to_tensors([r | {"prompt_ids": prompt, "advantage": 0.0, "weight": 0.0}], "cpu")
-            with torch.no_grad():
-                logp, _ = updates.model_logps(sampler.model, t, arguments("--temperature", str(temperature)))
-            torch.testing.assert_close(torch.tensor(r["logps"]), logp, rtol=1e-4, atol=1e-5)
+            assert len(r["ids"]) == len(r["logps"]) <= cap and (r["ids"][-1] == 1) != r["truncated"]
+            r |= {"prompt_ids": prompt, "advantage": 0.0, "weight": 0.0}
+            r["mask"] = np.ones(len(r["ids"]), np.float32)
+        train_grpo.add_logps(model, group, "again", args)
+        for r in group:
+            np.testing.assert_allclose(r["again"], r["logps"], atol=1e-4)
+
+
+def test_the_sampler_ignores_the_models_generation_settings(tmp_path):
+    """A repetition penalty would sample from another distribution than the one that is trained."""
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    changed = {"repetition_penalty": 5.0, "do_sample": True, "top_k": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    responses = []
+    for folder in (MODEL, str(tmp_path / "model")):
+        sampler = HFSampler(load(folder), data.load_tokenizer(folder), [1], 64)
+        responses.append(sampler.generate([[5, 6, 7]], 2, [40], 1.0, seed=3)[0])
+    for a, b in zip(*responses, strict=True):
+        assert a["ids"].tolist() == b["ids"].tolist()
 
 
 def test_toy_world():
-    assert toy.solve("add", [7, 3, 9]) == [7, 0, 9] and toy.solve("max", [7, 3, 9]) == [7, 7, 9]
+    assert task.solve("add", [7, 3, 9]) == [7, 0, 9] and task.solve("max", [7, 3, 9]) == [7, 7, 9]
     rng = np.random.default_rng(0)
-    assert toy.trace("add 7 3 9", 0, rng) == "7 +3 =0 +9 =9 </think> 9"
-    assert len(toy.trace("add 7 3 9", 20, rng).split()) >= 27
-    tokenizer = toy.make_tokenizer()
-    text = toy.trace("max 7 3 9", 40, rng)
-    assert tokenizer.decode(
-        tokenizer.encode(text)
-    ) == text and tokenizer.unk_token_id not in tokenizer.encode(text)
-    train, test = ({p["problem"] for p in toy.problems("toy", split, 500)} for split in ("train", "test"))
+    assert task.trace("add 7 3 9", 0, rng) == "7 +3 =0 +9 =9 </think> 9"
+    assert len(task.trace("add 7 3 9", 20, rng).split()) >= 27
+    tokenizer = task.make_tokenizer()
+    text = task.trace("max 7 3 9", 40, rng)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    train, test = ({p["problem"] for p in task.problems("toy", split, 500)} for split in ("train", "test"))
     assert not train & test
+
+
+def test_groups_that_teach_nothing_are_replaced(tmp_path):
+    """--dynamic-sampling: more is sampled than is kept, and in every group that is kept something differs."""
+    flags = [
+        *TOY,
+        "--dynamic-sampling",
+        "reward",
+        "--reward",
+        "gdpo_conditioned",
+        "--reward-args",
+        "limit=30",
+    ]
+    train_grpo.main([*flags, "--steps", "3", "--out", str(tmp_path / "run")])
+    steps = lines(tmp_path / "run")
+    assert max(m["sampled_groups"] for m in steps) > 4 and all(m["kept_groups"] <= 4 for m in steps)
+    assert all(m["zero_variance"] == 0 for m in steps if m["kept_groups"])
+    state = torch.load(tmp_path / "run" / "checkpoint-3" / "trainer_state.pt", weights_only=True)
+    assert state["position"] == sum(m["sampled_groups"] for m in steps)
+
+
+def test_rewards_see_budgets_and_missing_ones_are_nan():
+    args = arguments("--reward", "lcpo_exact", "--group-size", "2")
+    group = [{"correct": 1, "length": n, "truncated": 0, "text": "", "ids": []} for n in (8, 16)]
+    rows = [{"budget": 8, "mode": "exact"}, {"budget": None, "mode": None}]
+    method = methods.Method(args, None)
+    rollouts, total, parts, advantage = train_grpo.reward_and_advantage([group, group], rows, method, args, 0)
+    assert rollouts["budget"][0] == 8 and np.isnan(rollouts["budget"][1])
+    assert total.shape == advantage.shape == (2, 2) and all(part.shape == (2, 2) for part in parts.values())
+    np.testing.assert_allclose(total[0], REWARDS["lcpo_exact"](rollouts)[0])
+    np.testing.assert_allclose(advantage[0], ADVANTAGES["grpo"](total, rollouts)[0])
 
 
 # The real script --------------------------------------------------------------------------------------------
 
 
-def lines(out):
-    with open(os.path.join(out, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
+def same_weights(a, b):
+    with open(a / "model.safetensors", "rb") as one, open(b / "model.safetensors", "rb") as two:
+        return one.read() == two.read()
 
 
-def timeless(line):
-    return {k: v for k, v in line.items() if not k.startswith(TIMES)}
-
-
-def test_resume_after_kill_is_exact(tiny, script, tmp_path):
-    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
-    common += ["--save-every", "2", "--minibatches", "2", "--resample-budgets", "--steps", "4"]
-    script("train_grpo.py", *common, "--out", tmp_path / "whole")
+def test_resume_after_kill_is_exact(script, tmp_path):
+    """4 steps are 2, a kill -9 and 2 more: bit for bit, minibatches included."""
+    common = [*TOY, "--save-every", "2", "--minibatches", "2", "--steps", "4"]
+    train_grpo.main([*common, "--out", str(tmp_path / "whole")])
     killed = [sys.executable, "train_grpo.py", *common, "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
@@ -416,190 +301,166 @@ def test_resume_after_kill_is_exact(tiny, script, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not os.path.exists(tmp_path / "killed" / "checkpoint-4"), "killed too late to test anything"
-    script("train_grpo.py", "--resume", "--out", tmp_path / "killed", *common[:4])
+    script("train_grpo.py", "--resume", "--out", tmp_path / "killed")
     for step in (2, 4):
-        with open(tmp_path / "whole" / f"checkpoint-{step}" / "model.safetensors", "rb") as a:
-            with open(tmp_path / "killed" / f"checkpoint-{step}" / "model.safetensors", "rb") as b:
-                assert a.read() == b.read()
-    whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "killed")
-    assert [timeless(m) for m in whole] == [timeless(m) for m in resumed] and len(whole) == 4
-
-
-def test_two_processes_run_the_script(tiny, script, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
-    flags = [
-        "--model",
-        tiny,
-        "--data",
-        os.path.join(DATA, "math_train_small.jsonl.gz"),
-        *SMALL,
-        "--steps",
-        "2",
-    ]
-    flags += [
-        "--eval-data",
-        os.path.join(DATA, "math500_small.jsonl"),
-        "--eval-every",
-        "2",
-        "--eval-limit",
-        "5",
-    ]
-    done = script(*launch, "train_grpo.py", *flags, "--kl-coef", "0.01", "--out", tmp_path / "out")
-    assert "2 process(es)" in done.stdout and len(lines(tmp_path / "out")) == 2
+        assert same_weights(*(tmp_path / name / f"checkpoint-{step}" for name in ("whole", "killed")))
     assert (
-        lines(tmp_path / "out")[0]["kl"] == pytest.approx(0, abs=1e-6)
-        and lines(tmp_path / "out")[1]["kl"] > 0
+        timeless(tmp_path / "whole") == timeless(tmp_path / "killed") and len(lines(tmp_path / "whole")) == 4
     )
-    with open(tmp_path / "out" / "eval-2" / "results.json") as f:
-        results = json.load(f)
-    assert results["datasets"]["math500_small"]["budgets"]["8"]["n"] == 5
-    with open(tmp_path / "out" / "eval-2" / "samples.jsonl") as f:
-        assert len(list(f)) == 10
 
 
-def test_sharded_adapters_are_saved_whole_and_resumed(tiny, script, tmp_path):
-    """Two processes, --fsdp and --lora: 3 steps equal 2 and a resumed one; what is saved is a plain model."""
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
-    flags = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
-    flags += ["--fsdp", "--lora", "2", "--kl-coef", "0.01", "--save-every", "2", "--steps", "3"]
-    script(*launch, "train_grpo.py", *flags, "--out", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
-    script(*launch, "train_grpo.py", "--resume", "--out", tmp_path / "cut")
-    whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "cut")
-    assert [timeless(m) for m in whole] == [timeless(m) for m in resumed] and len(whole) == 3
-    assert whole[2]["kl"] > 0 and max(m["logp_gap_max"] for m in whole) < 1e-4
-    models = [samplers.load_model(str(tmp_path / name / "checkpoint-3")) for name in ("whole", "cut")]
-    start = samplers.load_model(tiny)
-    for name, p in start.named_parameters():
-        a, b = (dict(model.named_parameters())[name] for model in models)
-        assert torch.equal(a, b) and torch.equal(a, p) != name.endswith("proj.weight")
-    assert models[0].config.architectures == start.config.architectures
+def test_two_processes_train_and_evaluate(script, tmp_path):
+    """torchrun, a KL, an evaluation that both processes share."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = [*TOY, "--steps", "2", "--kl-coef", "0.01", "--eval-data", f"{FREEZE}/rows.jsonl"]
+    done = script(*launch, "train_grpo.py", *flags, "--eval-every", "2", "--out", tmp_path / "out")
+    assert "2 x cpu" in done.stdout and "error before -> after" in done.stdout
+    first, second = lines(tmp_path / "out")
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 0
+    for name in ("eval-0", "eval"):
+        with open(tmp_path / "out" / name / "results.json") as f:
+            assert json.load(f)["datasets"]["rows"]["budgets"]["16"]["n"] == 24
+        with open(tmp_path / "out" / name / "samples.jsonl") as f:
+            assert len(list(f)) == 48  # twelve problems, two budgets, two responses each
 
 
 def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(toy.WARMUP, "batches", 3)
-    monkeypatch.setattr(toy, "ASKED", [16, 64])
-    monkeypatch.setattr(toy, "TESTED", 5)
-    flags = ["--steps", "2", "--group-size", "4", "--budgets", "bucket:20,40"]
-    assert train_grpo.main([*flags, "--out", str(tmp_path / "toy")]) == 0
+    """`python train_grpo.py`, with a base model that was hardly taught and ten test problems."""
+    monkeypatch.setitem(prepare.WARMUP, "batches", 3)
+    monkeypatch.setattr(prepare, "TESTED", 5)
+    monkeypatch.setattr(prepare, "CACHE", str(tmp_path / "cache"))
+    flags = ["--steps", "2", "--group-size", "4", "--budgets", "bucket:20,40", "--eval-budgets", "20,40"]
+    train_grpo.main([*flags, "--prompts-per-step", "4", "--out", str(tmp_path / "toy")])
     out = capsys.readouterr().out
-    assert "step    2/2" in out and "answer" in out and "mean error" in out.splitlines()[-2]
-    assert (
-        os.path.getsize(out.splitlines()[-1].removeprefix("look at ")) > 5000
-    )  # it says where the pictures are
+    assert "step    2/2" in out and "gold" in out  # three responses of the first step are shown
+    assert all(f"{name}-test " in out for name in ("toy", "toy_ood")) and "error before -> after" in out
+    assert out.splitlines()[-1].endswith(str(tmp_path / "toy" / "eval"))
     with open(tmp_path / "toy" / "eval" / "results.json") as f:
         results = json.load(f)
-    assert set(results["datasets"]) == {"toy", "toy_ood"} and results["trained_budgets"] == [20, 40]
-    assert set(results["datasets"]["toy"]["budgets"]) == {"16", "20", "40", "64"}
+    assert set(results["datasets"]) == {"toy-test", "toy_ood-test"}
+    assert set(results["datasets"]["toy-test"]["budgets"]) == {"20", "40"}
+    assert results["trained_budgets"] == [20, 40]
     line = lines(tmp_path / "toy")[0]
-    assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr", "peak_gib"} <= set(
-        line
-    )
-    times = {k: v for k, v in line.items() if k.startswith("seconds_")}
-    assert set(times) == {f"seconds_{part}" for part in "sample verify train sync rest".split()}
-    useful = line["seconds_sample"] + line["seconds_train"]
-    assert line["overhead"] == pytest.approx(1 - useful / sum(times.values())) and 0 < line["overhead"] < 1
-    assert line["train_tflops"] > 0 and "train_mfu" not in line  # a CPU's peak is not known
+    assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr"} <= set(line)
     assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
+    assert {k for k in line if k.startswith("seconds_")} == {
+        f"seconds_{k}" for k in ("sample", "train", "sync")
+    }
 
 
-def test_evaluation_asks_as_the_rows_did(tiny, tmp_path):
-    """Rows made by data.py say how they ask; the flags of the trainer need not repeat it."""
+def test_evaluations_during_training(tmp_path, capsys):
+    """Before, in between and at the end; they ask as the rows did; a finished run evaluates its end again."""
+    held_out = f"{FREEZE}/rows.jsonl"
+    flags = [*TOY, "--steps", "3", "--mode", "max", "--reward", "lcpo_max", "--advantage", "grpo"]
+    flags += ["--eval-data", held_out, "--eval-every", "2", "--eval-budgets", "8,16"]
+    train_grpo.main([*flags, "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if "->" in line]
+    assert len(table) == 3 and table[1].split()[0] == "8" and table[2].split()[0] == "16"
+    assert {"eval-0", "eval-2", "eval"} <= set(os.listdir(tmp_path / "run"))
+    with open(tmp_path / "run" / "eval" / "samples.jsonl") as f:
+        prompts = {json.loads(line)["prompt"].splitlines()[-1] for line in f}
+    assert prompts == {"Think for up to 8 tokens.", "Think for up to 16 tokens."}
+    shutil.rmtree(tmp_path / "run" / "eval")
+    train_grpo.main(["--resume", "--out", str(tmp_path / "run")])  # killed in its last evaluation
+    assert os.path.exists(tmp_path / "run" / "eval" / "results.json") and len(lines(tmp_path / "run")) == 3
+
+
+def test_rows_that_say_how_they_ask(tmp_path):
+    """Rows of data.py hold their sentence; an evaluation in another one is refused, before --out is made."""
     rows = str(tmp_path / "rows.jsonl")
-    small = os.path.join(DATA, "math_train_small.jsonl.gz")
-    assert (
-        data.main([small, "--budgets", "bucket:4,8", "--mode", "max", "--wording", "tulu", "--out", rows])
-        == 0
-    )
-    flags = ["--model", tiny, "--data", rows, "--max-tokens", "8", "--steps", "1", "--prompts-per-step", "2"]
-    flags += ["--group-size", "2", "--sampler", "hf", "--reward", "lcpo_max", "--out", str(tmp_path / "out")]
-    flags += [
-        "--eval-data",
-        os.path.join(DATA, "math500_small.jsonl"),
-        "--eval-every",
-        "1",
-        "--eval-limit",
-        "1",
-    ]
-    assert train_grpo.main(flags) == 0
-    with open(tmp_path / "out" / "eval-1" / "samples.jsonl") as f:
-        prompts = [json.loads(line)["prompt"] for line in f]
-    assert [p.splitlines()[-1] for p in prompts] == [f"Think for up to {b} tokens." for b in (4, 8)]
-
-
-def test_sampler_ignores_the_models_generation_settings(tiny, tmp_path):
-    """A repetition penalty would sample from another distribution than the one that is trained."""
-    shutil.copytree(tiny, tmp_path / "model")
-    path = tmp_path / "model" / "generation_config.json"
-    settings_ = json.loads(path.read_text()) | {"repetition_penalty": 5.0, "do_sample": True, "top_k": 3}
-    path.write_text(json.dumps(settings_))
-    plain, penalised = (samplers.load_sampler(str(p), "hf") for p in (tiny, tmp_path / "model"))
-    want = plain.generate([[5, 6, 7]], 2, 40, seed=3)
-    assert penalised.generate([[5, 6, 7]], 2, 40, seed=3) == want
-
-
-def test_every_switch_of_the_update_at_once(tiny, tmp_path):
+    common = ["--budgets", "bucket:16,32", "--mode", "exact", "--wording", "tulu", "--out", rows]
+    assert data.main([f"{FREEZE}/rows.jsonl", *common]) == 0
     flags = [
         "--model",
-        tiny,
+        MODEL,
         "--data",
-        os.path.join(DATA, "math_train_small.jsonl.gz"),
-        *SMALL,
+        rows,
+        "--max-tokens",
+        "48",
         "--steps",
+        "1",
+        "--prompts-per-step",
         "2",
     ]
-    flags += ["--dtype", "bfloat16", "--gradient-checkpointing", "--kl-coef", "0.01", "--minibatches", "2"]
-    flags += ["--offload-reference"]
     flags += [
-        "--ratio",
-        "sequence",
-        "--loss-reduction",
-        "constant",
-        "--reward",
-        "lcpo_dual",
-        "--mode",
-        "both",
+        "--group-size",
+        "2",
+        "--sampler",
+        "hf",
+        "--eval-data",
+        f"{FREEZE}/rows.jsonl",
+        "--eval-every",
+        "1",
     ]
-    flags += ["--advantage", "rloo", "--resample-budgets", "--lr-schedule", "cosine"]
-    assert train_grpo.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    flags += ["--out", str(tmp_path / "run")]
+    with pytest.raises(data.BadInput, match="--wording l1 is not how --data asks.*Think for"):
+        train_grpo.main(flags)
+    assert not os.path.exists(tmp_path / "run")
+    train_grpo.main([*flags, "--wording", "tulu"])
+    assert os.path.exists(tmp_path / "run" / "eval" / "results.json")
+
+
+def test_every_switch_of_the_update_at_once(tmp_path):
+    flags = [*TOY, "--steps", "2", "--dtype", "bfloat16", "--gradient-checkpointing", "--kl-coef", "0.01"]
+    flags += ["--minibatches", "2", "--ratio", "sequence", "--loss-reduction", "constant", "--optim", "adamw"]
+    flags += ["--reward", "lcpo_dual", "--mode", "both", "--advantage", "rloo", "--lr-schedule", "cosine"]
+    train_grpo.main([*flags, "--overlong-filter", "--weight-decay", "0.1", "--out", str(tmp_path / "out")])
     first, second = lines(tmp_path / "out")
-    assert first["kl"] == pytest.approx(0, abs=1e-3) and second["lr"] < first["lr"]
-    # bf16 against the float32 sampler: the gap is there, and it is logged
-    assert 1e-5 < second["logp_gap_max"] < 0.5
+    assert 0 < first["kl"] < 1 and second["lr"] < first["lr"]
+    assert 1e-5 < second["logp_gap"] < 0.1  # bf16 against the sampler: the gap is there, and it is logged
+
+
+@pytest.mark.parametrize("flags", ["", "--lora 4"])
+def test_adam_of_eight_bits(tmp_path, flags):
+    """bitsandbytes: 4 steps are 2 and a resumed 2, and it learns."""
+    pytest.importorskip("bitsandbytes")
+    common = [*TOY, "--optim", "adamw8bit", "--steps", "4", "--save-every", "2", *flags.split()]
+    train_grpo.main([*common, "--out", str(tmp_path / "whole")])
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    train_grpo.main(["--resume", "--out", str(tmp_path / "cut")])
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
+    assert same_weights(*(tmp_path / name / "checkpoint-4" for name in ("whole", "cut")))
+    assert not same_weights(*(tmp_path / "whole" / f"checkpoint-{step}" for step in (2, 4)))
+
+
+def test_a_sampler_without_the_trainers_weights_stops_the_run(tmp_path, monkeypatch):
+    """A copy that is filled once, and then no more: the gap of the log-probs shows it at the next batch."""
+    real = HFSampler.load
+
+    def load_once(self, model):
+        if not hasattr(self, "filled"):
+            self.filled = True
+            real(self, copy.deepcopy(model))
+
+    monkeypatch.setattr(HFSampler, "load", load_once)
+    with pytest.raises(SystemExit, match="step 1: the sampler lacks the trainer's weights: .* apart"):
+        train_grpo.main([*TOY, "--steps", "3", "--out", str(tmp_path / "run")])
+    assert [m["step"] for m in lines(tmp_path / "run")] == [0]
+    assert lines(tmp_path / "run")[0]["logp_gap"] < 1e-5
+
+
+def test_the_sampler_that_auto_takes(monkeypatch, tmp_path):
+    assert train_grpo.pick_sampler("auto") == train_grpo.pick_sampler("hf") == "hf"  # no CUDA here
+    monkeypatch.setattr(train_grpo, "DEVICE", torch.device("cuda:0"))
+    has_vllm = train_grpo.importlib.util.find_spec("vllm") is not None
+    assert train_grpo.pick_sampler("auto") == ("vllm" if has_vllm else "hf")
+    # A driver that torch cannot use must not end in a night of training on the CPU.
+    monkeypatch.setattr(train_grpo, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    os.chmod(tmp_path / "nvidia-smi", 0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(data.BadInput, match="torch sees no GPU.*CUDA 13.0.*--sampler hf"):
+        train_grpo.pick_sampler("auto")
+    assert train_grpo.pick_sampler("hf") == "hf"
 
 
 @pytest.mark.slow
 def test_toy_learns_to_follow_budgets(script, tmp_path):
     script("train_grpo.py", "--out", tmp_path / "toy", timeout=1500)
     with open(tmp_path / "toy" / "eval" / "results.json") as f:
-        part = json.load(f)["datasets"]["toy"]
-    assert part["mean_trained"]["abs_error"] <= 0.10 and part["budgets"]["64"]["accuracy"] >= 0.9
-
-
-# Memory -----------------------------------------------------------------------------------------------------
-
-
-def test_the_memory_check_learns_nothing(tiny, tmp_path):
-    common = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
-    for name, flags in {"checked": ["--check-memory"], "plain": ["--no-check-memory"]}.items():
-        assert train_grpo.main([*common, *flags, "--steps", "2", "--out", str(tmp_path / name)]) == 0
-    a, b = ([timeless(m) for m in lines(tmp_path / name)] for name in ("checked", "plain"))
-    assert a == b
-
-
-LITTLE = """
-import resource, sys, train_grpo
-resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-sys.exit(train_grpo.main(sys.argv[1:]))
-"""
-
-
-def test_too_large_an_update_is_told_before_training(tiny, script, tmp_path):
-    flags = ["--model", tiny, "--data", os.path.join(DATA, "math_train_small.jsonl.gz"), *SMALL]
-    flags += ["--check-memory", "--micro-tokens", "20000000", "--steps", "1", "--out", tmp_path / "out"]
-    done = script("-c", LITTLE, *flags, check=False)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "--micro-tokens (20000000) does not fit" in last and "--gradient-checkpointing" in last
-    assert "Traceback" not in done.stderr
+        budgets = json.load(f)["datasets"]["toy-test"]["budgets"]
+    assert np.mean([budgets[b]["abs_error"] for b in ("16", "32", "48", "64")]) <= 0.10
+    assert budgets["64"]["accuracy"] >= 0.9
