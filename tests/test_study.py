@@ -55,25 +55,15 @@ def undone(monkeypatch):
 # The page ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def committed(monkeypatch):
+def test_the_page_is_that_of_the_committed_figures(monkeypatch):
     monkeypatch.setattr(study, "DOCS", DOCS)
     study_report.load()
-
-
-def test_the_page_is_that_of_the_committed_figures(committed):
     with open(os.path.join(DOCS, "study.md"), encoding="utf-8") as f:
         assert f.read() == study_report.page()
         page = study_report.page()
     assert "@@" not in page
     for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.M):  # a cell under every heading
         assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
-
-
-def test_the_readme_repeats_the_page(committed):
-    """The README's block is computed, too: `python -m studies.study_report` writes it."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        assert study_report.readme_block() in f.read()
 
 
 def test_no_result_is_typed_by_hand():
