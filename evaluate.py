@@ -74,9 +74,9 @@ def plan(
             if tokenizer is None:
                 yield request | {"max_tokens": cap}
                 continue
-            ids = np.array(
-                data.encode_prompt(tokenizer, prompt, problem.get("turns")), np.int32
-            )  # an eighth of a list's memory
+            turns = problem.get("turns")
+            # An eighth of a list's memory.
+            ids = np.array(data.encode_prompt(tokenizer, prompt, turns), np.int32)
             room = context - len(ids)
             # A default cap gives way to the context; a budget or a cap that was asked for does not.
             wanted = max(1, stated or 0, max_tokens or 0)
@@ -273,41 +273,30 @@ def finish(table: dict, about: dict, out: str, kept: list, log: Callable = print
     os.makedirs(out, exist_ok=True)
     trained = about.get("trained_budgets")
     datasets, draws = metrics.summarise(table, trained, about.get("seed") or 0)
-    results = jsonable(
-        about | {"exceed_limit": metrics.EXCEED, "versions": engines.versions(), "datasets": datasets}
-    )
+    results = jsonable(about | {"versions": engines.versions(), "datasets": datasets})
     if over_sets := metrics.mean_over_sets(datasets, draws):
         results["mean"] = jsonable({"sets": list(datasets), "budgets": over_sets})
     clear(out)
-    shown = {}  # what tables and pictures need of each data set; many budgets are shown in groups
-    for name, part in table.items():
-        cells, problems = metrics.pool(part["cells"]), len(part["ids"])
-        if len(cells) == len(part["cells"]):
-            figures = {b: datasets[name]["budgets"]["none" if b is None else str(b)] for b in cells}
-        else:
-            figures = {b: metrics.summarise_cell(c, problems, 0)[0] for b, c in cells.items()}
-        lengths = {b: metrics.known_lengths(c) for b, c in cells.items()}
-        shown[name] = {"problems": problems, "mode": results["datasets"][name]["mode"], "figures": figures}
-        shown[name]["lengths"] = lengths
-    pictures = plots.draw(shown, out, trained, about.get("model"))
-    results["pictures"] = [os.path.basename(p) for p in pictures]
+    lengths = {
+        name: {b: metrics.known_lengths(cell) for b, cell in metrics.in_order(part["cells"]).items()}
+        for name, part in table.items()
+    }
+    pictures = plots.draw(results["datasets"], lengths, out, trained)
+    results["pictures"] = [os.path.basename(path) for paths in pictures.values() for path in paths]
     with open(os.path.join(out, "problems.jsonl"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps(jsonable(row)) + "\n" for row in metrics.problem_records(table))
-    report.write_report(results, shown, pictures, kept, out)
+    report.write_report(results, pictures, kept, out)
     write_json(os.path.join(out, "results.json"), results)
     if os.path.exists(os.path.join(out, UNFINISHED)) and not about.get("missing"):
         os.remove(os.path.join(out, UNFINISHED))
-    for name, part in shown.items():
-        log(report.format_table(name, part, results["datasets"][name]))
+    for name, part in results["datasets"].items():
+        log(report.format_table(name, part))
     if over_sets:
         rows = report.table_rows(results["mean"]["budgets"])
         log(f"\nmean of {len(table)} data sets\n{report.plain_table(rows)}")
     if about.get("missing"):
         log(f"evaluate: {about['missing']} responses are missing: the same command with --resume asks again")
-    log(
-        f"evaluate: figures in {os.path.join(out, 'results.json')}, all in {os.path.join(out, 'report.html')}"
-    )
-    log(f"evaluate: pictures in {', '.join(pictures) or 'no file, as no lengths are known'}")
+    log(f"evaluate: figures, pictures and report.html in {out}")
     return results
 
 
