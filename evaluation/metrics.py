@@ -264,6 +264,15 @@ def known_lengths(cell: dict) -> np.ndarray:
     return length[length >= 0]
 
 
+def lengths_of(table: dict) -> dict:
+    """{data set: {budget: known lengths}}; a budget without any has no place on a length axis."""
+    sets = {name: in_order(part["cells"]) for name, part in table.items()}
+    return {
+        name: {b: x for b, cell in cells.items() if len(x := known_lengths(cell))}
+        for name, cells in sets.items()
+    }
+
+
 def columns_of(cell: dict, problems: int) -> dict[str, tuple]:
     """{figure: (top [problems], bottom [problems])}: the figure is sum(top) / sum(bottom)."""
     c = {key: np.array(values) for key, values in cell.items()}
@@ -342,7 +351,7 @@ def mean_of(both: list[tuple[dict, dict]]) -> dict:
     return out
 
 
-def summarise(table: dict, trained: list[int] | None = None, seed: int = 0) -> tuple[dict, dict]:
+def summarise(table: dict, seed: int = 0) -> tuple[dict, dict]:
     """({data set: {"budgets": {"512": figures, "none": figures}, ...}}, {data set: {"512": draws}})."""
     datasets, draws = {}, {}
     for at, (name, part) in enumerate(table.items()):
@@ -359,7 +368,6 @@ def summarise(table: dict, trained: list[int] | None = None, seed: int = 0) -> t
             "problems": problems,
             "budgets": {label(b): figures for b, (figures, _) in both.items()},
             "mean": mean_of([both[b] for b in asked]),
-            "mean_trained": mean_of([both[b] for b in asked if b in (trained or ())]),
             "correlation": correlation(requested, np.concatenate([[], *lengths.values()])),
             "accuracy_by_log_length": log_linear_fit(
                 [c["mean_length"] for c in points], [c["accuracy"] for c in points]
@@ -378,20 +386,6 @@ def mean_over_sets(datasets: dict, draws: dict) -> dict:
             both = list(zip(cells, [d[budget] for d in draws.values()], strict=True))
             out[budget] = mean_of(both) | {"n": sum(cell["n"] for cell in cells)}
     return out
-
-
-def problem_records(table: dict) -> Iterator[dict]:
-    """What a comparison pairs, per data set, budget and problem: {"source", "id", "text" (a checksum of the
-    problem), "budget", "figures": {name: [top, bottom]}}.
-    """
-    for name, part in table.items():
-        ids = list(part["ids"])
-        for budget, cell in in_order(part["cells"]).items():
-            # Plain lists: numpy is slow element by element.
-            lists = {k: np.transpose(pair).tolist() for k, pair in columns_of(cell, len(ids)).items()}
-            for row in sorted(set(cell["problem"])):
-                record = {"source": name, "id": ids[row], "text": part["texts"][ids[row]], "budget": budget}
-                yield record | {"figures": {k: pairs[row] for k, pairs in lists.items() if pairs[row][1]}}
 
 
 def jsonable(value: object) -> object:

@@ -45,8 +45,7 @@ def draw(datasets: dict, lengths: dict, out: str, trained: list[int] | None = No
     """Pictures of a results.json's data sets; `lengths`: {data set: {budget: tokens}}. PNG paths by set."""
     paths = {name: [] for name in datasets}
     for name, part in datasets.items():
-        # Responses from elsewhere may lack a token count: their budget has no place on a length axis.
-        known = {b: x for b, x in lengths[name].items() if len(x)}
+        known = lengths[name]
         asked = {b: x for b, x in known.items() if b is not None}
         figures = {b: c for b, c in part["budgets"].items() if c["mean_length"] is not None}
         title = f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}"
@@ -251,37 +250,30 @@ def draw_error(ax, figures: dict, trained: list[int] | None) -> None:
 # Several models
 
 
-def draw_models(models: dict, out: str) -> list[str]:
-    """`models`: {model: {data set: {budget: figures}}}; one picture of all curves per data set; the paths."""
-    paths, sets = [], next(iter(models.values()))
-    for name in sets:
-        known = {
-            m: {b: c for b, c in parts[name].items() if c["mean_length"] is not None}
-            for m, parts in models.items()
-        }
-        if any(known.values()):
-            paths.append(path_of(out, "models", name, sets))
-            with canvas(paths[-1]) as ax:
-                draw_accuracy(ax, {m.replace("$", r"\$"): figures for m, figures in known.items()})
-                set_title(ax, f"{name}: points are budgets, bars 95% intervals")
-    return paths
+def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:
+    """Violins of up to four models on the same axes, and the curves of all, per data set; returns the paths.
 
-
-def draw_side_by_side(lengths: dict, out: str) -> list[str]:
-    """`lengths`: {model: {data set: {budget: lengths}}}; violins of up to four models on the same axes."""
-    paths, names = [], list(dict.fromkeys(name for sets in lengths.values() for name in sets))
-    for name in names:
-        shown = {m: sets.get(name, {}) for m, sets in lengths.items()}
-        shown = {m: cells for m, cells in list(shown.items())[:4] if set(cells) - {None}}
-        if len(shown) < 2:
-            continue
+    `curves`: {data set: {model: {"512": figures}}}, `lengths`: {data set: {model: {budget: lengths}}}.
+    """
+    paths = []
+    for name, models in curves.items():
+        shown = {m: cells for m, cells in lengths[name].items() if set(cells) - {None}}
+        shown = dict(list(shown.items())[:4])
         axis = sorted({b for cells in shown.values() for b in cells if b is not None})
-        paths.append(path_of(out, "side_by_side", name, names))
-        with canvas(paths[-1], columns=len(shown)) as axes:
-            limits = []
-            for ax, (model, cells) in zip(axes, shown.items(), strict=True):
-                draw_violins(ax, cells, None, axis)
-                limits.append(ax.get_ylim())
-                set_title(ax, f"{name}: {model}")
-            axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        if len(shown) > 1:
+            paths.append(path_of(out, "side_by_side", name, curves))
+            with canvas(paths[-1], columns=len(shown)) as axes:
+                limits = []
+                for ax, (model, cells) in zip(axes, shown.items(), strict=True):
+                    draw_violins(ax, cells, None, axis)
+                    limits.append(ax.get_ylim())
+                    set_title(ax, f"{name}: {model}")
+                axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        known = {m: {b: c for b, c in cells.items() if c["mean_length"] is not None}
+                 for m, cells in models.items()}  # fmt: skip
+        if any(known.values()):
+            paths.append(path_of(out, "models", name, curves))
+            with canvas(paths[-1]) as ax:
+                draw_accuracy(ax, {m.replace("$", r"\$"): cells for m, cells in known.items()})
+                set_title(ax, f"{name}: points are budgets, bars 95% intervals")
     return paths

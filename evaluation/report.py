@@ -5,7 +5,6 @@ disk.
 """
 
 import base64
-import heapq
 import html
 import json
 import math
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 
 SHOWN = 800  # samples in the page's browser: all of some problems, rather than one of each
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_page.html")
+FIELDS = "id sample source problem answer prompt budget mode response length finish_reason correct".split()
 LONGEST = 20_000  # characters of a response that are shown; what is left out of its middle is said
 COLUMNS = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length", "signed": "signed_error"}
 COLUMNS |= {
@@ -67,10 +67,8 @@ def lines_of(part: dict) -> dict:
             f"{kind}@{k}": v for kind in ("pass", "maj") for k, v in figures.get(f"{kind}_at_k", {}).items()
         }
         lines[budget] = figures | votes
-    for label, key in (("mean", "mean"), ("mean, trained", "mean_trained")):
-        if len(part["budgets"]) > 1 and part[key]["abs_error"] is not None:
-            lines[label] = part[key]
-    return lines
+    mean = part["mean"] if len(lines) > 1 and part["mean"]["abs_error"] is not None else None
+    return lines | ({"mean": mean} if mean else {})
 
 
 def format_table(name: str, part: dict) -> str:
@@ -98,33 +96,35 @@ def summary_rows(models: dict) -> list[list[str]]:
 # The page
 
 
-def pick(kept: list, sample: dict) -> None:
-    """Keep the sample if its problem is among those whose checksum is lowest; `kept` is a heap of SHOWN.
+class Browser:
+    """The page's samples: all of some problems, at every budget, whatever the order they come in.
 
-    So the page has all responses to some problems, at every budget, whatever the order they come in.
+    Of more than SHOWN samples those of the problems with the lowest checksums.
     """
-    rank = zlib.crc32(f"{sample['source']} {sample['id']}".encode())
-    if not isinstance(sample.get("response"), str) or (len(kept) >= SHOWN and -rank <= kept[0][0]):
-        return
-    keys = ("id", "sample", "source", "problem", "answer", "prompt", "budget", "mode", "response", "length")
-    keys += ("finish_reason", "correct", "thinking_length")
-    entry = {key: sample.get(key) for key in keys}
-    if len(entry["response"]) > LONGEST:
-        cut, half = len(entry["response"]) - LONGEST, LONGEST // 2
-        start, end = entry["response"][:half], entry["response"][-half:]
-        entry["response"] = f"{start}\n[... {cut} characters left out ...]\n{end}"
-    # id() settles the last ties: dicts do not compare.
-    item = (-rank, str(sample.get("budget")), sample.get("sample") or 0, id(entry), entry)
-    heapq.heappush(kept, item) if len(kept) < SHOWN else heapq.heapreplace(kept, item)
 
+    def __init__(self):
+        self.rows, self.below, self.count, self.total = {}, 2**32, 0, 0
 
-def picked(kept: list, total: int) -> list[dict]:
-    """The kept samples of `total`, in the order of data set, problem, budget and sample number."""
-    # Of the last problem that found room some may be missing: shown are whole ones.
-    ranks = [item[0] for item in kept]
-    last = min(ranks) if len(kept) < total and len(set(ranks)) > 1 else None
-    rows = [item[-1] for item in kept if item[0] != last]
-    return sorted(rows, key=lambda s: (s["source"], str(s["id"]), s["budget"] or 1 << 40, s["sample"] or 0))
+    def add(self, sample: dict) -> None:
+        rank, self.total = zlib.crc32(f"{sample['source']} {sample['id']}".encode()), self.total + 1
+        if not isinstance(sample.get("response"), str) or rank >= self.below:
+            return
+        entry = {key: sample.get(key) for key in FIELDS}
+        if (cut := len(entry["response"]) - LONGEST) > 0:
+            start, end = entry["response"][: LONGEST // 2], entry["response"][-LONGEST // 2 :]
+            entry["response"] = f"{start}\n[... {cut} characters left out ...]\n{end}"
+        self.rows.setdefault(rank, []).append(entry)
+        self.count += 1
+        if self.count > SHOWN and len(self.rows) > 1:
+            self.below = max(self.rows)
+            self.count -= len(self.rows.pop(self.below))
+
+    def samples(self) -> list[dict]:
+        """In the order of data set, problem, budget and sample number."""
+        rows = [entry for entries in self.rows.values() for entry in entries]
+        return sorted(
+            rows, key=lambda s: (s["source"], str(s["id"]), s["budget"] or 1 << 40, s["sample"] or 0)
+        )
 
 
 def html_table(rows: list[list[str]]) -> str:
@@ -174,9 +174,9 @@ def write(path: str, title: str, facts: dict, sections: list, samples: list, tot
         f.write(page)
 
 
-def write_report(results: dict, pictures: dict[str, list], kept: list, out: str) -> None:
-    """OUT/report.html of a results.json; `pictures`: paths by data set, `kept`: samples by pick()."""
-    sections, total = [], 0
+def write_report(results: dict, pictures: dict[str, list], browser: Browser, out: str) -> None:
+    """OUT/report.html of a results.json; `pictures`: paths by data set."""
+    sections = []
     for name, part in results["datasets"].items():
         lines, note = lines_of(part), "In brackets: 95% bootstrap intervals over problems."
         if part["correlation"] is not None:
@@ -189,11 +189,10 @@ def write_report(results: dict, pictures: dict[str, list], kept: list, out: str)
         more = MORE | {k: k for k in votes}
         tables = [table_rows(lines, COLUMNS, True), table_rows(lines, more, True)]
         sections.append((name, note, tables, pictures[name]))
-        total += sum(cell["n"] for cell in part["budgets"].values())
     if "mean" in results:
         rows = table_rows(results["mean"]["budgets"], COLUMNS, True)
         sections.append(("Mean of the data sets", "", [rows], []))
     facts = {k: v for k, v in results.items() if k not in ("datasets", "mean", "pictures") and v is not None}
     model = os.path.basename(str(results.get("model") or results.get("samples")).rstrip("/"))
     page = os.path.join(out, "report.html")
-    write(page, f"{model}: length control", facts, sections, picked(kept, total), total)
+    write(page, f"{model}: length control", facts, sections, browser.samples(), browser.total)
