@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """Does the model think for as many tokens as it was asked to, and is it still right?
 
     python evaluate.py --model DIR --data math500 --budgets 512,1024,2048,3600 --n 16 --out out/eval
@@ -75,7 +74,9 @@ def plan(
             if tokenizer is None:
                 yield request | {"max_tokens": cap}
                 continue
-            ids = np.array(data.encode_prompt(tokenizer, prompt), np.int32)  # an eighth of a list's memory
+            ids = np.array(
+                data.encode_prompt(tokenizer, prompt, problem.get("turns")), np.int32
+            )  # an eighth of a list's memory
             room = context - len(ids)
             # A default cap gives way to the context; a budget or a cap that was asked for does not.
             wanted = max(1, stated or 0, max_tokens or 0)

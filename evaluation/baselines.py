@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 r"""What people do instead of RL: length control at decoding time, and small edits of finished checkpoints.
 
     python -m evaluation.baselines sweep --model DIR --data math500 --budgets 512,1024 --n 16 --out out/base

@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """Finished evaluations side by side: differences on the same problems, violins on the same axes.
 
     python -m evaluation.compare before=out/toy/eval-0 after=out/toy/eval --out out/toy/compare

@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """Learning curves of one run or several from their metrics.jsonl, while they train or afterwards, into a PNG.
 
 python -m evaluation.curves out/run                    -> out/run/curves.png

@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """The model card of a trained checkpoint (README.md in its folder), and the way to the hub.
 
     python -m integrations.card out/run/checkpoint-500 --eval out/math500     its table from another evaluation

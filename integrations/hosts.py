@@ -1,9 +1,9 @@
 """The rows and rewards of this project inside other trainers: TRL, verl, open-instruct.
 
-Copy this file with rewards.py and verifier.py, used as they are. Rewards are those of REWARDS, lengths are
-counted from token ids with their end token, and a response without an end token is truncated and wrong, all
-as in the training loop here. Fields that a reward needs beyond row and text (history, ref_length, ...) are
-not there: it says which one it misses. The README has the lines to copy ("Use it from").
+Copy this file with data.py, rewards.py and verifier.py, used as they are. Rewards are those of REWARDS,
+lengths are counted from token ids with their end token, and a response without an end token is truncated and
+wrong, all as in the training loop here. Fields that a reward needs beyond row and text (history, ref_length,
+...) are not there: it says which one it misses. docs/hosts.md has the lines to copy.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 
 # verl loads this file by its path, in Ray workers that do not know its folder.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data import stop_ids  # noqa: E402
 from rewards import REWARDS  # noqa: E402
 from verifier import check_answers  # noqa: E402
 
@@ -47,7 +48,7 @@ def score(
     firsts = rows[::group_size]
     if len(rows) % group_size or any(row != firsts[i // group_size] for i, row in enumerate(rows)):
         raise ValueError(f"{len(rows)} responses are not whole groups of {group_size} to one prompt each")
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    ends = stop_ids(None, tokenizer)
     responses = [[int(token) for token in ids] for ids in responses]
     stopped = [bool(ids) and ids[-1] in ends for ids in responses]
     # Special tokens stay: </think> is one in many models, and parts thinking from answer.
@@ -188,8 +189,8 @@ def open_instruct_score(
 
 
 def user_turn(row: dict) -> list[dict]:
-    """The prompt as a list of one message."""
-    return [{"role": "user", "content": row["prompt"]}]
+    """The prompt as a chat: the turns before it, if the row has any, and the user's."""
+    return [*(row.get("turns") or ()), {"role": "user", "content": row["prompt"]}]
 
 
 def to_verl(row: dict, index: int) -> dict:

@@ -25,12 +25,12 @@ cd "$HERE"
 python -m verl.trainer.main_ppo \
     data.train_files=$HERE/data/verl_l1_exact.parquet data.val_files=$HERE/data/verl_math500.parquet \
     data.train_batch_size=128 data.max_prompt_length=1024 data.max_response_length=4096 \
-    reward.custom_reward_function.path=$HERE/hosts.py reward.custom_reward_function.name=compute_score \
+    reward.custom_reward_function.path=$HERE/integrations/hosts.py reward.custom_reward_function.name=compute_score \
     +reward.custom_reward_function.reward_kwargs.reward=lcpo_exact \
     +reward.custom_reward_function.reward_kwargs.alpha=0.0003 \
     +reward.custom_reward_function.reward_kwargs.require_think=True \
     reward.reward_manager.source=importlib reward.reward_manager.name=VerlRewardManager \
-    reward.reward_manager.module.path=$HERE/hosts.py \
+    reward.reward_manager.module.path=$HERE/integrations/hosts.py \
     algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False \
     actor_rollout_ref.model.path=$MODEL actor_rollout_ref.model.enable_gradient_checkpointing=True \
     actor_rollout_ref.actor.ppo_mini_batch_size=64 actor_rollout_ref.actor.optim.lr=1e-6 \

@@ -15,9 +15,14 @@ from data import BadInput, encode_prompt
 from rewards import DERIVED
 
 
-def request(prompt_ids, n, cap, forced=(), **tags):
+def prompt_ids(tokenizer, row, added=""):
+    """Token ids of a row's prompt, with what a method adds to it."""
+    return encode_prompt(tokenizer, row["prompt"] + added, row.get("turns"))
+
+
+def request(ids, n, cap, forced=(), **tags):
     """n responses to a prompt, of `cap` tokens at most; `forced` begin each, `tags` are noted on each."""
-    return {"prompt_ids": prompt_ids, "n": n, "cap": cap, "forced": list(forced), "tags": tags}
+    return {"prompt_ids": ids, "n": n, "cap": cap, "forced": list(forced), "tags": tags}
 
 
 class Method:
@@ -42,9 +47,7 @@ class Method:
 
     def requests(self, row):
         """The requests that make up a row's group, each for equally many responses."""
-        return [
-            request(encode_prompt(self.tokenizer, row["prompt"]), self.args.group_size, self.args.max_tokens)
-        ]
+        return [request(prompt_ids(self.tokenizer, row), self.args.group_size, self.args.max_tokens)]
 
     def complete(self, groups, sampler, seed):
         """After sampling, before the check: responses that go on."""

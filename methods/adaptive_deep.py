@@ -5,8 +5,8 @@ Reward adaptive_deep.
 
 import numpy as np
 
-from data import BadInput, encode_prompt
-from methods import Method, request
+from data import BadInput
+from methods import Method, prompt_ids, request
 
 TEXTS = ("[Please answer with Short CoT]", "[Please answer with Long CoT]")
 
@@ -25,7 +25,7 @@ class AdaptiveDeep(Method):
             raise BadInput(f"--group-size ({args.group_size}): --method adaptive_deep needs an even one")
 
     def requests(self, row):
-        prompts = [encode_prompt(self.tokenizer, row["prompt"] + "\n" + text) for text in self.texts]
+        prompts = [prompt_ids(self.tokenizer, row, "\n" + text) for text in self.texts]
         n, cap = self.args.group_size // 2, self.args.max_tokens
         return [request(ids, n, cap, long_mode=k) for k, ids in enumerate(prompts)]
 

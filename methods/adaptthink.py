@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from data import BadInput, encode_prompt
-from methods import request
+from data import BadInput
+from methods import prompt_ids, request
 from methods.starting_model import StartingModel
 
 HALF = math.log(0.5)
@@ -38,7 +38,7 @@ class AdaptThink(StartingModel):
         super().begin_step(step, turn, rows, all_rows, ask)
 
     def requests(self, row):
-        ids, n = encode_prompt(self.tokenizer, row["prompt"]), self.args.group_size // 2
+        ids, n = prompt_ids(self.tokenizer, row), self.args.group_size // 2
         quick = request(ids, n, self.short, self.end, no_think=1)
         return [quick, request(ids, n, self.args.max_tokens, self.word, no_think=0)]
 

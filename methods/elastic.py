@@ -5,8 +5,8 @@ The forced </think> has no loss: the policy did not choose it. (In the authors' 
 
 import numpy as np
 
-from data import BadInput, encode_prompt
-from methods import Method, request
+from data import BadInput
+from methods import Method, prompt_ids, request
 
 
 class Elastic(Method):
@@ -21,7 +21,7 @@ class Elastic(Method):
             )
 
     def requests(self, row):
-        return [request(encode_prompt(self.tokenizer, row["prompt"]), self.args.group_size, self.think)]
+        return [request(prompt_ids(self.tokenizer, row), self.args.group_size, self.think)]
 
     def complete(self, groups, sampler, seed):
         unfinished, n = [], len(self.end)

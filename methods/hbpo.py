@@ -6,8 +6,8 @@ code counts it); in_prompt: it ends the question instead.
 
 import numpy as np
 
-from data import BadInput, encode_prompt
-from methods import Method, request
+from data import BadInput
+from methods import Method, prompt_ids, request
 
 PREFIX = "I will answer the question within {} tokens."
 
@@ -27,8 +27,7 @@ class Hbpo(Method):
         made, n = [], self.args.group_size // len(self.budgets)
         for budget in self.budgets:
             sentence = self.prefix.format(budget)
-            prompt = row["prompt"] + "\n" + sentence if self.in_prompt else row["prompt"]
-            ids = encode_prompt(self.tokenizer, prompt)
+            ids = prompt_ids(self.tokenizer, row, "\n" + sentence if self.in_prompt else "")
             ids += [] if self.in_prompt else self.tokenizer.encode(sentence, add_special_tokens=False)
             made.append(request(ids, n, self.args.max_tokens, subgroup_budget=budget))
         return made

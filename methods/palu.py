@@ -5,8 +5,7 @@ The budget shrinks while the prompt is solved, and is --max-tokens again as soon
 
 import numpy as np
 
-from data import encode_prompt
-from methods import Method, request
+from methods import Method, prompt_ids, request
 from methods.hapo import prompt_key
 
 
@@ -29,7 +28,7 @@ class Palu(Method):
         return min(self.args.max_tokens, self.state["budget"].get(prompt_key(row), self.args.max_tokens))
 
     def requests(self, row):
-        ids = encode_prompt(self.tokenizer, row["prompt"])
+        ids = prompt_ids(self.tokenizer, row)
         return [request(ids, self.args.group_size, self.budget(row))]
 
     def reward_inputs(self, groups, rows, step):

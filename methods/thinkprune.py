@@ -1,7 +1,7 @@
 """ThinkPrune (UCSB-NLP-Chang/ThinkPrune): a response is cut at its prompt's budget. Reward correct."""
 
-from data import BadInput, encode_prompt
-from methods import Method, request
+from data import BadInput
+from methods import Method, prompt_ids, request
 
 
 class ThinkPrune(Method):
@@ -14,7 +14,7 @@ class ThinkPrune(Method):
 
     def requests(self, row):
         cap = min(self.args.max_tokens, row["budget"])
-        return [request(encode_prompt(self.tokenizer, row["prompt"]), self.args.group_size, cap)]
+        return [request(prompt_ids(self.tokenizer, row), self.args.group_size, cap)]
 
 
 METHOD = ThinkPrune

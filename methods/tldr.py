@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from data import BadInput, encode_prompt
-from methods import Method, request
+from data import BadInput
+from methods import Method, prompt_ids, request
 
 LEVELS = ("short", "medium", "long")
 TEXTS = ("Keep the reasoning short.", "Reason at medium length.", "Reason at length.")
@@ -22,7 +22,7 @@ class Tldr(Method):
 
     def requests(self, row):
         level = row["position"] % 3
-        ids = encode_prompt(self.tokenizer, row["prompt"] + "\n" + self.texts[level])
+        ids = prompt_ids(self.tokenizer, row, "\n" + self.texts[level])
         return [request(ids, self.args.group_size, self.args.max_tokens, level=LEVELS[level])]
 
     def reward_inputs(self, groups, rows, step):

@@ -1,10 +1,10 @@
 """Ideas against the open question of docs/study.md: can control reach beyond the largest trained budget?
 
-    python -m studies.ideas NAME train_grpo.py FLAGS...     the script with that idea put in
-    python -m studies.ideas NAME evaluate.py FLAGS...
+    python -m studies.ideas NAME train_grpo FLAGS...     training with that idea put in
+    python -m studies.ideas NAME evaluate FLAGS...
 
-Also an example of how to fork: an idea is a function that replaces one function of the project, or adds a
-reward. The budgets up to 48 tokens are the trained ones; those up to 96 are what is hoped for.
+Also an example of a fork that leaves the other files alone: a sentence in the place of data.budget_prompt,
+two rewards, a method, a sampler. Budgets up to 48 tokens are the trained ones; up to 96 is what is hoped for.
 
     relative       the budget is asked for in percent of 48 tokens: 72 are "Think for 150 maximum tokens."
     tally          the budget is asked for by marks, one for 4 tokens
@@ -18,25 +18,29 @@ reward. The budgets up to 48 tokens are the trained ones; those up to 96 are wha
     unfinished     the same, but responses are cut at 56 tokens: one asked for more must not have ended
 """
 
-import os
+import importlib
 import re
 import sys
 from collections.abc import Callable
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+import methods
+import rewards
+from toy import hf_sampler
 
 LARGEST, CUT = 48, 56  # tokens: the largest budget whose answers count; where "unfinished" cuts
 MLT = range(8, 97, 8)  # the lengths that have a token of their own
-EVERY = 8  # tokens between two reminders
+
+# ------------------------------------------------------------------------------------------------------------
+# Other sentences
 
 
 def ask_by(sentence: Callable[[int], str]) -> None:
-    """Ask for budgets by `sentence` in place of "Think for N tokens.", in data, training and evaluation."""
-    import data
+    """Ask for budgets by `sentence` in place of "Think for N tokens.", in training and evaluation."""
 
-    def budget_prompt(problem, budget, mode, kind="math", wording="tulu", apart=False):
+    def budget_prompt(problem, budget, *rest, **options):
         return problem if budget is None else f"{problem}\n{sentence(int(budget))}"
 
     data.budget_prompt = budget_prompt
@@ -57,11 +61,13 @@ def mlt(budget: int) -> str:
     return f"<MLT:{min(MLT, key=lambda n: abs(n - budget))}>"
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Two rewards and a method
+
+
 def length_beyond(rollouts: dict, parts: bool = False):
     """peaked_exact whose correctness counts up to LARGEST only: longer budgets need no answers."""
-    from rewards import peaked_exact
-
-    terms = peaked_exact(rollouts, parts=True)
+    terms = rewards.peaked_exact(rollouts, parts=True)
     terms["correct"] = terms["correct"] * (np.asarray(rollouts["budget"])[:, None] <= LARGEST)
     return terms if parts else sum(terms.values())
 
@@ -74,102 +80,102 @@ def censored(rollouts: dict, parts: bool = False):
     return terms if parts else sum(terms.values())
 
 
-def add_reward(name: str, reward: Callable, cut: int | None = None) -> None:
-    """Make `--reward NAME` known; `cut`: no response gets longer than that in training, whatever is asked."""
-    import methods
-    import rewards
+class Unfinished(methods.Method):
+    """No response gets longer than CUT in training, whatever is asked."""
 
-    reward.needs, reward.compares_group = ("budget",), False
-    rewards.REWARDS[name] = reward
-    if cut:
-        whole = methods.response_cap
-        methods.response_cap = lambda *args: min(cut, whole(*args))
+    def requests(self, row):
+        return [asked | {"cap": min(CUT, asked["cap"])} for asked in super().requests(row)]
 
 
-def with_reminders(generate: Callable, most: int | None = None, every: int = EVERY) -> Callable:
-    """HFSampler.generate that writes the tokens left behind every `every` tokens of the thinking.
+# ------------------------------------------------------------------------------------------------------------
+# A sampler
 
-    A reminder's tokens count in the length and in what is left, and no loss falls on them. Neither the
-    reminders nor the prompt name more than `most` tokens.
+
+class Reminded(hf_sampler.HFSampler):
+    """Writes the tokens that are left behind every `every` tokens of the thinking.
+
+    A reminder counts in the length and in what is left, and no loss falls on it. Neither the reminders nor
+    the prompt name more than `most` tokens.
     """
 
-    def reminded(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=None, *rest, **options):
-        caps = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        end, rows = self.tokenizer.encode("</think>", add_special_tokens=False)[0], []
-        for prompt, cap in zip(prompts, caps, strict=True):
-            asked = re.search(r"Think for (\d+) tokens", self.tokenizer.decode(prompt))
-            row = {"prompt": prompt, "cap": cap, "budget": int(asked[1]) if asked else 0, "most": most}
-            if most and row["budget"] > most:
-                row["prompt"] = rename(prompt, row["budget"], most, self.tokenizer)
-            rows += [row | {"ids": [], "logps": [], "untrained": [], "finish_reason": None} for _ in range(n)]
-        for turn in range(max(caps)):
-            live = [r for r in rows if r["finish_reason"] is None]
-            if not live:
-                break
+    every, most = 8, None
+
+    def generate(self, prompts, n, caps, temperature, seed, **options):
+        """See HFSampler.generate; responses have a "mask" [L] besides, 0 on the reminders."""
+        end = self.tokenizer.encode("</think>", add_special_tokens=False)[0]
+        rows = [self.begin(p, cap) for p, cap in zip(prompts, caps, strict=True) for _ in range(n)]
+        while live := [r for r in rows if r["truncated"] is None]:
             contexts = [r["prompt"] + r["ids"] for r in live]
-            room = [min(every, r["cap"] - len(r["ids"])) for r in live]
-            found = generate(
-                self, contexts, 1, room, temperature, top_p, None if seed is None else seed + turn
-            )
+            room = [min(self.every, r["cap"] - len(r["ids"])) for r in live]
+            found = super().generate(contexts, 1, room, temperature, seed, **options)
+            seed += 1
             for r, [more] in zip(live, found, strict=True):
-                r["ids"], r["logps"] = r["ids"] + list(more["ids"]), r["logps"] + list(more["logps"])
-                if more["finish_reason"] == "stop" or len(r["ids"]) >= r["cap"]:
-                    r["finish_reason"] = more["finish_reason"]
+                add(r, more["ids"].tolist(), more["logps"].tolist(), 1.0)
+                if not more["truncated"] or len(r["ids"]) >= r["cap"]:
+                    r["truncated"] = more["truncated"]
                 elif end not in r["ids"]:
-                    remind(r, self.tokenizer)
-        groups = [rows[i : i + n] for i in range(0, len(rows), n)]
-        keys = ("ids", "logps", "finish_reason", "untrained")
-        groups = [[{k: r[k] for k in keys if k != "untrained" or r[k]} for r in group] for group in groups]
-        for i, group in enumerate(groups) if options.get("finished") else ():
-            options["finished"](i, group)
-        return groups
+                    self.remind(r)
+        types = {"ids": np.int32, "logps": np.float32, "mask": np.float32, "truncated": int}
+        done = [{k: np.array(r[k], dtype)[()] for k, dtype in types.items()} for r in rows]
+        return [done[i : i + n] for i in range(0, len(done), n)]
 
-    return reminded
+    def begin(self, prompt: list[int], cap: int) -> dict:
+        """A response without tokens; its prompt asks for `most` tokens at most."""
+        found = re.search(r"Think for (\d+) tokens", self.tokenizer.decode(prompt))
+        budget = int(found[1]) if found else 0
+        if self.most and budget > self.most:
+            old, new = (self.spell(f"for {number} tokens") for number in (budget, self.most))
+            at = next(i for i in range(len(prompt)) if prompt[i : i + len(old)] == old)
+            prompt = prompt[:at] + new + prompt[at + len(old) :]
+        made = {"prompt": prompt, "cap": cap, "budget": budget, "truncated": None}
+        return made | {"ids": [], "logps": [], "mask": []}
+
+    def remind(self, r: dict) -> None:
+        """Append the number of tokens left behind the number, where any are left and there is room for it."""
+        left = r["budget"] - len(r["ids"]) - 2
+        left = min(left - (left > 99), self.most or left)  # three digits from 100 on
+        ids = self.spell(" ".join(f"##{digit}" for digit in f"{left:02d}"))
+        if left > 0 and len(r["ids"]) + len(ids) < r["cap"]:
+            add(r, ids, [np.nan] * len(ids), 0.0)  # not sampled, so without a log-prob
+
+    def spell(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def rename(prompt: list[int], budget: int, other: int, tokenizer) -> list[int]:
-    """The prompt with another number of tokens in it."""
-    old, new = (tokenizer.encode(f"for {n} tokens", add_special_tokens=False) for n in (budget, other))
-    at = next(i for i in range(len(prompt)) if prompt[i : i + len(old)] == old)
-    return prompt[:at] + new + prompt[at + len(old) :]
+def add(r: dict, ids: list[int], logps: list[float], mask: float) -> None:
+    r["ids"], r["logps"], r["mask"] = r["ids"] + ids, r["logps"] + logps, r["mask"] + [mask] * len(ids)
 
 
-def remind(r: dict, tokenizer) -> None:
-    """Append the number of tokens left behind the number, where any are left and there is room for it."""
-    left = r["budget"] - len(r["ids"]) - 2
-    left = min(left - (left > 99), r["most"] or left)  # three digits from 100 on
-    ids = tokenizer.encode(" ".join(f"##{d}" for d in f"{left:02d}"), add_special_tokens=False)
-    if left <= 0 or len(r["ids"]) + len(ids) >= r["cap"]:
-        return
-    r["untrained"] += range(len(r["ids"]), len(r["ids"]) + len(ids))
-    r["ids"], r["logps"] = r["ids"] + ids, r["logps"] + [0.0] * len(ids)
+def use_reminders(every: int = 8, most: int | None = None) -> None:
+    """Both scripts import HFSampler when they need it, so they get this one."""
+    Reminded.every, Reminded.most, hf_sampler.HFSampler = every, most, Reminded
 
 
-def put_in(name: str) -> None:
-    """Change the project's modules so that the scripts run with the idea."""
-    from sampler import HFSampler as hf
+def add_reward(reward: Callable, method: type = methods.Method) -> None:
+    """Make `--reward NAME` known, and `method` what training does without --method."""
+    rewards.register(rewards.REWARDS, "budget")(reward)
+    methods.Method = method
 
-    ideas = {
-        "none": lambda: None,
-        "relative": lambda: ask_by(relative),
-        "tally": lambda: ask_by(tally),
-        "tally_8": lambda: ask_by(lambda budget: tally(budget, 8)),
-        "mlt": lambda: ask_by(mlt),
-        "remind": lambda: setattr(hf, "generate", with_reminders(hf.generate)),
-        "remind_capped": lambda: setattr(hf, "generate", with_reminders(hf.generate, LARGEST)),
-        "remind_16": lambda: setattr(hf, "generate", with_reminders(hf.generate, every=16)),
-        "remind_16_capped": lambda: setattr(hf, "generate", with_reminders(hf.generate, LARGEST, every=16)),
-        "free_beyond": lambda: add_reward("length_beyond", length_beyond),
-        "unfinished": lambda: add_reward("censored", censored, CUT),
-    }
-    if name not in ideas:
-        sys.exit(f"ideas.py: error: {name!r} is no idea: use one of {', '.join(ideas)}")
-    ideas[name]()
 
+IDEAS = {
+    "relative": lambda: ask_by(relative),
+    "tally": lambda: ask_by(tally),
+    "tally_8": lambda: ask_by(lambda budget: tally(budget, 8)),
+    "mlt": lambda: ask_by(mlt),
+    "remind": lambda: use_reminders(),
+    "remind_capped": lambda: use_reminders(most=LARGEST),
+    "remind_16": lambda: use_reminders(16),
+    "remind_16_capped": lambda: use_reminders(16, LARGEST),
+    "free_beyond": lambda: add_reward(length_beyond),
+    "unfinished": lambda: add_reward(censored, Unfinished),
+}
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[2] not in ("train_grpo.py", "evaluate.py"):
+    if len(sys.argv) < 3 or sys.argv[1] not in IDEAS or sys.argv[2] not in ("train_grpo", "evaluate"):
         sys.exit(__doc__)
-    put_in(sys.argv[1])
-    script = __import__(sys.argv[2].removesuffix(".py"))
-    sys.exit(script.main(sys.argv[3:]))
+    IDEAS[sys.argv[1]]()
+    try:
+        sys.exit(importlib.import_module(sys.argv[2]).main(sys.argv[3:]))
+    except data.BadInput as error:
+        print(f"{sys.argv[2]}.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

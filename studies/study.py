@@ -18,16 +18,14 @@ import time
 
 import numpy as np
 
+from rewards import REWARDS
+from toy.prepare import prepare
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 OUT, DOCS = os.environ.get("OUT") or "out/study", os.environ.get("DOCS") or "docs"
 STEPS = os.environ.get("STEPS")  # for all runs: tries the machinery
-# Every run: the settings of the toy's default (train_grpo.TOY), on the base model of its seed.
-TRAIN = (
-    "--data toy --wording tulu --require-think --prompts-per-step 32 --group-size 8 --max-tokens 96 "
-    "--minibatches 2 --micro-tokens 2048 --lr 3e-4 --lr-schedule cosine --warmup-steps 10 --sampler hf "
-    "--save-every 0 --budgets uniform:16:48"
-)
+# Every run: the settings of the toy's default, on the base model of its seed, evaluated afterwards.
+TRAIN = "@recipes/toy.args --sampler hf --save-every 0 --eval-every 0 --budgets uniform:16:48"
 # Trained are 16 to 48; 72 and 96 are 1.5 times and twice the largest.
 ASKED = [16, 20, 24, 32, 40, 48, 56, 64, 72, 96]
 WIDE = [16, 24, 32, 48, 64, 72, 80, 96, 112, 128, 144]  # for runs trained up to 96
@@ -120,9 +118,9 @@ def steps(name: str) -> int:
     return int(STEPS or RUNS[name]["steps"])
 
 
-def read(docs: str = DOCS) -> dict[tuple, dict]:
+def read() -> dict[tuple, dict]:
     """{(name, seed): record} of $DOCS/study.json, one record a line."""
-    path = os.path.join(docs, "study.json")
+    path = os.path.join(DOCS, "study.json")
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as f:
@@ -152,39 +150,30 @@ def command(log, *words: str) -> None:
 
 
 def script(name: str, idea: str | None) -> list[str]:
-    """The words that run a script of the project, with an idea put in."""
-    return ["studies/ideas.py", idea, name] if idea else [name]
-
-
-def base_model(seed: int) -> str:
-    """Folder of the toy's base model; made by one process while others wait."""
-    from toy import task as toy
-
-    with open(os.path.join(OUT, f".base{seed}"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return toy.make_base(OUT, seed, log=lambda text: None)
+    """The words that run train_grpo or evaluate, with an idea put in."""
+    return ["-m", "studies.ideas", idea, name] if idea else [f"{name}.py"]
 
 
 def train(name: str, seed: int, log) -> str:
     """Folder of a run's model; it and what it starts from are trained where they are not yet."""
-    run, folder = RUNS[name], os.path.join(OUT, f"{name}-{seed}")
+    run, folder, toy = RUNS[name], os.path.join(OUT, f"{name}-{seed}"), prepare(seed)
     if run.get("kind") == "base":
-        return base_model(seed)
-    start = train(run["start"], seed, log) if run.get("start") else base_model(seed)
+        return toy["model"]
+    start = train(run["start"], seed, log) if run.get("start") else toy["model"]
     if run.get("kind") == "again":  # another run's model, asked in another way
         return start
     os.makedirs(folder, exist_ok=True)
     with open(folder + ".lock", "w") as lock:  # a run that starts from this one waits until it is there
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.get("kind") == "supervised":
-            model, idea = os.path.join(folder, "model"), run.get("idea") or "none"
-            if not os.path.exists(os.path.join(model, "supervised.json")):
-                command(log, "studies/supervised.py", start, model, "--idea", idea, "--seed", str(seed))
+            model, words = os.path.join(folder, "model"), ["-m", "studies.supervised", start]
+            words += [model, "--seed", str(seed), *(["--mlt"] if run.get("idea") else [])]
         else:
             model = os.path.join(folder, f"checkpoint-{steps(name)}")
-            words = [*script("train_grpo.py", run.get("idea")), *flags_of(name, seed)]
-            if not os.path.exists(os.path.join(model, "model.safetensors")):
-                command(log, *words, "--model", start, "--out", folder, "--overwrite")
+            words = [*script("train_grpo", run.get("idea")), *flags_of(name, seed)]
+            words += ["--model", start, "--data", toy["data"], "--out", folder, "--overwrite"]
+        if not os.path.exists(os.path.join(model, "model.safetensors")):
+            command(log, *words)
     return model
 
 
@@ -193,20 +182,10 @@ def evaluate(name: str, seed: int, mode: str, model: str, log) -> str:
     run, out = RUNS[name], os.path.join(OUT, f"{name}-{seed}", f"eval_{mode}")
     asked = ",".join(map(str, run["asked"])) + (",none" if run.get("kind") == "base" else "")
     low, high = run["trained"]
-    words = [
-        *script("evaluate.py", run.get("idea")),
-        "--model",
-        model,
-        "--data",
-        "toy,toy_ood",
-        "--budgets",
-        asked,
-    ]
-    words += shlex.split(
-        f"{SAMPLED} --mode {mode} --wording tulu --max-tokens 200 --require-think --seed {seed} "
-        f"--trained-budgets uniform:{low}:{high} --overwrite"
-    )
-    command(log, *words, "--out", out)
+    words = f"--data toy,toy_ood --budgets {asked} {SAMPLED} --mode {mode} --wording tulu --max-tokens 200 "
+    words += f"--require-think --seed {seed} --trained-budgets uniform:{low}:{high} --overwrite"
+    told = ["--model", model, "--out", out, *words.split()]
+    command(log, *script("evaluate", run.get("idea")), *told)
     return out
 
 
@@ -214,11 +193,11 @@ def decode(seed: int, log) -> dict:
     """The base model under s1's budget forcing and under truncation: {method: {data set: cells}}."""
     out = os.path.join(OUT, f"decoding-{seed}", "sweep")
     asked = ",".join(map(str, RUNS["decoding"]["asked"]))
-    words = f"sweep --model {base_model(seed)} --data toy --budgets {asked} --methods s1,truncate "
-    words += f"{SAMPLED} --seed {seed} --out {out}"
+    words = f"-m evaluation.baselines sweep --data toy --budgets {asked} --methods s1,truncate".split()
     if not os.path.exists(os.path.join(out, "truncate", "results.json")):
         shutil.rmtree(out, ignore_errors=True)
-        command(log, "baselines.py", *shlex.split(words))
+        words += [*SAMPLED.split(), "--seed", str(seed), "--model", prepare(seed)["model"], "--out", out]
+        command(log, *words)
     return {method: cells(os.path.join(out, method), False) for method in ("s1", "truncate")}
 
 
@@ -260,8 +239,6 @@ def length_shares(folder: str, low: int, high: int) -> dict:
 
     Of responses to one prompt, mean over prompts; GDPO gives every term the same share, a half.
     """
-    from rewards import REWARDS
-
     groups = {}
     with open(os.path.join(folder, "samples.jsonl"), encoding="utf-8") as f:
         for s in map(json.loads, f):
@@ -292,14 +269,6 @@ def curve(folder: str) -> dict:
     return out
 
 
-def trained_with(folder: str) -> str:
-    """The flags that a run's folder says it was trained with, without what is a default or a path."""
-    with open(os.path.join(folder, "args.json"), encoding="utf-8") as f:
-        args = json.load(f)
-    keys = "budgets mode reward reward_args advantage steps prompts_per_step group_size max_tokens lr kl_coef"
-    return " ".join(f"{key}={args[key]}" for key in keys.split())
-
-
 def run(name: str, seed: int) -> None:
     """Train and evaluate one run; its figures go to study.json, a line to the screen."""
     folder, spec, began = os.path.join(OUT, f"{name}-{seed}"), RUNS[name], time.monotonic()
@@ -317,18 +286,16 @@ def run(name: str, seed: int) -> None:
                 if spec.get("kind") == "base":
                     record |= length_shares(out, *spec["trained"])
     if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-        record |= {"flags": trained_with(folder), **curve(folder)}
+        record |= {"flags": shlex.join(flags_of(name, seed)), **curve(folder)}
     add(record)
     inside = [c for c in next(iter(record["cells"].values()))["toy"].values() if c["abs_error"] is not None]
     error, right = (np.mean([c[key] for c in inside]) for key in ("abs_error", "accuracy"))
     took = (time.monotonic() - began) / 60
-    print(
-        f"{name}:{seed}: error {error:.1%} over all budgets, accuracy {right:.1%}, {took:.1f} min", flush=True
-    )
+    figures = f"error {error:.1%} over all budgets, accuracy {right:.1%}, {took:.1f} min"
+    print(f"{name}:{seed}: {figures}", flush=True)
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     os.makedirs(OUT, exist_ok=True)
     words = sys.argv[1:]
     done = read()

@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from studies import study
-from studies.study import DOCS, ROOT, RUNS
-
-sys.path.insert(0, ROOT)
+from studies.study import ROOT, RUNS
 
 RECORDS = {}  # {(name, seed): record} of study.json; load() fills it
 CORE = ["lcpo_sum", "lcpo_gdpo", "peaked_sum", "peaked_gdpo"]
@@ -40,10 +38,10 @@ IDEAS[1].extend("remind_capped remind_16 remind_16_capped unfinished free_beyond
 # Figures
 
 
-def load(docs: str = DOCS) -> None:
+def load() -> None:
     """Read $DOCS/study.json."""
     RECORDS.clear()
-    RECORDS.update(study.read(docs))
+    RECORDS.update(study.read())
 
 
 def seeds(name: str) -> list[dict]:
@@ -158,35 +156,19 @@ def by_budget(names: list[str], form: Callable = error, budgets=None, **options)
 
 def blog_table() -> str:
     """The blog's four settings: control inside and outside the trained range, on both tasks."""
-    head = [
-        "setting",
-        "trained on",
-        "error inside",
-        "the same, unseen task",
-        "error at 1.5 times the largest",
-    ]
+    head = "setting|trained on|error inside|the same, unseen task|error at 1.5 times the largest".split("|")
     rows = []
     for name, label in BLOG.items():
         mode = RUNS[name].get("modes", ["exact"])[0]
         low, high = RUNS[name]["trained"]
-        beyond = 3 * high // 2
-        rows.append(
-            [label, f"{low} to {high}", error(name, mode=mode), error(name, data="toy_ood", mode=mode)]
-        )
-        rows[-1].append(error(name, beyond, mode=mode))
+        rows.append([label, f"{low} to {high}", error(name, mode=mode)])
+        rows[-1] += [error(name, data="toy_ood", mode=mode), error(name, 3 * high // 2, mode=mode)]
     return table(head, rows)
 
 
 def core_table() -> str:
     """The two rewards, summed and decoupled: error, correlation, onset, accuracy."""
-    head = [
-        "reward, advantage",
-        "length error",
-        "correlation",
-        "onset (step)",
-        "accuracy",
-        "unseen task: error",
-    ]
+    head = "reward, advantage|length error|correlation|onset (step)|accuracy|unseen task: error".split("|")
     rows = [
         [LABELS[n], error(n), field(n, "correlation_exact", lambda v: f"{v:.3f}"), onset(n), accuracy(n),
          error(n, data="toy_ood")]
@@ -219,11 +201,7 @@ METHODS = [  # label, experiment, mode or method
     ("L1-Max, asked as maximum", "l1_max", "max"),
     ("L1-Max, asked exactly", "l1_max", "exact"),
 ]
-ALPHAS = {
-    0.0005: "alpha_0.0005",
-    0.02: "lcpo_sum",
-    0.1: "alpha_0.1",
-}
+ALPHAS = {0.0005: "alpha_0.0005", 0.02: "lcpo_sum", 0.1: "alpha_0.1"}
 
 
 def alpha_table() -> str:
@@ -276,23 +254,11 @@ def save(fig, name: str) -> None:
     """$DOCS/study_NAME.png."""
     import matplotlib.pyplot as plt
 
-    fig.savefig(os.path.join(DOCS, f"study_{name}.png"), dpi=110)
+    fig.savefig(os.path.join(study.DOCS, f"study_{name}.png"), dpi=110)
     plt.close(fig)
 
 
-COLORS = [
-    "#1f3f5f",
-    "#b5541c",
-    "#4f8a5b",
-    "#7a5195",
-    "#c9a227",
-    "#5f9ea0",
-    "0.35",
-    "#d45087",
-    "#8c6d4a",
-    "#2e8b57",
-    "#b03060",
-]
+COLORS = "#1f3f5f #b5541c #4f8a5b #7a5195 #c9a227 #5f9ea0 0.35 #d45087 #8c6d4a #2e8b57 #b03060".split()
 MARKS = "osD^vPX*hd8"
 
 
@@ -337,20 +303,17 @@ def draw_blog() -> None:
 
     fig, axes = canvas(2, 2, (7, 5))
     for ax, (name, label) in zip(axes.flat, BLOG.items(), strict=True):
-        ax.set_title(
-            f"{label}: {RUNS[name]['flags'].split('--budgets ')[1].split()[0]}", loc="left", fontsize=11
-        )
+        spec = RUNS[name]["flags"].split("--budgets ")[1].split()[0]
+        ax.set_title(f"{label}: {spec}", loc="left", fontsize=11)
         cells = part(seeds(name)[0], "toy", None) if seeds(name) else {}
         if not cells:
             ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
             continue
         drawn = {int(b): np.repeat([int(n) for n in c["lengths"]], list(c["lengths"].values()))
                  for b, c in cells.items()}  # fmt: skip
-        spec = RUNS[name]["flags"].split("--budgets ")[1].split()[0]
         low, high = RUNS[name]["trained"]
-        known = (
-            [int(b) for b in spec[7:].split(",")] if spec.startswith("bucket") else [*range(low, high + 1)]
-        )
+        buckets = spec.startswith("bucket:")
+        known = [int(b) for b in spec[7:].split(",")] if buckets else [*range(low, high + 1)]
         plots.draw_violins(ax, {}, drawn, known)
     save(fig, "blog")
 
@@ -472,55 +435,20 @@ def page() -> str:
         return render(f.read())
 
 
-MARKS_README = "<!-- the study -->\n", "\n<!-- the study: end -->"
-
-
-def readme_block() -> str:
-    """The README's table of answers, between its two comments."""
-    unasked = show(figures("base", "accuracy", "none"), percent)
-    forced, cut = (accuracy("decoding", mode=mode) for mode in ("s1", "truncate"))
-    rows = {
-        "Any length of the range?": f"before RL: error {error('base')}; L1-Exact: "
-        f"{error('lcpo_sum')}; with its terms normalised one by one (GDPO): {error('lcpo_gdpo')}",
-        "What do answers lose?": f"on the trained task nothing: {accuracy('lcpo_sum')} right; the base "
-        f"model, asked for no length, {unasked}",
-        "Without training?": f"s1's budget forcing {forced} right, hard truncation {cut}",
-        "A task RL never saw?": f"error {error('lcpo_sum', data='toy_ood')}; GDPO "
-        f"{error('lcpo_gdpo', data='toy_ood')}",
-        "Supervised instead?": "on its own answers, each behind a prompt that asks for its length: "
-        f"error {error('supervised')}; by special length tokens {error('ruler')} (one seed)",
-        "Beyond the range?": f"no: asked for 96 it writes {length('peaked_gdpo', 96)}. "
-        f"Tally marks instead of digits: {length('tally', 96)}, but few right answers",
-    }
-    block = table(["question", "answer in the toy world"], list(rows.items()))
-    return MARKS_README[0] + block + MARKS_README[1]
-
-
-def write_readme(path: str) -> None:
-    """Put the block into the README."""
-    with open(path, encoding="utf-8") as f:
-        before, rest = f.read().split(MARKS_README[0])
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(before + readme_block() + rest.split(MARKS_README[1])[1])
-
-
 def main() -> None:
-    """Pictures and page of what study.json holds; the README's block where it is the committed study."""
+    """Pictures and page of what study.json holds."""
     load()
     if not RECORDS:
-        sys.exit(f"study_report.py: error: {DOCS} holds no study.json: bash studies/study.sh makes it")
+        sys.exit(f"study_report.py: error: {study.DOCS} holds no study.json: bash studies/study.sh makes it")
     for draw in (draw_blog, draw_tasks, draw_l1, draw_onset, draw_gdpo, draw_alpha):
         draw()
     draw_lengths([["lcpo_sum", "supervised", "ruler"]], "supervised")
     draw_lengths(IDEAS, "beyond")
-    with open(os.path.join(DOCS, "study.md"), "w", encoding="utf-8") as f:
+    with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
-    if os.path.realpath(DOCS) == os.path.join(os.path.realpath(ROOT), "docs"):
-        write_readme(os.path.join(ROOT, "README.md"))
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]
-    print(f"{len(RECORDS)} runs are in {os.path.join(DOCS, 'study.md')}; not run: {' '.join(todo) or 'none'}")
+    print(f"{len(RECORDS)} runs are in {study.DOCS}/study.md; not run: {' '.join(todo) or 'none'}")
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     main()

@@ -1,27 +1,25 @@
 """Supervised training on traces that are annotated with their own lengths: what L1 says does not work.
 
-    python -m studies.supervised MODEL OUT [--idea mlt]
+    python -m studies.supervised MODEL OUT [--mlt]
 
 MODEL (a toy base model) answers training problems as it likes; its right answers are then taught to it again,
 each behind a prompt that asks for exactly the length it has. No reward, no sampling while it learns.
---idea mlt: asked for by Ruler's special tokens (2409.18943) in place of a sentence; see ideas.py.
+--mlt: asked for by Ruler's special tokens (2409.18943) in place of a sentence; see ideas.py.
 """
 
 import argparse
 import json
 import math
 import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from sampler import load_model, make_sampler
 
 import data
 import verifier
+from scaling import model as net
 from studies import ideas
-from toy import task as toy
+from toy import task
+from toy.hf_sampler import HFSampler
 
 # 2,000 problems, 8 samples of each, three times over, with RL's learning rate: about as many responses are
 # learned from as in 200 steps of RL.
@@ -30,11 +28,11 @@ PROBLEMS, SAMPLES, EPOCHS, BATCH, LR, CAP = 2000, 8, 3, 64, 3e-4, 96
 
 def own_traces(model, tokenizer, problems: list[dict], seed: int) -> list[tuple[dict, list[int]]]:
     """(problem, response ids) of the model's right answers to prompts that ask for no length."""
-    sampler = make_sampler("hf", model, "", tokenizer, toy.CONTEXT)
-    prompts = [data.encode_prompt(tokenizer, p["problem"]) for p in problems]  # no length is asked for
-    found = []
-    for problem, responses in zip(problems, sampler.generate(prompts, SAMPLES, CAP, seed=seed), strict=True):
-        whole = [r["ids"] for r in responses if r["finish_reason"] == "stop"]
+    sampler = HFSampler(model, tokenizer, data.stop_ids(model.generation_config, tokenizer), task.CONTEXT)
+    prompts = [data.encode_prompt(tokenizer, p["problem"]) for p in problems]
+    groups, found = sampler.generate(prompts, SAMPLES, [CAP] * len(prompts), 1.0, seed), []
+    for problem, responses in zip(problems, groups, strict=True):
+        whole = [r["ids"].tolist() for r in responses if not r["truncated"]]
         texts = [tokenizer.decode(ids[:-1]) for ids in whole]
         right = verifier.check_answers(texts, [problem["answer"]] * len(texts), ["math"] * len(texts))[0]
         found += [(problem, ids) for ids, ok in zip(whole, right, strict=True) if ok]
@@ -57,21 +55,19 @@ def to_batch(pairs: list[tuple], tokenizer) -> tuple[torch.Tensor, torch.Tensor]
 
 def main(argv: list[str] | None = None) -> None:
     """Sample, annotate, train, save a model folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="studies.supervised", description=__doc__, formatter_class=form)
     parser.add_argument("model", help="the base model's folder")
     parser.add_argument("out", help="folder for the trained model")
-    parser.add_argument("--idea", default="none", choices=["none", "mlt"], help="mlt: special length tokens")
+    parser.add_argument("--mlt", action="store_true", help="special length tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the order")
-    parser.add_argument(
-        "--problems", type=int, default=PROBLEMS, help="problems sampled (default %(default)s)"
-    )
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help="sampled (default %(default)s)")
     args = parser.parse_args(argv)
-    model, tokenizer = load_model(args.model), data.load_tokenizer(args.model)
-    pairs = own_traces(model, tokenizer, toy.problems("toy", "train", args.problems), args.seed)
-    ideas.put_in(args.idea)
-    if args.idea == "mlt":
+    model = net.load_model(args.model, argparse.Namespace(dtype="float32", lora=0))
+    tokenizer = data.load_tokenizer(args.model)
+    pairs = own_traces(model, tokenizer, task.problems("toy", "train", args.problems), args.seed)
+    if args.mlt:
+        ideas.IDEAS["mlt"]()
         tokenizer.add_special_tokens({"additional_special_tokens": [ideas.mlt(n) for n in ideas.MLT]})
         torch.manual_seed(args.seed)
         model.resize_token_embeddings(len(tokenizer))
@@ -80,14 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     order = [i for _ in range(EPOCHS) for i in torch.randperm(len(pairs), generator=generator).tolist()]
     print(f"{len(pairs)} right answers of {args.problems * SAMPLES}, {steps} steps of {BATCH}")
-    model.train()
     for step in range(steps):
-        chosen = [pairs[i] for i in order[step * BATCH : (step + 1) * BATCH]]
         # Batches of one length would be faster, and no longer drawn at random.
+        chosen = [pairs[i] for i in order[step * BATCH : (step + 1) * BATCH]]
         ids, labels = to_batch(chosen, tokenizer)
-        optimizer.param_groups[0]["lr"] = (
-            LR * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-        )
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / 20) * cosine
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -98,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     with open(os.path.join(args.out, "supervised.json"), "w") as f:
-        json.dump({"idea": args.idea, "seed": args.seed, "answers": len(pairs), "steps": steps}, f)
+        json.dump({"mlt": args.mlt, "seed": args.seed, "answers": len(pairs), "steps": steps}, f)
 
 
 if __name__ == "__main__":

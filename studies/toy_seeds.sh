@@ -1,49 +1,57 @@
 #!/usr/bin/env bash
-# The README's table: five seeds, each with a base model of its own, of the toy's default; the same with vLLM, and with LCPO-Exact
-# and plain GRPO.  bash studies/toy_seeds.sh    about 6 minutes a run on two idle cores; finished runs are not repeated
-# Results go to out/seeds/, and their summary to docs/toy_runs.json.
+# The README's table: five seeds of the toy's default, each with a base model of its own; the same with vLLM and with LCPO-Exact.
+#   bash studies/toy_seeds.sh                                 about 6 minutes a run on two idle cores; finished runs are not repeated
+#   STEPS=2 SEEDS=0 OUT=out/try bash studies/toy_seeds.sh     tries the machinery; the summary goes to OUT as well
+# Runs go to out/seeds/, their summary to docs/toy_runs.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for name in peaked vllm lcpo; do
-  for seed in 0 1 2 3 4; do
-    case $name in
-      peaked) flags="--sampler hf" ;;
-      # alpha: the paper's 0.0003 for budgets up to 4000 tokens, scaled to budgets up to 64
-      lcpo) flags="--sampler hf --reward lcpo_exact --reward-args alpha=0.02 --advantage grpo" ;;
-      vllm) flags="--sampler vllm" ;;
-    esac
-    [ -f out/seeds/$name-$seed/eval/results.json ] && continue
-    python train_grpo.py $flags --seed $seed --out out/seeds/$name-$seed --overwrite
-  done
+export OUT="${OUT:-out/seeds}" STEPS="${STEPS:-}"
+
+run() {  # NAME SEED FLAGS...
+  [ -f "$OUT/$1-$2/eval/results.json" ] || python train_grpo.py "${@:3}" ${STEPS:+--steps $STEPS} --seed "$2" --out "$OUT/$1-$2" --overwrite
+}
+
+for seed in ${SEEDS:-0 1 2 3 4}; do
+  run peaked "$seed" --sampler hf
+  run vllm "$seed" --sampler vllm
+  # alpha: the paper's 0.0003 for budgets up to 4000 tokens, scaled to budgets up to 64
+  run lcpo "$seed" --sampler hf --reward lcpo_exact --reward-args alpha=0.02 --advantage grpo
 done
 # Any budget of a range instead of four: one seed, more steps.
-[ -f out/seeds/uniform-0/eval/results.json ] || python train_grpo.py --sampler hf --budgets uniform:16:64 --steps 400 \
-  --out out/seeds/uniform-0 --overwrite
+run uniform 0 --sampler hf --steps 400 --budgets uniform:16:64
 # What the base model can do on the task that RL never sees.
-[ -f out/seeds/base_unseen/results.json ] || python evaluate.py --model out/seeds/toy_base_v2_seed0 --data toy_ood \
-  --budgets 16,32,48,64 --n 4 --limit 100 --temperature 1 --top-p 1 --max-tokens 256 --sampler hf --out out/seeds/base_unseen
+base=$(python -m toy.prepare | python -c 'import json, sys; print(json.load(sys.stdin)["model"])')
+[ -f "$OUT/base_unseen/results.json" ] || python evaluate.py --model "$base" --data toy_ood --budgets 16,32,48,64 --n 4 \
+  --limit 100 --temperature 1 --top-p 1 --max-tokens 256 --sampler hf --out "$OUT/base_unseen" --overwrite
 python - <<'PY'
 import glob, json, os
 
-runs = []
-for path in sorted(glob.glob("out/seeds/*/eval/results.json")):
-    folder = os.path.dirname(os.path.dirname(path))
-    after = json.load(open(path))["datasets"]
-    before = json.load(open(os.path.join(folder, "eval_base", "results.json")))["datasets"]["toy"]
-    lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
-    name, seed = os.path.basename(folder).split("-")
-    run = {"name": name, "seed": int(seed), "steps": len(lines)}
-    for key, part in (("before", before), ("after", after["toy"]), ("unseen_task", after["toy_ood"])):
-        cells = part["budgets"]
-        largest = cells["64"]["accuracy"]
-        run[key] = {"abs_error": part["mean_trained"]["abs_error"], "accuracy_64": largest}
-        run[key]["accuracy"] = part["mean_trained"]["accuracy"]
+out, runs, trained = os.environ["OUT"], [], ("16", "32", "48", "64")
+
+
+def results(path):
+    with open(f"{out}/{path}/results.json") as f:
+        return {name.removesuffix("-test"): part["budgets"] for name, part in json.load(f)["datasets"].items()}
+
+
+def mean(cells, key):
+    return sum(cells[budget][key] for budget in trained) / len(trained)
+
+
+for path in sorted(glob.glob(f"{out}/*/eval/results.json")):
+    folder = path.split("/")[-3]
+    name, seed = folder.split("-")
+    before, after = results(f"{folder}/eval-0")["toy"], results(f"{folder}/eval")
+    with open(f"{out}/{folder}/metrics.jsonl") as f:
+        run = {"name": name, "seed": int(seed), "steps": len(f.readlines())}
+    for key, cells in (("before", before), ("after", after["toy"]), ("unseen_task", after["toy_ood"])):
+        run[key] = {"abs_error": mean(cells, "abs_error"), "accuracy_64": cells["64"]["accuracy"]}
+        run[key]["accuracy"] = mean(cells, "accuracy")
         run[key]["errors"] = {budget: round(cell["abs_error"], 4) for budget, cell in cells.items()}
     runs.append(run)
-base = json.load(open("out/seeds/base_unseen/results.json"))["datasets"]["toy_ood"]["mean"]["accuracy"]
-with open("docs/toy_runs.json", "w") as f:
+    errors = f"error {run['before']['abs_error']:.1%} -> {run['after']['abs_error']:.1%}"
+    print(f"{name} seed {seed}: {errors}, accuracy at 64 tokens {run['after']['accuracy_64']:.1%}")
+base = mean(results("base_unseen")["toy_ood"], "accuracy")
+with open(f"{out if os.environ['STEPS'] else 'docs'}/toy_runs.json", "w") as f:
     json.dump({"runs": runs, "base_accuracy_unseen_task": base}, f, indent=1)
-for r in runs:
-    errors = f"error {r['before']['abs_error']:.1%} -> {r['after']['abs_error']:.1%}"
-    print(f"{r['name']} seed {r['seed']}: {errors}, accuracy at 64 tokens {r['after']['accuracy_64']:.1%}")
 PY

@@ -2,7 +2,7 @@
 
     python -m studies.zoo names [NAME ...]    the runs, one a line
     python -m studies.zoo run NAME            one run, into $OUT/NAME; a finished one is not repeated
-    python -m studies.zoo report              table and picture of the finished runs
+    python -m studies.zoo report              table and picture of docs/zoo.json and the finished runs in $OUT
 
 $OUT (default out/zoo) holds the runs. $STEPS, if set, replaces the steps of every run; the report
 then goes to $OUT as well.
@@ -18,7 +18,6 @@ import time
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
 BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
 # Runs without a recipe: the toy's own default, L1-Max alone, and its ablation that the paper warns of.
@@ -72,8 +71,9 @@ def toy_flags(text: str) -> list[str]:
 
 def runs() -> dict[str, list[str]]:
     """{name: flags} of all runs of the study."""
-    names = sorted(n[:-5] for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args"))
-    return {n: toy_flags(recipe(n)) for n in names} | {n: shlex.split(flags) for n, flags in EXTRA.items()}
+    names = {n[:-5] for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args")} - {"toy"}
+    extra = {n: shlex.split(flags) for n, flags in EXTRA.items()}
+    return {n: toy_flags(recipe(n)) for n in sorted(names)} | extra
 
 
 def run(name: str) -> int:
@@ -83,10 +83,12 @@ def run(name: str) -> int:
         print(f"{name}: done before", flush=True)
         return 0
     flags = [*runs()[name], *(["--steps", STEPS] if STEPS else []), "--seed", "0", "--sampler", "hf"]
-    # One length for all is learned from fewer prompts than one length for each budget.
-    if "--budgets" in flags and "none" in flags and "--prompts-per-step" not in flags:
-        flags += ["--prompts-per-step", "16"]
+    if "--budgets none" in " ".join(flags):
+        # One length for all is learned from fewer prompts than one length for each budget.
+        flags += [] if "--prompts-per-step" in flags else ["--prompts-per-step", "16"]
+        flags += [] if "curriculum" in flags else ["--eval-budgets", ""]  # asked as it was trained
     began = time.monotonic()
+    os.makedirs(OUT, exist_ok=True)
     with open(folder + ".log", "w") as log:
         command = [sys.executable, "train_grpo.py", *flags, "--out", folder, "--overwrite"]
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -104,9 +106,9 @@ def run(name: str) -> int:
 
 
 def figures(path: str) -> dict:
-    """Accuracy, length and the rest of one evaluation: without a budget, or the mean over BUDGETS."""
+    """Accuracy, length and the rest on the trained task: without a budget, or the mean over BUDGETS."""
     with open(path) as f:
-        cells = json.load(f)["datasets"]["toy"]["budgets"]
+        cells = json.load(f)["datasets"]["toy-test"]["budgets"]
     asked = ["none"] if "none" in cells else BUDGETS
     names = {"accuracy": "accuracy", "length": "mean_length", "truncated": "truncated", "error": "abs_error"}
     out = {"asked": "none" not in cells, "budgets": sum(b in cells for b in asked)}
@@ -125,12 +127,10 @@ def read_run(name: str) -> dict:
         args = json.load(f)
     last, text = json.loads(lines[-1]), "" if name in EXTRA else recipe(name)
     found = {"name": name, "reward": args["reward"], "advantage": args["advantage"], "steps": len(lines)}
-    if args.get("objective", "policy") != "policy":
-        found["advantage"] = args["objective"]
     found |= figures(os.path.join(folder, "eval", "results.json"))
     found["reconstruction"] = text.startswith("# RECONSTRUCTION")
     found["own"] = {key: last[key] for key in OWN if last.get(key) is not None}
-    return found | {"base": figures(os.path.join(folder, "eval_base", "results.json"))}
+    return found | {"base": figures(os.path.join(folder, "eval-0", "results.json"))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,10 +167,14 @@ def table(methods: list[dict]) -> str:
 
 
 def report() -> None:
-    """docs/zoo.md, zoo.json and zoo.png of all finished runs."""
-    docs = OUT if STEPS else os.path.join(ROOT, "docs")
+    """zoo.md, zoo.json and zoo.png of docs/zoo.json, in which the finished runs in OUT replace older ones."""
+    docs, found = OUT if STEPS else os.path.join(ROOT, "docs"), {}
+    if os.path.exists(os.path.join(docs, "zoo.json")):
+        with open(os.path.join(docs, "zoo.json")) as f:
+            found = {m["name"]: m for m in json.load(f)}
     done = [n for n in runs() if os.path.exists(os.path.join(OUT, n, "eval", "results.json"))]
-    methods = [read_run(name) for name in done]
+    found |= {name: read_run(name) for name in done}
+    methods = [found[name] for name in runs() if name in found]
     if not methods:
         sys.exit(f"zoo.py: error: {OUT} holds no finished run: bash studies/zoo.sh makes them")
     kinds = {
@@ -287,7 +291,6 @@ def draw(kinds: dict[str, list[dict]], path: str) -> None:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     command, names = (sys.argv[1:2] or ["help"])[0], sys.argv[2:]
     if command == "names" and set(names) <= set(runs()):
         print("\n".join(names or runs()))

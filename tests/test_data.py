@@ -39,7 +39,8 @@ def rows_of(path):
 
 def one(row):
     """Normalises one record through the layout that its columns select."""
-    return data.normalise(data.find_layout(list(row), None, "test")(row), "test", 0)
+    function = data.find_layout(list(row), None, "test")
+    return data.normalise(function({key.lower(): value for key, value in row.items()}), "test", 0)
 
 
 def problems(n):
@@ -145,15 +146,12 @@ def test_malformed_budgets(spec):
         parse_budgets(spec)
 
 
-@pytest.mark.parametrize("spec", ["uniform:0:5", "uniform:-5:5", "fixed:0", "bucket:5,-1", "fixed:99999999"])
+@pytest.mark.parametrize(
+    "spec", ["uniform:0:5", "uniform:-5:5", "fixed:0", "bucket:5,-1", "fixed:99999999", "log:9:8"]
+)
 def test_budgets_out_of_range(spec):
-    with pytest.raises(BadInput, match="must be from 1 to"):
+    with pytest.raises(BadInput, match="tokens, 1 to 10000000, the smaller first, as in uniform:100:4000"):
         parse_budgets(spec)
-
-
-def test_min_above_max_says_the_way_out():
-    with pytest.raises(BadInput, match="uniform:100:400$"):
-        parse_budgets("uniform:400:100")
 
 
 @pytest.mark.parametrize("spec, distinct", [("uniform:1:4", 4), ("bucket:5,9,7,8", 4), ("log:100:900", 4)])
@@ -442,7 +440,7 @@ def test_an_unusable_row_is_counted_not_a_crash(tmp_path, row, reason):
         (chat("Q", ["4", "6"], ["m", "max_length"]), "budget in text and metadata differ"),
         (chat("Q", ["4", "x"], ["m", "max_length"]), "wrong type"),
         ({"messages": [], "ground_truth": "4", "dataset": "m"}, "no user turn"),
-        ({"messages": "Q", "ground_truth": "4", "dataset": "m"}, "no user turn"),
+        ({"messages": "Q", "ground_truth": "4", "dataset": "m"}, "wrong type"),
     ],
 )  # fmt: skip
 def test_an_unusable_chat_row_is_counted(tmp_path, row, reason):
@@ -496,6 +494,275 @@ def test_code_rows_are_left_out(tmp_path, capsys):
     assert "left out 1 not mathematics of 2 rows" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------------------- own tables
+
+
+def read(tmp_path, text, *flags, suffix="csv"):
+    """Rows that the real command makes of a file with this text; the words of the refusal if it refuses."""
+    (tmp_path / f"own.{suffix}").write_text(text, encoding="utf-8")
+    out = tmp_path / "new" / "folder" / "rows.jsonl"  # made by --out
+    done = run_script(tmp_path / f"own.{suffix}", "--budgets", "fixed:9", *flags, "--out", out)
+    assert done.returncode in (0, 2) and (done.returncode == 0) == out.exists(), done.stderr
+    return rows_of(out) if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, flags, answers",
+    [
+        ("question,solution\nQ,6*7\\n#### 42\nR,so \\boxed{\\frac{1}{2}}.\n", [], ["42", "\\frac{1}{2}"]),
+        ("Question,Answer\nQ,4\nR,5\n", [], ["4", "5"]),
+        ("Nr;Frage;Loesung\n1;Was, bitte?;4\n2;Und?;3,5\n", ["problem=frage", "answer=LOESUNG"],
+         ["4", "3,5"]),
+        ("text\tkey\nQ\t4\nR\t5\n", ["problem=text", "answer=KEY"], ["4", "5"]),
+        ("prompt,ANSWER\nQ,4\nR,5\n", ["problem=prompt"], ["4", "5"]),
+        ("question,answer,loesung\nQ,1,4\nR,1,5\n", ["answer=loesung"], ["4", "5"]),
+        ("\ufeffproblem,expected_answer\nQ,4\nR,5\n", [], ["4", "5"]),
+        ("problem,weg\nQ,also \\boxed{4}\nR,#### 5\n", ["solution=weg"], ["4", "5"]),
+    ],
+)  # fmt: skip
+def test_own_tables_are_read(tmp_path, text, flags, answers):
+    rows = read(tmp_path, text.replace("\\n", " "), *(["--columns", *flags] if flags else []))
+    assert [row["answer"] for row in rows] == answers
+    assert all(row["prompt"].startswith(row["problem"]) and row["budget"] == 9 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text, flags, message",
+    [
+        ("frage,loesung\nQ,4\n", [], "columns frage, loesung; wanted: .*--columns problem=COLUMN answer="),
+        ("frage,loesung\nQ,4\n", ["problem=frag"], "--columns: no frag in .*own.csv, only frage, loesung"),
+        ("frage,loesung\nQ,4\n", ["problm=frage"], "--columns problm=frage: write FIELD=COLUMN, .*problem"),
+        ("frage,loesung\nQ,4\n", ["problem"], "--columns problem: write FIELD=COLUMN"),
+        ("frage,loesung\nQ,4\n", ["problem=frage"], "wanted: problem or question, answer or solution"),
+    ],
+)  # fmt: skip
+def test_own_tables_that_are_not_understood(tmp_path, text, flags, message):
+    error = read(tmp_path, text, *(["--columns", *flags] if flags else []))
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_golds_that_are_no_answers_are_dropped_and_counted(tmp_path):
+    golds = ["proof", "notfound", "N/A", "None", "", "4"]
+    counts = Counter()
+    path = put(tmp_path / "x.jsonl", [{"problem": f"Q{i}", "answer": gold} for i, gold in enumerate(golds)])
+    assert [row["answer"] for row in load_problems(path, counts=counts)] == ["4"]
+    assert counts == {"read": 6, "no answer": 5}
+
+
+@pytest.mark.parametrize(
+    "kind, read", [("MATH", 1), ("Math", 1), ("math", 1), ("voc", 1), ("", 1), ("code", 0)]
+)
+def test_kinds(kind, read):
+    verl = {"prompt": user("Q"), "ability": kind, "reward_model": {"ground_truth": "4"}}
+    for row in (verl, {"problem": "Q", "answer": "4", "kind": kind}):
+        if read:
+            assert one(row)["kind"] == "math"
+        else:
+            with pytest.raises(data.Skip, match="not mathematics"):
+                one(row)
+
+
+FOUR_WAYS = {"question": "Q", "option_a": "w", "option_b": "x", "option_c": "y", "option_d": "z"}
+
+
+@pytest.mark.parametrize(
+    "row, letter",
+    [
+        ({"question": "Q", "options": ["w", "x", "y", "z"], "answer": "C"}, "C"),
+        ({"question": "Q", "options": ["w", "x", "y", "z"], "answer": 2}, "C"),
+        ({"question": "Q", "options": ["A)w", "B)x", "C)y", "D)z"], "correct": "C"}, "C"),  # AQuA
+        ({"question": "Q", "options": {"A": "w", "B": "x", "C": "y", "D": "z"}, "answer": "y"}, "C"),  # MedQA
+        ({"question": "Q", "choices": {"text": ["w", "x", "y", "z"], "label": ["1", "2", "3", "4"]},
+          "answerKey": "3"}, "C"),  # ARC
+        (FOUR_WAYS | {"answer": "C"}, "C"),
+        (FOUR_WAYS | {"answer": "y"}, "C"),
+        ({"question": "Q", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C"}, "C"),
+        ({"question": "Q", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "answer": "c".upper()}, "C"),
+        ({"question": "Q", "optionA": "w", "optionB": "x", "optionC": "y", "optionD": "z", "answer": 2}, "C"),
+        ({"question": "Q", "option_a": "w", "option_b": "x", "option_c": "", "answer": "B"}, "B"),
+    ],
+)  # fmt: skip
+def test_options_in_all_their_forms(row, letter):
+    found = one(row)
+    size = 2 if letter == "B" else 4
+    assert (found["kind"], found["answer"], found["choices"]) == ("choice", letter, list("wxyz")[:size])
+    assert found["problem"] == "Q\n\nOptions:\n" + "\n".join(
+        f"{a}. {b}" for a, b in zip("ABCD", "wxyz"[:size], strict=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"question": "Q", "option1": "w", "option2": "x", "answer": "1"}, "options that are not read"),
+        ({"question": "Q", "options": "w or x", "answer": "A"}, "choices are not a list"),
+        ({"question": "Q", "options": [{"k": "A"}, {"k": "B"}], "answer": "A"}, "an empty choice"),
+        (FOUR_WAYS | {"answer": "E"}, "names no option"),
+        (FOUR_WAYS | {"answer": "42"}, "names no option"),
+    ],
+)  # fmt: skip
+def test_options_are_never_silently_mathematics(row, reason):
+    with pytest.raises(data.Skip, match=reason):
+        one(row)
+
+
+def test_three_number_columns_are_no_options():
+    assert one({"problem": "a + b?", "a": 1, "b": 2, "answer": 3})["kind"] == "math"
+
+
+# ---------------------------------------------------------------------------------------------- chats
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def ask(text):
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, *EARLIER, ask("Q"), {"role": "assistant", "content": "so \\boxed{4}"}]},
+        {"messages": [SYSTEM, *EARLIER, ask("Q")], "answer": "4"},
+        {"messages": [SYSTEM, *EARLIER, ask("Q")], "ground_truth": ["4"], "dataset": ["math"]},
+        {"messages": [SYSTEM, *EARLIER, ask("Q")], "solution": "#### 4"},
+        {"prompt": [SYSTEM, *EARLIER, ask("Q")], "reward_model": {"ground_truth": "4"}, "ability": "MATH"},
+        {"prompt": [SYSTEM, *EARLIER, ask("Q")], "problem": "Q", "answer": "4"},
+    ],
+)
+def test_chats_keep_their_turns(tmp_path, row, tokenizer, capsys):
+    path = put(tmp_path / "chat.jsonl", [row])
+    (problem,) = load_problems(path)
+    assert (problem["problem"], problem["answer"], problem["turns"]) == ("Q", "4", [SYSTEM, *EARLIER])
+    (asked,) = annotate([problem], "fixed:9", "exact")
+    assert asked["prompt"] == f"Q {STEPS} Think for 9 tokens." and asked["turns"] == [SYSTEM, *EARLIER]
+    with pytest.raises(BadInput, match="need a tokenizer with a chat template"):
+        encode_prompt(tokenizer, asked["prompt"], asked["turns"])
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    try:
+        ids = encode_prompt(tokenizer, asked["prompt"], asked["turns"])
+    finally:
+        tokenizer.chat_template = None
+    before = "[system]Be brief.[user]Hi[assistant]Hello"
+    assert tokenizer.decode(ids) == f"{before}[user]Q {STEPS} Think for 9 tokens."
+    for suffix in ("jsonl", "parquet"):  # written, told, read back
+        out = str(tmp_path / f"rows.{suffix}")
+        assert data.main([path, "--budgets", "fixed:9", "--out", out]) == 0
+        assert "kept with a system prompt or earlier turns: 1" in capsys.readouterr().out
+        (again,) = load_problems(out)
+        assert again["turns"] == [SYSTEM, *EARLIER] and again["prompt"] == asked["prompt"]
+
+
+@pytest.mark.parametrize("host", data.EXPORTS)
+def test_exported_chats_keep_their_turns(tmp_path, host):
+    path = put(tmp_path / "chat.jsonl", [{"messages": [SYSTEM, *EARLIER, ask("Q")], "answer": "4"}])
+    out = str(tmp_path / "rows.parquet")
+    assert data.main([path, "--budgets", "fixed:9", "--export", host, "--out", out]) == 0
+    (row,) = data.read_file(out)
+    chat = row["messages" if host == "open-instruct" else "prompt"]
+    assert chat[:-1] == [SYSTEM, *EARLIER] and chat[-1]["content"].endswith("Think for 9 tokens.")
+    (again,) = load_problems(out)
+    assert again["turns"] == [SYSTEM, *EARLIER] and (again["budget"], again["mode"]) == (9, "exact")
+
+
+@pytest.mark.parametrize(
+    "messages, reason",
+    [([SYSTEM], "no user turn"), ([{"role": "user", "content": [{"type": "text"}]}], "no user turn"),
+     ([{"role": "user", "content": None}, ask("Q")], "no user turn"), ([None], "wrong type")],
+)  # fmt: skip
+def test_chats_that_are_refused(tmp_path, messages, reason):
+    counts = Counter()
+    good = {"messages": [ask("R")], "answer": "4"}
+    path = put(tmp_path / "x.jsonl", [good, {"messages": messages, "answer": "4"}])
+    assert len(load_problems(path, counts=counts)) == 1 and any(reason in key for key in counts)
+
+
+# ---------------------------------------------------------------------------------------------- own sentences
+
+
+def test_a_sentence_of_ones_own_is_a_wording(tmp_path):
+    sentence = "Use at most {N} tokens."
+    for mode in ("exact", "max"):
+        assert budget_prompt("P?", 512, mode, wording=sentence) == f"P? {STEPS} Use at most 512 tokens."
+    assert budget_prompt("P?", 5, "max", "choice", sentence).endswith(f"{CHOICE_STEPS} Use at most 5 tokens.")
+    assert budget_prompt("P?", None, None, wording=sentence) == f"P? {STEPS}"
+    rows = read(tmp_path, "problem,answer\nQ,4\n", "--mode", "max", "--sentence", "Nutze {N} Token {x}!")
+    assert rows[0]["prompt"] == f"Q {STEPS} Nutze 9 Token {{x}}!"
+    out = put(tmp_path / "again.jsonl", rows)
+    assert load_problems(out) == rows  # a sentence that is not known is kept with its budget
+    error = read(tmp_path / "new", "problem,answer\nQ,4\n", "--sentence", "Be brief.")
+    assert re.search("wording 'Be brief.' is unknown: use l1, tulu, or a sentence with {N}", error)
+
+
+@pytest.mark.parametrize(
+    "prompt, budget",
+    [("Q Think for 300 tokens.", 200), ("Q Think for up to 300 tokens.", 30), ("Q", 200), ("Q 2000", 200),
+     ("Q Use at most 300 tokens.", 200)],
+)  # fmt: skip
+def test_a_prompt_that_asks_for_another_budget_is_refused(prompt, budget):
+    row = {"problem": "Q", "answer": "4", "prompt": prompt, "budget": budget, "mode": "exact"}
+    with pytest.raises(data.Skip, match="budget in text and metadata differ"):
+        one(row)
+    right = prompt.replace("300", str(budget)).replace("2000", str(budget)) + " 200" * (prompt == "Q")
+    assert one(row | {"prompt": right})["budget"] == budget
+
+
+def test_a_budget_that_only_the_text_has_counts():
+    row = {"problem": "Q", "answer": "4", "prompt": "Q Think for maximum 300 tokens."}
+    assert (one(row)["budget"], one(row)["mode"]) == (300, "max")
+    row = {"problem": "It costs 5 tokens.", "answer": "4", "prompt": "It costs 5 tokens.", "budget": None}
+    assert one(row)["budget"] is None
+
+
+# ---------------------------------------------------------------------------------------------- end tokens
+
+
+def small_tokenizer(eos, added):
+    """A real tokenizer with tokens at the ids they have in the published models: {token: id}."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    top = max(added.values())
+    vocabulary = {f"w{i}": i for i in range(top + 1) if i not in added.values()} | added
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w5"))
+    inner.add_special_tokens(list(added))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos)
+
+
+LLAMA = {"<|end_of_text|>": 128001, "<|eom_id|>": 128008, "<|eot_id|>": 128009}
+ENDS = [
+    # name, tokenizer's end token, added tokens, eos_token_id of generation_config, expected
+    ("gemma-3", "<eos>", {"<eos>": 1, "<end_of_turn>": 106}, [1, 106], [1, 106]),
+    ("Phi-3.5", "<|endoftext|>", {"<|endoftext|>": 32000, "<|end|>": 32007}, [32007, 32001, 32000],
+     [32000, 32001, 32007]),
+    ("Llama-3", "<|eot_id|>", LLAMA, [128001, 128008, 128009], [128001, 128008, 128009]),
+    ("Qwen2.5", "<|im_end|>", {"<|endoftext|>": 151643, "<|im_end|>": 151645}, [151645, 151643],
+     [151643, 151645]),
+    ("gpt-oss", "<|return|>", {"<|endoftext|>": 199, "<|return|>": 200, "<|end|>": 207, "<|call|>": 212},
+     [200, 199, 212], [199, 200, 212]),
+    ("one number", "<eos>", {"<eos>": 3}, 7, [3, 7]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, eos, added, declared, expected", ENDS, ids=[case[0] for case in ENDS])
+def test_stop_ids(name, eos, added, declared, expected):
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = small_tokenizer(eos, added)
+    assert data.stop_ids(GenerationConfig(eos_token_id=declared), tokenizer) == expected
+    config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1, num_key_value_heads=1, eos_token_id=None)  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = declared
+    assert data.stop_ids(model, tokenizer) == expected
+    # Without a model only what the tokenizer itself knows: enough for these chat formats.
+    alone = data.stop_ids(None, tokenizer)
+    assert set(alone) <= set(expected) and tokenizer.eos_token_id in alone
+    known = {"gemma-3": [1, 106], "Phi-3.5": [32000, 32007], "Llama-3": expected, "gpt-oss": [200, 212]}
+    assert alone == known.get(name, alone)
+
+
 # ---------------------------------------------------------------------------------------------- hub
 
 
@@ -517,15 +784,15 @@ def test_hub_layout_folder_with_configs_and_splits(tmp_path, monkeypatch):
     monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i", "ii"), "test", "plain"))
     assert [row["answer"] for row in load_problems("gsm8k")] == ["1", "2"]
     assert load_problems("gsm8k")[0]["source"] == "gsm8k"
-    with pytest.raises(BadInput, match='split nosuch.*could not be loaded: Unknown split "nosuch"'):
+    with pytest.raises(BadInput, match="has the splits test, train: choose one with --split"):
         load_problems("gsm8k", split="nosuch")
     with pytest.raises(BadInput, match="could not be loaded"):
         load_problems(str(hub))  # two configs: the library asks for one
     monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i",), "train", "plain"))
     assert [row["answer"] for row in load_problems("gsm8k")] == ["3"]
     assert [row["answer"] for row in load_problems("gsm8k", split="test")] == ["1"]
-    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i",), None, "math"))
-    with pytest.raises(BadInput, match="has the columns question, answer; wanted: problem, solution"):
+    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i",), None, "gpqa"))
+    with pytest.raises(BadInput, match="has the columns question, answer; wanted: question, correct answer"):
         load_problems("gsm8k")
 
 
@@ -596,8 +863,9 @@ def test_command_writes_rows_and_tells(tmp_path, capsys):
     assert len(rows) == 615 and "read 205 rows, wrote 615" in text
     modes = Counter(row["mode"] for row in rows)
     assert f"mode: exact {modes['exact']}, max {modes['max']}" in text and "kind: choice 15, math 600" in text
-    bars = [int(line.split()[1]) for line in text.splitlines() if line.endswith("#")]
-    assert len(bars) == 10 and sum(bars) == 615  # the histogram counts every row once
+    budgets = [row["budget"] for row in rows]
+    drawn = f"mean {np.mean(budgets):.1f}, from {min(budgets)} to {max(budgets)}"
+    assert f"budget (tokens): {drawn}" in text
     assert all(100 <= row["budget"] <= 4000 for row in rows)
 
 
@@ -609,14 +877,6 @@ def test_one_seed_one_file(tmp_path, suffix):
         return out.read_bytes()
 
     assert run("a", "--seed", "3") == run("b", "--seed", "3") != run("c", "--seed", "4")
-
-
-def test_bucket_histogram_and_repeated_budgets_are_told(tmp_path, capsys):
-    argv = [MATH500, "--budgets", "bucket:100,1024", "--copies", "3", "--wording", "tulu"]
-    assert data.main([*argv, "--out", str(tmp_path / "rows.jsonl")]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^ +100 +\d+ #+$", text, re.M) and re.search(r"^ +1024 +\d+ #+$", text, re.M)
-    assert "fewer than 3 budgets" in text
 
 
 def test_duplicates_overlap_limit_and_missing_answers(tmp_path, capsys):
@@ -709,18 +969,21 @@ CASES = [
     ("@broken.json " + OUT, "not valid JSON.*line 1 column"),
     ("@lines.json " + OUT, r"belongs in a .jsonl file"),
     ("@object.json " + OUT, "holds a JSON dict"),
-    ("@quote.csv " + OUT, "line . is not valid CSV"),
+    ("@quote.csv " + OUT, "is not valid CSV: unexpected end of data"),
     ("@latin.jsonl " + OUT, "is not UTF-8"),
-    ("@cut.jsonl.gz " + OUT, "truncated or damaged gzip"),
-    ("@plain.jsonl.gz " + OUT, "truncated or damaged gzip"),
+    ("@cut.jsonl.gz " + OUT, "end-of-stream marker"),
+    ("@plain.jsonl.gz " + OUT, "Not a gzipped file"),
     ("@fake.parquet " + OUT, "not a readable Parquet"),
     (f"{GOOD} --budgets uniform:100 {OUT}", "'uniform:100' is malformed.*uniform:100:4000"),
-    (f"{GOOD} --budgets uniform:400:100 {OUT}", "400 is above 100"),
-    (f"{GOOD} --budgets fixed:0 {OUT}", "must be from 1"),
-    (f"{GOOD} --budgets bucket:-5,9 {OUT}", "must be from 1"),
+    (f"{GOOD} --budgets uniform:400:100 {OUT}", "malformed.*the smaller first"),
+    (f"{GOOD} --budgets fixed:0 {OUT}", "1 to 10000000"),
+    (f"{GOOD} --budgets bucket:-5,9 {OUT}", "1 to 10000000"),
     (f"{GOOD} --budgets '' {OUT}", "malformed"),
-    (f"{GOOD} --mode none --budgets fixed:5 {OUT}", "--mode none does not go with --budgets fixed:5: drop"),
-    (f"{GOOD} --mode exact --budgets none {OUT}", "--mode exact does not go with --budgets none: use"),
+    (
+        f"{GOOD} --mode none --budgets fixed:5 {OUT}",
+        "mode none does not go with budgets fixed: .*none goes with budgets none only",
+    ),
+    (f"{GOOD} --mode exact --budgets none {OUT}", "mode exact does not go with budgets none"),
     (f"{GOOD} --mode sometimes {OUT}", "invalid choice: 'sometimes'"),
     (f"{GOOD} --wording l2 {OUT}", "invalid choice: 'l2'"),
     (f"{GOOD} --export ray {OUT}", "invalid choice: 'ray'.*verl.*trl.*open-instruct"),
@@ -730,13 +993,13 @@ CASES = [
     (f"{GOOD} --seed -1 {OUT}", r"--seed \(-1\)"),
     (f"{GOOD} --colour red {OUT}", "unrecognized arguments: --colour"),
     (f"{GOOD}", "required: --out"),
-    (f"{GOOD} --out @nowhere/o.jsonl", "folder .*nowhere does not exist"),
+    (f"{GOOD} --out @good.jsonl/o.jsonl", "o.jsonl cannot be written: (Not a directory|File exists)"),
     (f"{GOOD} --out @o.txt", "unknown suffix; use .jsonl, .jsonl.gz or .parquet"),
     (f"{GOOD} --out @good.jsonl", "is also read"),
     (f"{GOOD} --exclude @good.jsonl --out @good.jsonl", "is also read"),
     (f"{GOOD} --exclude @missing.jsonl {OUT}", "missing.jsonl: no such file"),
     (f"{GOOD} --exclude @good.jsonl {OUT}", "nothing left of 1 rows"),
-    (f"{GOOD}, {OUT}", "an empty name in the list"),
+    (f"{GOOD}, {OUT}", "error: : no such file, and not one of the named sets"),
     (f"{GOOD} --split test {OUT}", "a local file has no splits"),
     (f"{GOOD} --max-prompt-tokens 5 {OUT}", "--max-prompt-tokens needs --tokenizer"),
     (f"{GOOD} --tokenizer @nowhere {OUT}", "tokenizer folder .* does not exist"),

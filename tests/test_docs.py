@@ -1,6 +1,5 @@
 """What README and docs say is what the code does and the committed files say."""
 
-import ast
 import doctest
 import glob
 import importlib.util
@@ -9,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import types
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -16,146 +17,187 @@ from conftest import ROOT
 
 import data
 import evaluate
+import methods
 import rewards
 import train_grpo
+from evaluation import baselines
 from scaling import bench
 
-
-def read(*path):
-    with open(os.path.join(ROOT, *path), encoding="utf-8") as f:
-        return f.read()
-
-
-README, RUNS = read("README.md"), json.loads(read("docs", "toy_runs.json"))["runs"]
-DOCS = {os.path.basename(path): read(path) for path in glob.glob(os.path.join(ROOT, "docs", "*.md"))}
-GUIDE, TROUBLES = DOCS["guide.md"], DOCS["troubleshooting.md"]
-spec = importlib.util.spec_from_file_location("links", os.path.join(ROOT, "docs", "link_methods.py"))
+spec = importlib.util.spec_from_file_location("links", os.path.join(ROOT, "docs", "link_lines.py"))
 links = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(links)
 
+PAGES = {path: links.read(path) for path in [*links.pages(), "CONTRIBUTING.md"]}
+README, GUIDE = PAGES["README.md"], PAGES["docs/guide.md"]
+RUNS = json.loads(links.read("docs/toy_runs.json"))["runs"]
 
-def cell(name, seed):
-    found = [r["after"] for r in RUNS if (r["name"], r["seed"]) == (name, seed)]
-    return f"{found[0]['abs_error']:.1%}, {found[0]['accuracy_64']:.1%}" if found else "not run"
+
+def block(page, name):
+    """The code that a page shows below `<!-- name -->`."""
+    return re.search(rf"<!-- {name} -->\n```\w+\n(.*?)\n```", PAGES[page], re.S)[1]
+
+
+# README -----------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short():
+    assert README.count("\n") <= 200
 
 
 def test_the_table_of_seeds_is_that_of_the_runs():
     for seed in sorted({r["seed"] for r in RUNS}):
         before = next(r["before"]["abs_error"] for r in RUNS if r["seed"] == seed)
-        cells = [cell(name, seed) for name in ("peaked", "vllm", "lcpo")]
+        found = {r["name"]: r["after"] for r in RUNS if r["seed"] == seed}
+        cells = [
+            f"{found[n]['abs_error']:.1%}, {found[n]['accuracy_64']:.1%}" if n in found else "not run"
+            for n in ("peaked", "vllm", "lcpo")
+        ]
         row = f"| {seed} | {before:.0%} | {' | '.join(cells)} |"
         assert row in README, row
 
 
-def test_the_claim_holds_in_the_runs():
-    """The worst seed of the default stays inside what the first paragraph promises."""
-    after = [r["after"] for r in RUNS if r["name"] == "peaked"]
-    assert len(after) == 5
-    promised = re.search(r"within ([0-9.]+)% of the budget", README)
-    accuracy = re.search(r"at least ([0-9]+)% of its answers right", README)
-    assert max(r["abs_error"] for r in after) <= float(promised[1]) / 100
-    assert min(r["accuracy_64"] for r in after) >= float(accuracy[1]) / 100
+def test_every_recipe_is_in_the_table():
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*", README.partition("## Recipes")[2], re.M)))
+    there = {os.path.basename(p)[:-5] for p in glob.glob(os.path.join(ROOT, "recipes", "*.args"))} - {"toy"}
+    assert there <= set(named)
 
 
-def test_commands_and_files_that_the_readme_names_exist():
-    for name in set(re.findall(r"`((?:recipes|docs|tests)/[\w./]+|\w+\.(?:py|txt|args))`", README)):
-        places = [os.path.join(ROOT, name), os.path.join(ROOT, "recipes", name)]
-        assert any(os.path.exists(place) for place in places), name
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert os.path.getsize(os.path.join(ROOT, picture)) > 5000
+def test_readme_and_recipe_make_the_same_rows():
+    recipe = re.search(r"^#   (python data\.py .+)", links.read("recipes/l1_exact.args"), re.M)[1]
+    assert recipe in README and README.count("python data.py deepscaler") == 1
 
 
-def test_ci_runs_the_readme_test_command():
-    command = re.search(r"<!-- the tests -->\n```sh\n(.+)\n```", README)[1]
-    assert "requirements-test.txt" in command and command.endswith("python -m pytest -n 2 --dist loadfile")
-    with open(os.path.join(ROOT, ".ci", "run")) as f:
-        assert "<!-- the tests -->" in f.read()
+def test_ci_runs_the_readmes_test_commands():
+    assert block("README.md", "the tests").endswith("python -m pytest -n 2 --dist loadfile")
+    assert "requirements-test.txt" in block("README.md", "the tests")
+    assert block("README.md", "the hosts").endswith("tests/test_hosts.py")
+    script = links.read(".ci/run")
+    assert "<!-- the tests -->" in script and "<!-- the hosts -->" in script
+
+
+def test_the_quickstart_needs_no_other_index():
+    lines = [x for x in block("README.md", "the toy").splitlines() if not x.startswith("#")]
+    assert "--index-url" not in " ".join(lines) and lines[-1] == "python train_grpo.py"
 
 
 # Links, flags, commands -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DOCS)
-def test_links_lead_where_they_say(name):
-    assert links.linked(DOCS[name]) == DOCS[name], "run python docs/link_methods.py"
-    found = links.LINK.findall(DOCS[name])
-    assert len(found) == DOCS[name].count(".py#L"), (
-        "a link to a line names what is there: [`name`](../file.py#L1)"
+@pytest.mark.parametrize("page", links.pages())
+def test_pages_are_current(page):
+    """Numbers of lines, and the tables of docs/methods.md."""
+    assert links.current(page) == PAGES[page], "run python docs/link_lines.py"
+
+
+def test_a_link_names_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(links, "ROOT", str(tmp_path))
+    lines = [
+        "LIMIT = 4",
+        "",
+        "",
+        "def f(x):",
+        "    return x  # twice",
+        "",
+        "",
+        "class A:",
+        "    def f(self):",
+    ]
+    (tmp_path / "a.py").write_text("\n".join([*lines, "        return 'twice'"]))
+    found = [links.line_of(name, "a.py") for name in ("LIMIT", "A", "A.f", "return x")]
+    assert found == [1, 8, 9, 5]
+    assert (
+        links.linked("[`A.f`](../a.py#L1), [`LIMIT`](a.py#L7)") == "[`A.f`](../a.py#L9), [`LIMIT`](a.py#L1)"
     )
-    for named, file, line in found:
-        last = re.escape(named.rpartition(".")[2])
-        assert re.match(rf" *(def|class) {last}\b|{last} = ", read(file).splitlines()[int(line) - 1])
-    prose = re.sub("^```.*?^```", "", DOCS[name], flags=re.M | re.S)
-    for path in re.findall(r"\]\((?!http)([^)#]+)", prose):
-        assert os.path.exists(os.path.join(ROOT, "docs", path)), path
-    for page, place in re.findall(r"\]\((\w+\.md)#([^)]+)\)", prose):
-        heads = [
-            re.sub(r"[^\w -]", "", h).lower().replace(" ", "-")
-            for h in re.findall("^#+ (.+)", DOCS[page], re.M)
-        ]
-        assert place in heads, (place, heads)
+    for name in ("f", "g", "# twice, no", "tw ice", "twice "):
+        with pytest.raises(KeyError, match="a link needs one"):
+            links.line_of(name, "a.py")
 
 
-FLAG = re.compile(r'\b(?:add|add_argument|number|choice|constants)\(\s*"(--[a-z0-9-]+)"')
-OF_OTHERS = (
-    "--num_processes --standalone --nproc_per_node --no-deps --cpu --runslow --no-check-memory".split()
-)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    prose = re.sub("^```.*?^```", "", PAGES[page], flags=re.M | re.S)
+    assert len(links.LINK.findall(prose)) == prose.count("#L"), (
+        "a link to a line names what is there in `code`"
+    )
+    for path, place in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", re.sub("`[^`]*`", "", prose)):
+        target = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        assert os.path.exists(os.path.join(ROOT, target)), path
+        if target in PAGES and place:
+            heads = re.findall("^#+ (.+)", PAGES[target], re.M)
+            assert place in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads], place
+    for name in set(re.findall(r"`((?:recipes|docs|tests|studies|toy|integrations)/[\w./]+\.\w+)`", prose)):
+        assert name == "recipes/NAME.args" or os.path.exists(os.path.join(ROOT, name)), name
 
 
-@pytest.mark.parametrize("text", [GUIDE, TROUBLES], ids=["guide", "troubleshooting"])
-def test_flags_exist_and_commands_are_read(text):
-    flags = {flag for path in glob.glob(os.path.join(ROOT, "*.py")) for flag in FLAG.findall(read(path))}
-    assert len(flags) > 100
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | {*OF_OTHERS, "--help"}
-    parsers = {"train_grpo": train_grpo.build_parser().parse_args, "evaluate": evaluate.parse_args}
-    parsers |= {"data": data.parse_args, "bench": bench.parse_args}
-    commands = [c for c in re.findall(r"`(?:\w+=\w+ )?python (\w+)\.py([^`]*)`", text) if "..." not in c[1]]
-    assert len(commands) > 1
-    for script, words in commands:
-        parsers[script](shlex.split(words))
+FLAG = re.compile(r'\b(?:add|add_argument|addoption)\(\s*"(--[a-z0-9-]+)"')
+OF_OTHERS = """--no-deps --index-url --dist --nproc_per_node --nnodes --node_rank --master_addr --master_port
+    --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --help
+    --logits-processors --reasoning-config --reasoning-parser --served-model-name --enforce-eager
+    --max-model-len""".split()
 
 
-# docs/guide.md ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", [page for page in PAGES if "study" not in page and "zoo" not in page])
+def test_flags_exist(page):
+    sources = glob.glob(os.path.join(ROOT, "**", "*.py"), recursive=True)
+    flags = {flag for path in sources for flag in FLAG.findall(links.read(os.path.relpath(path, ROOT)))}
+    assert len(flags) > 80
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page])) <= flags | {*OF_OTHERS}
+
+
+def commands(text):
+    """(script, words) of every command of this project in code, whether in a block or in a line."""
+    blocks = "".join(re.findall(r"^ *```sh\n(.*?)```", text, re.M | re.S)).replace("\\\n", " ")
+    lines = blocks.splitlines() + [" ".join(c.split()) for c in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    for line in lines:
+        found = re.search(r"(?:python|launch[^@]*|torchrun[^@]*) (?:-m )?((?:\w+\.)?\w+)(?:\.py)? (.+)", line)
+        if found and found[1].removesuffix(".py") in PARSERS and "..." not in found[2]:
+            yield found[1].removesuffix(".py"), shlex.split(found[2], comments=True)
+
+
+PARSERS = {"train_grpo": lambda words: train_grpo.build_parser().parse_args(words), "data": data.parse_args}
+PARSERS |= {"evaluate": evaluate.parse_args, "scaling.bench": bench.parse_args}
+PARSERS |= {"evaluation.baselines": baselines.parse_args}
+
+
+def test_commands_are_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    read = {script: 0 for script in PARSERS}
+    for page in PAGES:
+        for script, words in commands(PAGES[page]):
+            if script == "scaling.bench" and words[0] == "COMMAND":
+                continue
+            # What the reader writes himself stands for something that is there.
+            own = {"cauchy_exact": "peaked_exact", "warm_length": "hapo"}
+            PARSERS[script]([own.get(word, word) for word in words])
+            read[script] += 1
+    assert min(read.values()) >= 1 and sum(read.values()) > 15, read
+
+
+# The guide, and the code that README and guide show ------------------------------------------------------
 
 
 def test_the_guide_is_a_session_that_gives_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     failed, tried = doctest.testfile(os.path.join(ROOT, "docs", "guide.md"), module_relative=False)
-    assert (failed, tried > 45) == (0, True)
-
-
-def test_no_number_of_the_guide_stands_outside_of_what_is_run():
-    blocks = "".join(re.findall(r"^```python\n(.*?)^```", GUIDE, re.M | re.S))
-    run = set(re.findall(r"\d+\.\d+", blocks)) | set(re.findall(r"^#+ (\d\.\d+) ", GUIDE, re.M))
-    known = "\n".join(re.findall(r"^\|.*", GUIDE, re.M)) + read(
-        "recipes", "l1_exact.args"
-    )  # the table has a test
-    run |= set(re.findall(r"\d+\.\d+", known))
-    prose = re.sub(r"^```.*?^```|^\|.*?$|\b\d{4}\.\d{5}\b", "", GUIDE, flags=re.M | re.S)
-    assert {n for n in re.findall(r"\d+\.\d+", prose)} <= run
+    assert (failed, tried > 40) == (0, True)
 
 
 ROW = re.compile(r"^\| \[`(\w+)`\]\(\S+\)(.*?) \| (grpo|gdpo) \| (.*) \|$", re.M)
 
 
 def advantages(name, words, advantage, correct, length):
-    batch = {
-        "correct": [correct],
-        "truncated": [[0] * 4],
-        "length": [length],
-        "budget": [1000],
-        "history": [700],
-    }
-    options = train_grpo.keyword_args("--reward", name, rewards.REWARDS, words)
+    batch = {"correct": [correct], "truncated": [[0] * 4], "length": [length], "budget": [1000]}
+    reward = rewards.REWARDS[name]
+    options = methods.constants("reward_args", reward, words)
     if advantage == "gdpo":
-        parts = rewards.REWARDS[name](batch, **options, parts=True)
+        parts = reward(batch, **options, parts=True)
         return rewards.ADVANTAGES["gdpo"](np.stack(list(parts.values())), batch)[0]
-    return rewards.ADVANTAGES[advantage](rewards.REWARDS[name](batch, **options), batch)[0]
+    return rewards.ADVANTAGES[advantage](reward(batch, **options), batch)[0]
 
 
 def test_table_of_advantages():
     found = ROW.findall(GUIDE)
-    assert len(found) > 10
+    assert len(found) >= 7
     for name, words, advantage, cells in found:
         mixed = advantages(name, words.split(), advantage, [1, 1, 0, 0], [700, 1600, 700, 1600])
         wrong = advantages(name, words.split(), advantage, [0] * 4, [700, 700, 700, 1600])
@@ -163,73 +205,79 @@ def test_table_of_advantages():
         assert cells.split(" | ") == want, name
 
 
-def test_the_reward_of_the_exercise():
-    block = re.search(r"<!-- a reward -->\n```python\n(.*?)```", GUIDE, re.S)[1]
+def test_the_key_of_the_first_exercise():
+    batch = {"correct": [[1, 1, 1, 0]], "truncated": [[0] * 4], "length": [[70, 38, 12, 18]], "budget": [16]}
+    for alpha, told in ((0.02, "-0.78"), (0.2, "+0.64")):
+        reward = rewards.REWARDS["lcpo_exact"](batch, alpha=alpha)
+        assert f"{rewards.ADVANTAGES['grpo'](reward)[0, 3]:+.2f}" == told and told in GUIDE
+
+
+def test_the_reward_of_the_readme():
     space = dict(vars(rewards))
-    exec(block, space)
+    exec(block("README.md", "a reward"), space)
+    reward = rewards.REWARDS.pop("cauchy_exact")
     batch = {"correct": [[1, 0, 1]], "truncated": [[0, 0, 0]], "length": [[16, 22, 4]], "budget": [16]}
-    assert space["cauchy_exact"](batch)[0].tolist() == pytest.approx([2, 0.5, 1.2])
-    assert space["cauchy_exact"](batch | {"budget": [None]})[0].tolist() == [1, 0, 1]
-    assert set(space["cauchy_exact"](batch, parts=True)) == {"correct", "length"}
+    assert reward(batch)[0].tolist() == pytest.approx([2, 0.5, 1.2])
+    assert reward(batch | {"budget": [None]})[0].tolist() == [1, 0, 1]
+    assert set(reward(batch, parts=True)) == {"correct", "length"}
+    assert reward.needs == ("budget",) and not reward.compares_group
 
 
-BREAKS = re.findall(r"^\| [^|]+ \| (\w+\.py) \| `([^|]+)` \| `([^|]+)` \| `([^|]+)` \|$", GUIDE, re.M)
+def shown_method(page, name, tmp_path):
+    """The class of a method that a page shows, as methods.find() would give it."""
+    module = types.ModuleType("shown")
+    exec(block(page, name), vars(module))
+    return module.METHOD
+
+
+def test_the_method_of_the_readme(tmp_path):
+    method = shown_method("README.md", "a method", tmp_path)(Namespace(), None, steps=50)
+    weights = [method.reward_inputs([], [], step)["constants"]["weight"] for step in (0, 25, 80)]
+    assert weights == [0.0, 0.5, 1.0]
+    known = methods.constants("method_args", type(method), ["steps=50"])
+    assert (
+        known == {"steps": 50}
+        and "weight" in train_grpo.inspect.signature(rewards.REWARDS["kimi"]).parameters
+    )
+
+
+def test_two_methods_in_one(tmp_path):
+    """The guide's subclass cuts as DOT does, and remembers what is left as HAPO does."""
+    from toy import task
+
+    tokenizer = task.make_tokenizer()
+    args = Namespace(group_size=16, require_think=True, think_end="</think>")
+    method = shown_method("docs/guide.md", "two methods", tmp_path)(args, tokenizer)
+    short, long = tokenizer.encode("=2 </think> 2 <eos>"), tokenizer.encode("=2 " * 300 + "</think> 2 <eos>")
+    group = [{"ids": np.array(x), "logps": np.zeros(len(x)), "length": len(x), "correct": 1, "truncated": 0,
+              "text": ""} for x in [short] * 15 + [long]]  # fmt: skip
+    row = {"id": "a", "answer": "2", "kind": "math"}
+    method.revise([group], [row])
+    assert group[15]["dot_cut"] == 1 and group[15]["length"] < 250 and not group[15]["correct"]
+    assert np.isnan(method.reward_inputs([group], [row], 0)["history"][0])
+    method.learn([group], [row])
+    rollouts = method.reward_inputs([group], [row], 1)
+    assert rollouts["history"].tolist() == [4.0]
+    assert {"dot_cut", "history_known"} <= set(method.metrics([group], rollouts, None))
+
+
+BREAKS = re.findall(r"^\| [^|]+ \| (\w+\.py) \| `([^|]+)` \| `([^|]+)` \| `(test_\w+)` \|$", GUIDE, re.M)
 
 
 def test_what_the_guide_breaks_is_there():
-    assert len(BREAKS) >= 8
+    tests = "".join(links.read(os.path.relpath(p, ROOT)) for p in glob.glob(f"{ROOT}/tests/test_*.py"))
+    assert len(BREAKS) >= 6
     for file, old, _, test in BREAKS:
-        path, _, function = test.partition("::")
-        assert read(file).count(old) == 1 and f"def {function}(" in read(path), (old, test)
+        assert links.read(file).count(old) == 1 and f"def {test}(" in tests, (old, test)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file, old, new, test", BREAKS, ids=[b[3].partition("::")[2] for b in BREAKS])
+@pytest.mark.parametrize("file, old, new, test", BREAKS, ids=[b[3] for b in BREAKS])
 def test_broken(file, old, new, test, tmp_path, script):
     """A copy with the bug fails the test that the guide names."""
     copy = tmp_path / "copy"
-    left_out = shutil.ignore_patterns(".git", ".venv*", "out", "__pycache__")
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    (copy / file).write_text(read(file).replace(old, new), encoding="utf-8")
-    done = script("-m", "pytest", "-x", "-p", "no:cacheprovider", test, cwd=copy, check=False)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "out", "__pycache__"))
+    (copy / file).write_text(links.read(file).replace(old, new), encoding="utf-8")
+    words = "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", test, "tests"
+    done = script(*words, cwd=copy, check=False)
     assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout
-
-
-# docs/troubleshooting.md ------------------------------------------------------------------------------------
-
-
-def texts(source):
-    """All texts of a program; what an f-string fills in is left out."""
-    nodes = list(ast.walk(ast.parse(source)))
-    inside = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in nodes:
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-            yield node.value
-
-
-def quotes():
-    """A pattern for every message in the first column of the tables: all that is code and has a space."""
-    cells = re.findall(r"^\| (.*?) \|", TROUBLES, re.M)
-    for quote in (q for cell in cells for q in re.findall("`([^`]+)`", cell) if " " in q):
-        parts = [part.strip() for part in quote.split("...")]
-        assert sum(map(len, parts)) > 14, quote
-        yield quote, re.compile(".*".join(map(re.escape, parts)), re.S)
-
-
-def test_quoted_messages_are_what_the_code_says():
-    said = [text for path in glob.glob(os.path.join(ROOT, "*.py")) for text in texts(read(path))]
-    found = list(quotes())
-    assert len(found) > 50
-    for quote, pattern in found:
-        assert any(pattern.search(text) for text in said), quote
-
-
-@pytest.mark.parametrize("name", ["explain", "check_finite", "watch", "unread"])
-def test_every_failure_and_warning_has_a_line(name):
-    body = next(n for n in ast.parse(read("faults.py")).body if getattr(n, "name", "") == name).body[1:]
-    said = [text for node in body for text in texts(ast.unparse(node)) if len(text) > 45 and "|" not in text]
-    assert said
-    for text in said:
-        assert any(pattern.search(text) for _, pattern in quotes()), text

@@ -306,31 +306,6 @@ bar.refresh()
 SCRIPTS = ["train_grpo.py", "evaluate.py", "data.py", "baselines.py", "card.py"]
 
 
-@pytest.mark.skipif(not installed("argcomplete"), reason="argcomplete is not installed")
-@pytest.mark.parametrize(
-    "line, found",
-    [
-        ("train_grpo.py --log-w", {"--log-with"}),
-        ("train_grpo.py --kl-estimator k", {"k1", "k2", "k3"}),
-        (
-            "train_grpo.py --data tests/data/ma",
-            {"tests/data/math500_small.jsonl", "tests/data/math_train_small.jsonl.gz"},
-        ),
-        ("train_grpo.py @recipes/l1_", {"recipes/l1_exact.args", "recipes/l1_max.args"}),
-        ("evaluate.py --samples tests/data/sam", {"tests/data/samples_small.jsonl"}),
-    ],
-)
-def test_tab_completion(line, found, tmp_path, script):
-    """As bash asks for it through argcomplete; a word that begins with @ comes back without it."""
-    reply = tmp_path / "reply"
-    reply.touch()
-    env = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
-    env |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(reply), "_ARGCOMPLETE_SHELL": "bash"}
-    env |= {"_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'@><=;|&(:", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
-    script(line.split()[0], env=os.environ | env)
-    assert set(reply.read_text().split("\v")) == found
-
-
 def code_lines() -> dict[str, int]:
     """{"file.function": lines of code} of bodies, without comments, docstrings and blank lines."""
     counts = {}

@@ -290,7 +290,7 @@ def verl_rows(tmp_path_factory, tokenizer):
     return folder, rows
 
 
-HOSTS_PY = os.path.join(ROOT, "hosts.py")
+HOSTS_PY = os.path.join(ROOT, "integrations", "hosts.py")
 CUSTOM = [f"reward.custom_reward_function.path={HOSTS_PY}"]
 OPTIONS = "+reward.custom_reward_function.reward_kwargs."
 OURS = ["reward.reward_manager.source=importlib", "reward.reward_manager.name=VerlRewardManager"]
@@ -404,7 +404,7 @@ def test_the_verl_recipe_is_a_configuration_of_verl(verl_rows, tokenizer):
     from verl.trainer.ppo.reward import load_reward_manager
     from verl.utils.config import validate_config
 
-    with open(os.path.join(ROOT, "recipes", "verl_l1_exact.sh")) as f:
+    with open(os.path.join(ROOT, "integrations", "verl_l1_exact.sh")) as f:
         text = f.read().replace("\\\n", " ")
     for name, value in {"HERE": ROOT, "MODEL": "m", "NODES": "2", "GPUS": "8"}.items():
         text = text.replace(f"${name}", value)
@@ -440,12 +440,12 @@ def test_open_instruct_label_must_be_a_row(tokenizer):
             hosts.open_instruct_score([1], label, tokenizer)
 
 
-# The README's blocks -------------------------------------------------------------------------
+# The blocks of docs/hosts.md -------------------------------------------------------------------------
 
 
 def block(name):
-    """The code that the README offers under `<!-- use it: NAME -->`."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    """The code that docs/hosts.md offers under `<!-- use it: NAME -->`."""
+    with open(os.path.join(ROOT, "docs", "hosts.md"), encoding="utf-8") as f:
         return re.search(rf"<!-- use it: {name} -->\n```\w+\n(.*?)```", f.read(), re.S)[1]
 
 
@@ -456,14 +456,14 @@ def swap(text, pairs):
     return text
 
 
-def test_readme_plain_python():
+def test_page_plain_python():
     names = {}
     exec(block("python"), names)
     np.testing.assert_allclose(names["rewards"], [[0.97, -0.03]], atol=1e-12)
     np.testing.assert_allclose(names["advantages"], [[np.sqrt(0.5), -np.sqrt(0.5)]], atol=1e-5)
 
 
-def test_readme_trl(tmp_path, toy_model, monkeypatch):
+def test_page_trl(tmp_path, toy_model, monkeypatch):
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -476,7 +476,7 @@ def test_readme_trl(tmp_path, toy_model, monkeypatch):
     assert np.isfinite(names["trainer"].state.log_history[-1]["train_loss"])
 
 
-def test_readme_open_instruct(tmp_path, tokenizer):
+def test_page_open_instruct(tmp_path, tokenizer):
     """VerifierFunction and VerificationResult stand in for open-instruct's: their documented fields only."""
 
     class VerifierFunction:
@@ -495,7 +495,7 @@ def test_readme_open_instruct(tmp_path, tokenizer):
 
 
 @pytest.mark.hosts
-def test_readme_verl(tmp_path, tokenizer, monkeypatch):
+def test_page_verl(tmp_path, tokenizer, monkeypatch):
     """The rows of its first command in verl's data set, the flags of its second in verl's reward loop."""
     from verl.trainer.ppo.reward import load_reward_manager
     from verl.utils.dataset.rl_dataset import RLHFDataset

@@ -74,16 +74,6 @@ SETS = {
     "deepscaler": (DEEPSCALER, FOUR),
     "eurus2": (EURUS2, FOUR | {"source": "numina_olympiads", "prompt": "Add 2 and 2.", "budget": None}),
     "eurus2_ai2": (ai2("Add 2 and 2.", "4", "MATH"), FOUR | {"budget": None, "mode": None}),
-    "eurus2_ai2_random": (R300, E300),
-    "eurus2_ai2_4096": (R300, E300),
-    "eurus2_ai2_up_to": (
-        ai2("Add 2 and 2.\nThink for up to 300 tokens.", ["4", "300"], ["MATH", "up_to_max_length"]),
-        E300 | {"mode": "max"},
-    ),
-    "eurus2_ai2_bucketed": (R1024, E300 | {"budget": 1024}),
-    "deepscaler_ai2": (ai2(f"Add 2 and 2. {STEPS}", ["4"], ["math"]), FOUR),
-    "deepscaler_ai2_4k": (ai2(EXACT, ["4", "300"], ["math", "max_length"]), E300 | {"prompt": EXACT}),
-    "deepscaler_ai2_8k": (ai2(EXACT, ["4", "300"], ["math", "max_length"]), E300 | {"prompt": EXACT}),
     "math500": ({**DEEPSCALER, "subject": "Algebra", "level": 2, "unique_id": "test/algebra/1.json"},
                 FOUR | {"id": "test/algebra/1.json", "level": 2, "subject": "Algebra"}),
     "math": ({"problem": "Add 2 and 2.", "level": "Level 5", "type": "Algebra", "solution": "$\\boxed{4}$"},
@@ -160,7 +150,7 @@ def test_a_set_saved_to_disk_without_splits(tmp_path):
 
     datasets.Dataset.from_list([DEEPSCALER]).save_to_disk(str(tmp_path / "one"))
     check(data.load_problems(str(tmp_path / "one")), FOUR)
-    with pytest.raises(data.BadInput, match="split test\\) could not be loaded: it has no split test"):
+    with pytest.raises(data.BadInput, match="one has the splits train: choose one with --split"):
         data.load_problems(str(tmp_path / "one"), split="test")
 
 

