@@ -1,17 +1,17 @@
-"""Sets the line numbers in docs/*.md: `python docs/link_methods.py` after a change of a script."""
+"""Sets the line numbers in docs/*.md: `python tests/links.py` after a change of a script."""
 
 import glob
 import os
 import re
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./(\w+\.py)#L(\d+)\)")
+DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
+LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)")
 
 
 def lines_of(file: str) -> dict[str, int]:
     """{function, class, CONSTANT or Class.method: line of its definition} of a file in the project's root."""
     found, owner = {}, ""
-    with open(os.path.join(HERE, "..", file), encoding="utf-8") as f:
+    with open(os.path.join(DOCS, "..", file), encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             if m := re.match(r"(?:def|class) (\w+)|([A-Z_]+) = ", line):
                 owner = m[1] or m[2]
@@ -27,7 +27,7 @@ def linked(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in glob.glob(os.path.join(HERE, "*.md")):
+    for path in glob.glob(os.path.join(DOCS, "*.md")):
         with open(path, encoding="utf-8") as f:
             text = f.read()
         if linked(text) != text:
