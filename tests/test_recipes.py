@@ -107,7 +107,8 @@ def test_its_method_acts_in_the_frozen_run(name):
         assert all(m["kept_groups"] == 6 < m["sampled_groups"] for m in (first, last))
     moves = {
         "hapo": "history_known", "hapo_linear": "history_known", "palu": "palu_budget",
-        "laser_d": "laser_easy", "laser_de": "laser_easy", "curriculum": "scheduled_budget", "curriculum_band": "scheduled_budget",
+        "laser_d": "laser_easy", "laser_de": "laser_easy",
+        "curriculum": "scheduled_budget", "curriculum_band": "scheduled_budget",
     }  # fmt: skip
     if name in moves:
         assert first[moves[name]] != last[moves[name]]
