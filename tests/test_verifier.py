@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import rewards
-from rewards import check_answers, is_correct
+import verifier
+from verifier import check_answers, is_correct
 
 DATA = Path(__file__).parent / "data"
-ROOT = Path(rewards.__file__).parent
+ROOT = Path(verifier.__file__).parent
 
 
 def grade(rows):
@@ -266,7 +266,7 @@ def test_misuse():
 
 def test_plain_integers_are_free():
     """The toy's answers: no worker starts, 256 cost a millisecond (the bar here suits a busy machine)."""
-    rewards.close_workers()
+    verifier.close_workers()
     responses = [f"3 +4 =7 </think> {i % 10}" for i in range(256)]
     golds = [str(i % 7) for i in range(256)]
     times = []
@@ -276,7 +276,7 @@ def test_plain_integers_are_free():
         times.append(time.perf_counter() - start)
     assert got == [i % 10 == i % 7 for i in range(256)]
     assert counts == {"fast": 256, "solved": 0, "timeouts": 0, "crashes": 0, "parse_failures": 0}
-    assert not rewards._IDLE and min(times) < 0.02
+    assert not verifier._IDLE and min(times) < 0.02
 
 
 HOSTILE = {
@@ -361,7 +361,7 @@ def test_fuzzed_answers(n):
     assert not any(verdicts) and sum(counts.values()) == n
     assert counts["crashes"] == 0 and counts["timeouts"] < n / 100
     assert is_correct("\\frac{1}{2}", "0.5")
-    for worker in rewards._IDLE:
+    for worker in verifier._IDLE:
         used = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1]
         assert int(used) < 400_000  # kB
 
@@ -369,18 +369,18 @@ def test_fuzzed_answers(n):
 def test_workers_are_limited():
     """Address space and core files are limited from the start, processor time by the first task."""
     assert is_correct("\\frac{3}{2}", "1.5")
-    limits = Path(f"/proc/{rewards._IDLE[0].pid}/limits").read_text()
+    limits = Path(f"/proc/{verifier._IDLE[0].pid}/limits").read_text()
     soft = {
         name: re.search(rf"^Max {name}\s+(\S+)", limits, re.M)[1]
         for name in ("address space", "core file size")
     }
-    assert soft == {"address space": str(rewards.WORKER_MEMORY), "core file size": "0"}
+    assert soft == {"address space": str(verifier.WORKER_MEMORY), "core file size": "0"}
     assert int(re.search(r"^Max cpu time\s+(\S+)", limits, re.M)[1]) < 60
 
 
 def test_a_killed_worker_is_replaced():
     assert is_correct("\\frac{1}{2}", "0.5")
-    for worker in rewards._IDLE:
+    for worker in verifier._IDLE:
         os.kill(worker.pid, signal.SIGKILL)
     verdicts, counts = check_answers(["\\frac{1}{3}", "\\frac{3}{4}"], ["2/6", "0.75"], ["math"] * 2)
     assert verdicts == [True, True] and counts["crashes"] == 0
@@ -389,7 +389,7 @@ def test_a_killed_worker_is_replaced():
 def test_a_worker_killed_at_work_is_replaced():
     """Its answer is tried once more; then it is late, which is counted, and the next worker is a new one."""
     assert is_correct("\\frac{1}{2}", "0.5")
-    pid = rewards._IDLE[-1].pid
+    pid = verifier._IDLE[-1].pid
     timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
     timer.start()
     got, counts = check_answers(
@@ -397,18 +397,18 @@ def test_a_worker_killed_at_work_is_replaced():
     )
     timer.join()
     assert got == [False, True] and counts["timeouts"] == 1 and counts["crashes"] == 0
-    assert pid not in [worker.pid for worker in rewards._IDLE]
+    assert pid not in [worker.pid for worker in verifier._IDLE]
 
 
 def test_crashes_are_counted(monkeypatch):
     """Workers that die of every answer: two tries, then it is wrong and counted."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     monkeypatch.setattr(
-        rewards, "_start", lambda: subprocess.Popen([sys.executable, "-c", "input()"], **pipes)
+        verifier, "_start", lambda: subprocess.Popen([sys.executable, "-c", "input()"], **pipes)
     )
-    rewards.close_workers()
+    verifier.close_workers()
     verdicts, counts = check_answers(["\\frac{1}{3}", "4"], ["2/6", "4"], ["math"] * 2)
-    assert verdicts == [False, True] and counts["crashes"] == 1 and not rewards._IDLE
+    assert verdicts == [False, True] and counts["crashes"] == 1 and not verifier._IDLE
 
 
 def test_threads_share_the_workers():
@@ -427,14 +427,14 @@ def test_threads_share_the_workers():
 
 def test_forked_child_has_its_own_workers():
     assert is_correct("\\frac{1}{2}", "0.5")
-    mine = [worker.pid for worker in rewards._IDLE]
+    mine = [worker.pid for worker in verifier._IDLE]
     child = os.fork()
     if child == 0:
-        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.pid for w in rewards._IDLE}
-        rewards.close_workers()
+        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.pid for w in verifier._IDLE}
+        verifier.close_workers()
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert is_correct("\\frac{1}{4}", "0.25") and [w.pid for w in rewards._IDLE] == mine
+    assert is_correct("\\frac{1}{4}", "0.25") and [w.pid for w in verifier._IDLE] == mine
 
 
 def run_script(code, tmp_path, **env):
@@ -453,7 +453,7 @@ def alive(pid):
 
 
 def test_script_without_main_guard_ends_quietly(tmp_path):
-    code = "import rewards\nprint(rewards.is_correct('\\\\frac12', '0.5'), rewards._IDLE[0].pid)\n"
+    code = "import verifier\nprint(verifier.is_correct('\\\\frac12', '0.5'), verifier._IDLE[0].pid)\n"
     done = run_script(code, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     verdict, pid = done.stdout.split()
@@ -462,10 +462,10 @@ def test_script_without_main_guard_ends_quietly(tmp_path):
 
 def test_workers_of_a_killed_caller_end(tmp_path):
     code = (
-        "import os, rewards, threading, time\nrewards.is_correct('1/2', '0.50')\n"
-        "print(rewards._IDLE[0].pid, flush=True)\n"
+        "import os, verifier, threading, time\nverifier.is_correct('1/2', '0.50')\n"
+        "print(verifier._IDLE[0].pid, flush=True)\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), 9)).start()\n"
-        "rewards.check_answers(['9^{9^{9^9}}'], ['4'], ['math'], timeout=1)\n"
+        "verifier.check_answers(['9^{9^{9^9}}'], ['4'], ['math'], timeout=1)\n"
     )
     done = run_script(code, tmp_path)
     assert done.returncode == -signal.SIGKILL
@@ -477,7 +477,7 @@ def test_workers_of_a_killed_caller_end(tmp_path):
 
 def test_missing_library_is_said(tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
-    code = "import rewards\nprint(rewards.is_correct('4', '4'))\nrewards.is_correct('\\\\frac12', '0.5')\n"
+    code = "import verifier\nprint(verifier.is_correct('4', '4'))\nverifier.is_correct('\\\\frac12', '0.5')\n"
     done = run_script(code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.stdout == "True\n", "plain answers need no library"
     assert "did not start" in done.stderr and "No module named math_verify" in done.stderr
