@@ -1,6 +1,17 @@
 r"""Is the answer right? A response and a reference -> True or False, for mathematics and multiple choice.
 
-One file to copy; it needs math-verify only. The order of extraction: ...
+One file to copy; it needs math-verify only. Three passes:
+
+1. Extraction. What counts is what follows the tag that closes the thinking part. In it, the first of these that
+   is there: the last \boxed (boxes side by side are also tried as one list); the last <answer>...</answer>; the
+   line of the last ####; what follows the last "answer is" or "Answer:"; the last sentence that holds mathematics,
+   and in it the last bold text, else the last number or formula.
+2. Normalisation: Unicode to LaTeX (CHARACTERS and the database of unicodedata), LaTeX to one spelling (RULES),
+   then words are told from mathematics. Units and nouns go, words that change a value are read ("5 million"), or
+   the answer is a parse failure ("not 5", "5 and a half"). An answer counts only if ALL of it was understood.
+3. Comparison: plain numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads to
+   the end or not at all, and its verify, in processes that can be killed: sympy can spin for ever in one C call
+   that no signal interrupts, 9^{9^{9^9}}.
 
 >>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
 >>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
@@ -13,52 +24,57 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import combinations
 from multiprocessing.connection import wait
-
-# ----------------------------------------------------------------------------------------------------------
-# String rules decide the plain cases; the mathematics (math-verify) runs in processes
-#    that can be killed, because sympy can spin for ever in one C call that no signal interrupts: 9^{9^{9^9}}.
-#    The conventions are in the docstring of check_answers.
 
 MAX_ANSWER = 2000  # characters of an answer that are parsed; a longer box is a parse failure
 MAX_BOXES = 12  # boxes that can make up one answer
 WORKER_MEMORY = 2 << 30  # bytes of address space that a worker may take
 LETTERS = "ABCDEFGHIJ"
-INTEGER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?")
-BASED = re.compile(r"([0-9]+)_\{?([0-9]+)\}?")  # 52_8: math-verify drops the base
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Extraction: from a response to the text of its answer.
+
+# How a thinking part ends and begins: R1 and Qwen, Magistral, Kimi, gpt-oss (with and without special tokens).
+THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
+THINK_CLOSE = (
+    rf"</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|<\|channel\|>final(?:<\|message\|>)?"
+    r"|assistantfinal"
+)
+THINK_OPEN = re.compile(
+    rf"<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)|\Aanalysis(?=[A-Z])",
+    re.I,
+)
+TURN_END = re.compile(r"<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
 BOX_JOINT = re.compile(
     r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
     r"|[A-Za-z](?:_\{?[0-9]\}?)?\s*=)*"
 )
-STATED_LETTER = re.compile(
-    r"(?:answer|option|choice)\s*(?:is|:)\s*:?[\s$*]*(?:\\text(?:bf)?\{|\(|\[)*\s*([A-Z])(?![A-Za-z'])"
-    r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\()"  # "A or B" and "(A)(B)" state nothing
-    r"|\bit(?:'s| is)\s+\(?([A-Z])\)?[.!\s]*$",
+TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
+MARKED = re.compile(
+    r"####[ \t*]*(?!\s*(?:step|part|case|section|problem|question)\b)([^\n#]*[^\s#*:][^\n#]*)", re.I
+)
+# "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
+ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
+STATED = re.compile(
+    ANSWER
+    + r"s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{1,80}?)??\s*(?:[:：=]|是|为|(?:\bis|\bare|\bwould be|\bmust be"
+    r"|\bcomes? (?:out )?to|\best|\bist|\bes|\bè)(?![a-z']))[\s:：*_]*(?=\S)|"
+    + ANSWER
+    + r"[\s*_]*(?=[\d$\\(-])",
     re.I,
 )
-# "The answer is $5$." at the end: what the dollars hold is the answer, from end to end.
-STATED = re.compile(r"answer(?: is|:)[\s:*]*(?:\$+|\\[(\[])([^$]+?)(?:\$+|\\[)\]])[\s.*]*$", re.I)
-# "x = 1, y = 2 or x = 2, y = 1": here "or" parts more than the comma does.
-AND = re.compile(r"(?:\\q?quad|[\s,])*(?:\\text\s*\{)?\s*\b(?:and|or)\b\s*\}?")
-# What stands between the members of a chain, 2/3 = 4/6 \approx 0.67; and a member that is a number.
-RELATION = re.compile(r"(?<![<>!:\\])=|\\(?:approx|simeq|thickapprox)(?![a-z])|\u2248")
-NUMBER = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
-SYMBOLS = {"\u2212": "-", "\u00b2": "^2", "\u00b3": "^3", "\u00b7": "\\cdot ", "\u22c5": "\\cdot "}
-SYMBOLS = str.maketrans(SYMBOLS | {"\u00bd": "\\frac{1}{2}", "\u221e": "\\infty "})
-UNIT_WORDS = re.compile(
-    r"(?<=[0-9}])\s*(?:(?:square |cubic )?units?|weeks?|dollars?|cents?|people|times)\.?$"
+# A sentence ends at a full stop before a space, not in 1.5 or "a. b"; steps may be parted by semicolons.
+SENTENCE = re.compile(
+    r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|;\s+(?=[^;]*=)|\n+"
 )
-
-
-# How a thinking part is opened and closed: R1 and Qwen, Magistral, others, gpt-oss.
-THINK_OPEN = re.compile(r"<(?:think|thinking|reasoning)>|\[THINK\]|<\|channel\|>analysis")
-THINK_CLOSE = r"</(?:think|thinking|reasoning)>|\[/THINK\]|<\|channel\|>final(?:<\|message\|>)?"
 
 
 def answer_part(response: str, require_think: bool = False, think_end: str = "</think>") -> str | None:
@@ -66,10 +82,11 @@ def answer_part(response: str, require_think: bool = False, think_end: str = "</
 
     Without one: None if `think_end` is required, else what comes before a thinking part.
     """
-    closed = re.split(f"{THINK_CLOSE}|{re.escape(think_end)}" if think_end else THINK_CLOSE, response)
     if require_think and think_end not in response:
         return None
-    return THINK_OPEN.split(closed[-1])[0]  # not what is thought again
+    close = f"{re.escape(think_end)}|{THINK_CLOSE}" if think_end else THINK_CLOSE
+    text = THINK_OPEN.split(re.split(close, response, flags=re.I)[-1])[0]  # not what is thought again
+    return TURN_END.split(text)[0]
 
 
 def _box(text: str, end: int) -> tuple[int, int, str] | None:
@@ -106,138 +123,353 @@ def boxed_answers(text: str) -> list[str]:
     return contents[-1:] + ([", ".join(contents)] if len(contents) > 1 else [])
 
 
-def _stated(text: str) -> str:
-    """What is searched in a text without a box: all if it speaks of an answer, else its last paragraph."""
-    text = text[-MAX_ANSWER:]
-    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.S):
-        return tagged[-1].strip()
-    text = text.rsplit("####", 1)[-1].strip()  # GSM8K's mark
-    return text if "answer" in text.lower() else re.split(r"\n\s*\n", text)[-1][-400:]
+def _stated(text: str) -> tuple[str, bool]:
+    """Where the answer of a response without a box stands: (text, whether it begins with the answer)."""
+    text = text[-MAX_ANSWER:].strip()
+    if found := TAGGED.findall(text) or MARKED.findall(text):
+        return found[-1].strip(), True
+    if stated := list(STATED.finditer(text)):
+        return SENTENCE.split(text[stated[-1].end() :])[0], True
+    # "I hope it is correct." is no answer: the last sentence with mathematics, unless a hedge comes after it.
+    for sentence in reversed([s for s in SENTENCE.split(text)[-4:] if s.strip()]):
+        if bold := re.findall(r"\*\*([^*]*\d[^*]*)\*\*", sentence):
+            return bold[-1], False
+        if re.search(r"\d|\\[A-Za-z]|\$|[^\x00-\x7f]", sentence) or HEDGE.search(sentence):
+            return sentence, False
+    return text, False
 
 
-def _plain(text: str) -> str:
-    """White space, dollar signs and a closing full stop taken away: equal plain texts are equal answers."""
-    text = text.replace("\\!", "").replace("\\,", " ").replace("\\$", "").replace("\u2212", "-")
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", re.sub(r"\\(?:left|right)(?![a-z])", "", text))
-    return " ".join(text.split()).strip("$ ").rstrip(".").strip("$ ")
+# ----------------------------------------------------------------------------------------------------------
+# 2. Normalisation: one spelling for one answer, and all of it or none.
+
+# What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
+CHARACTERS = {
+    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
+    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ",": "٬،、",
+    r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
+    r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
+    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", r"\setminus ": "∖",
+    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", "'": "’‘′", "": "€£¥₹₩✅✓✔",
+}  # fmt: skip
+CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
+
+
+def _ascii(text: str) -> str:
+    r"""Unicode as LaTeX: 10⁻³ is 10^{-3}, 3¾ is 3\frac{3}{4}, x₁₂ is x_{12}, ６ and ૬ are 6, θ is \theta."""
+    if text.isascii():
+        return text
+    for mark, command in (("[\u0304\u0305]", r"\overline"), ("\u0307", r"\dot")):  # 0.3̅
+        text = re.sub(f"((?:[0-9]{mark})+)", lambda m, c=command: f"{c}{{{m[0][::2]}}}", text)
+    parts, last = [], ""
+    for c in text.translate(CHARACTERS):
+        kind, _, rest = unicodedata.decomposition(c).partition("> ")
+        kind, plain = kind[1:] if rest else "", unicodedata.normalize("NFKC", c).translate(CHARACTERS)
+        if kind in ("super", "sub"):  # of a run each brings its braces: 10^{1}{}^{2} would be two
+            joined = parts.pop()[:-1] if last == kind else "^{" if kind == "super" else "_{"
+            parts.append(joined + plain + "}")
+        elif kind == "fraction" and plain[-1] != "/":
+            parts.append(r"\frac{" + plain.replace("/", "}{") + "}")
+        elif unicodedata.decimal(c, None) is not None:
+            parts.append(str(unicodedata.decimal(c)))
+        elif (name := unicodedata.name(c, "")).startswith("GREEK") and c.isalpha():
+            name = name.split(" WITH ")[0].split()[-1].replace("LAMDA", "LAMBDA")
+            parts.append("\\" + (name.lower() if c.islower() else name.capitalize()) + " ")
+        elif unicodedata.category(c) not in ("Cf", "Mn", "So"):  # nothing without width, no pictures
+            parts.append(" " if c.isspace() and c != "\n" else plain)
+        last = kind
+    return "".join(parts)
+
+
+def _text(m: re.Match) -> str:
+    r"""\text{ cm} as words, which are marked: @cm; a single letter of \mathrm or \mathbf is a variable."""
+    inner = m[2].strip()
+    if inner in ("e", "i") or m[1].startswith("math") and len(inner) == 1:
+        return "{" + inner + "}"
+    return re.sub(r"(?<![\\\w@])(?=[^\W\d_])", "@", f" {m[2]} ")
+
+
+def _repeating(m: re.Match) -> str:
+    r"""0.9\overline{6} is 29/30: the digits with one period, less those without, over 9s and 0s."""
+    period = re.sub(r"[^0-9]", "", m[3])
+    once = int((m[1] + m[2]) or 0)
+    top = once * (10 ** len(period) - 1) + int(period)
+    return rf"\frac{{{top}}}{{{'9' * len(period) + '0' * len(m[2])}}}"
+
+
+FONT = r"\\(text(?:bf|it|rm|normal|up)?|math(?:rm|it|bf|sf|normal)|[mh]box|operatorname\*?)\s*\{([^{}]*)\}"
+UNIT1 = r"(?:[mgsLlhNJWVAKHCF]|km|cm|mm|kg|ft|mi|mol|min|hr|sec)(?:\^\{?-?[0-9]\}?)?"
+BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # four deep
+ATOM = rf"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:frac|binom)\s*(?:{BRACES}){{2}}|\\sqrt\s*{BRACES}|\\[A-Za-z]+)"
+RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this order
+    (r"(?<=[0-9)])\*\*(?=[\w(\\-])|(?<=(?<!\w)[a-z])\*\*(?=[\w(\\-])", "^"),  # x**2
+    (r"\*\*|`|(?m:^\s*(?:[-*>]|#+)\s+)|\\?\$", ""),  # **5**, - 5, $5$, \$5
+    (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
+    (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
+    (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (FONT, _text),  # 10 \text{ cm}
+    (r"_\{\s*@(\w+)\s*\}", r"_{\1}"),  # x_{\text{max}}
+    (r"\{,\}", ","), (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
+    (r"<=|=<|\\leq(?:slant)?(?![a-z])", r"\\le "), (r">=|\\geq(?:slant)?(?![a-z])", r"\\ge "),  # x <= 5
+    (r"!=|\\neq(?![a-z])", r"\\ne "), (r"~=|\\(?:simeq|thickapprox)(?![a-z])", r"\\approx "),  # x != 5
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
+    (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),  # +- 7
+    (r"([0-9]*)\.([0-9]*)(\\(?:overline|bar|dot)\s*\{?[0-9]+\}?(?:[0-9]*\\dot\s*\{?[0-9]\}?)?|\([0-9]+\)(?![\w(]))",
+     _repeating),
+    (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
+    (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
+    (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
+    (r"(?<![0-9./])([0-9]+)(?:\s+|-)([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
+    (r"(?<=[0-9)}])\s*\((?=[0-9.]+\))", r"\\cdot ("), (r"\)\s*(?=[0-9(])", r")\\cdot "),  # 2(3), (2)(3)
+    (r"\^\s*\{?@?\s*\\?circ(?![a-z])\s*\}?|\\degree|(?<![A-Za-z@])@?deg(?:rees?)?\b", ""),  # 30^\circ
+    (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),  # 1or2
+    (r"(?<=[0-9n])\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),  # the 5th
+    (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
+    (rf"(?<=[0-9}}])\s*@?{UNIT1}\s*(?:/|@?per\b|\\cdot)\s*@?{UNIT1}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
+    (r"\\frac\s*([0-9A-Za-z]|\\[a-z]+)(?=\s*[0-9A-Za-z{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
+    (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"),
+    (rf"((?<!\\)\^|\\sqrt\s*(?:\[[^\[\]]*\])?)\s*(-?{ATOM})", r"\1{\2}"),  # 2^10, \sqrt 12, x^\frac12
+    (r"(\^|\\sqrt\s*(?:\[[^\[\]]*\])?)\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", r"\1{\2}"),  # x^(1/2)
+]]  # fmt: skip
+
+
+@lru_cache(maxsize=4000)  # a group's answers share their reference
+def _normal(text: str) -> str:
+    r"""The text in ASCII LaTeX, one spelling for what is written in many ways; words of \text begin with @."""
+    text = _ascii(text)
+    if re.search(r"\\\\[a-z]{2}", text) and not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", text):
+        text = text.replace("\\\\", "\\")  # every backslash is doubled
+    elif "\\begin" not in text:
+        text = re.sub(r"\\\\(?=[a-z])", r"\\", text)
+    for pattern, new in RULES:
+        text = pattern.sub(new, text)
+    return text.strip()
+
+
+# Words that are mathematics; those that multiply; short ones that are no products of variables.
+NAMES = """sqrt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi alpha beta gamma delta
+    theta lambda mu sigma phi omega infty"""
+NAMES = {name: f"\\{name} " for name in NAMES.split()} | {
+    "infinity": r"\infty ",
+    "inf": r"\infty ",
+    "plus": "+",
+}
+NAMES |= {
+    "oo": r"\infty ",
+    "cbrt": r"\sqrt[3] ",
+    "lcm": r"\operatorname{lcm}",
+    "times": r"\times ",
+    "minus": "-",
+}
+SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+SMALL = set("""the is it so we get are was be as at by to in on an my his her its has had have that this then thus
+    sum ans you one two for of if mm cm dm km ft mi yd kg mg lb lbs oz ml hr hrs min sec ms mph kmh rad mol usd sq cu
+    day way men man cup kwh hz ton""".split())  # fmt: skip
+# Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
+PARTS = (
+    r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
+)
+AFTER = re.compile(
+    r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b|(?:\S+ ){0,2}(?:not|nor|or|than"
+    rf"|{PARTS}|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil|score|maybe|perhaps)\b"
+    r"|[万亿千百半不或]"
+)  # fmt: skip
+BEFORE = re.compile(
+    r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|triple|root|without|no"
+    rf"|square|cube|reciprocal|inverse|factorial|multiple|power|except|times|mod|modulo|{PARTS})(?: as much as)?(?: of| to)?"
+    r"(?: the| a| about)?"
+)  # fmt: skip
+HEDGE = re.compile(
+    r"\b(?:not|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|can't|isn't|don't|or)\b", re.I
+)
+TOKEN = re.compile(
+    r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}|_\{\w+\}"
+    r"|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|.",
+    re.S,
+)
+POWER = re.compile(r"\s*\^\s*\{?(-?[0-9])\}?|\s*/\s*@?[A-Za-z]+")  # behind a unit
+SEP = "\x01"  # "and" or "or" between two answers
+CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
+# What may be cut off behind a formula: a condition; and, where the answer comes first, an explanation.
+QUALIFIER = re.compile(
+    rf"(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:@?(?:all|any|every|each|some|integers?|real|positive|natural"
+    rf"|constants?|non)\b|(?={CONDITION})|[a-z]\s*=)|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])\s*\(\s*{CONDITION}\)$",
+    re.S,
+)  # fmt: skip
+CLAUSE = re.compile(r"(?<=[\w)}\]!%,])[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not|and (?:we|that|so|it))\s.*", re.S)  # fmt: skip
+
+
+def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
+    """Whether letters without a mark are a word, or a product of variables like xyz and 2ab."""
+    if len(word) == 1 and word.isascii():
+        return prose and word in "aAI" and bool(re.match(r"\s+[A-Za-z]{2}", after)) and before[-1:] in " ,"
+    if len(word) > 3 or not word.isascii() or word.lower() in SMALL:
+        return True
+    if re.search(r"[0-9^_+*/=<>{}\\(]$" if prose else r"[0-9^_+*/=<>{}(]\s*$", before) or re.match(
+        r"\s*[_^=+*/<>]|-", after
+    ):
+        return bool(re.search(r"[0-9}]\s+$", before) and re.search("[aeiou]", word) and not after.strip(" ."))
+    return prose
+
+
+def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
+    """[(kind, text)] of normal text: "math" from end to end, or one "word"."""
+    pieces, math, i = [], "", 0
+    while i <= len(text):
+        m = TOKEN.match(text, i)
+        name = m[2].lower() if m and m[2] else ""
+        i = m.end() if m else i + 1
+        if name in NAMES and (name not in ("times", "plus", "minus") or re.match(r"\s*[\d(\\]", text[i:])):
+            math += NAMES[name]
+        elif name in SCALES and re.search(r"[0-9}]\s*$", math):
+            math += rf"\cdot {SCALES[name]} "
+        elif name in ("and", "or") and math.strip():
+            math += SEP
+        elif name and not (m[1] or _is_word(m[2], text[: m.start()], text[i:], prose)):
+            math += m[2]
+        elif m and not name:
+            math += m[0]
+        else:  # a word, or the end
+            joined = [("word", "and")] * bool(name and math.rstrip(" ,").endswith(SEP))
+            math = re.sub(rf"^(?:[\s,;:={SEP})]|\.(?![0-9]))+|[\s,;:.?({SEP}]+$", "", math)
+            if re.search("[A-Za-z0-9]", math):
+                pieces += [("math", math), *joined]
+            power = POWER.match(text, i) if name else None
+            math, i = "", power.end() if power else i
+            pieces += [("word", name + ((power and power[1]) or ""))] * bool(name)
+    return pieces
+
+
+def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str] | None:
+    """(LaTeX, power of its unit or "") of a text that holds one answer; None if not all of it is clear.
+
+    Prose may hold other numbers before its last, the answer; `first`: if it begins with one, that is the answer.
+    """
+    text = QUALIFIER.sub("", _normal(text))
+    text = re.sub(r"(?<=[\w)}])[!.?\s]+$", "", text) if prose else text  # "It is 42!"
+    if first and (not prose or re.match(r"[^A-Za-z@]", text)):
+        text = CLAUSE.sub("", text)
+    pieces = _pieces(text, prose)
+    math = [i for i, (kind, _) in enumerate(pieces) if kind == "math"]
+    if not math or len(math) > 1 and (not prose or first and math[0] == 0):
+        return None
+    at = math[-1]
+    core, after = pieces[at][1], [word for _, word in pieces[at + 1 :]]
+    before = " ".join(word for kind, word in pieces[:at] if kind == "word")
+    if (
+        at
+        and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core)
+        or before.endswith("and")
+        and at != math[0]
+    ):
+        return None  # what stood before it is lost: 5 cm + 3 cm, 5 apples and 3 pears
+    if AFTER.match(" ".join(after)) or BEFORE.fullmatch(before) or prose and HEDGE.search(before):
+        return None
+    power = dict(square="2", sq="2", cubic="3")
+    powers = [power.get(w) or re.sub(r"\D", "", w) for w in after if w in power or w[-1:].isdigit()]
+    parts = core.split(SEP)
+    several = len(parts) > 1 and all("," in part and part.count("=") > 1 for part in parts)
+    core = re.sub(r"[\s,]*([,;])[\s,]*", r"\1 ", (";" if several else ",").join(parts))
+    return core.strip(), (powers or [""])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Comparison: what needs no mathematics here, the rest in worker processes.
+
+FRACTION = re.compile(
+    r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+)"
+    r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?"
+)
+BASED = re.compile(r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?")  # 52_8: latex2sympy drops the base
+LONE_UNIT = re.compile(
+    r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"
+)  # 5 m, where the reference has no such variable
+
+
+@lru_cache(maxsize=4000)
+def _number(core: str) -> tuple[Fraction, bool, bool] | None:
+    r"""(value, is it a decimal?, is it a percentage?) of 7, -0.5, 7/3, 2\frac{1}{3}, 25\%; None for all else."""
+    if not (m := FRACTION.fullmatch(core)):
+        return None
+    top, bottom = m[3] or m[5], m[4] or m[6]
+    if bottom and not int(bottom):
+        return None
+    value = Fraction(int(top), int(bottom)) + int(m[2] or 0) if bottom else Fraction(m[7].rstrip("."))
+    return -value if m[1] == "-" else value, "." in (m[7] or ""), bool(m[8])
+
+
+def _same(answer: tuple, gold: tuple) -> bool:
+    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1."""
+    (a, decimal_a, percent_a), (g, decimal_g, percent_g) = answer, gold
+    scales = [(1, 1)] if percent_a == percent_g else [(1, 1), (100, 1) if percent_a else (1, 100)]
+    for x, y in ((a / s, g / t) for s, t in scales):
+        if x == y or (decimal_a or decimal_g) and round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y):
+            return True
+    return False
 
 
 def _words(text: str) -> str:
     r"""Casefolded words of an answer in words (\text{East} -> "east"); "" when it holds any mathematics."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mbox|textnormal)\s*\{([^{}]*)\}", r" \1 ", text)
-    if re.search(r"[\\^_=<>+*/|{}\[\]0-9]", text) or not re.search(r"[^\W\d_]{3}", text):
+    text = _normal(text).replace("@", "")
+    if re.search(r"[\\^_=<>+*/|{}\[\]0-9]", text) or not re.search(r"[^\W\d_]{2}", text):
         return ""
-    return " ".join(re.findall(r"\w+", text)).casefold()
+    return re.sub(r"^(?:the )?answer (?:is )?", "", " ".join(re.findall(r"\w+", text)).casefold())
 
 
-def _quick(answer: str, gold: str) -> bool | None:
-    """Right, wrong, or None: left to math-verify. Two integers are decided here, and equal texts."""
+def _quick(answer: str, gold: str, prose: bool, first: bool):
+    """True or False, None for an answer that cannot be read, or a pair of formulas for a worker."""
     if answer.isascii() and answer.isdigit() and gold.isascii() and gold.isdigit():
         return int(answer) == int(gold)
-    a, g = _plain(answer), _plain(gold)
-    if not a or not g:
-        return False
-    if a.rstrip("\\% ") == g.rstrip("\\% ") or (_words(a) and _words(a) == _words(g)):
+    a, g = ("".join(_normal(t).split()).replace("@", "").strip(".(){}") for t in (answer, gold))
+    if a and a == g or _words(answer) and _words(answer) == _words(gold):
         return True
-    if INTEGER.fullmatch(a) and INTEGER.fullmatch(g):
-        return int(a.replace(",", "").split(".")[0]) == int(g.replace(",", "").split(".")[0])
-    if BASED.fullmatch(a) and BASED.fullmatch(g):
-        return BASED.sub(r"\1_\2", a) == BASED.sub(r"\1_\2", g)
+    found, wanted = _read(answer, prose, first), _read(gold) or _read(gold, True)
+    if not found:
+        return False if _words(answer) else None
+    if not wanted or found[1] and wanted[1] and found[1] != wanted[1]:
+        return False  # 10 cm^2 is not 10 cm
+    (a, _), (g, _) = found, wanted
+    if not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", g):
+        a = LONE_UNIT.sub("", a)
+    if a.replace(" ", "") == g.replace(" ", ""):
+        return True
+    if (x := _number(a)) and (y := _number(g)):
+        return _same(x, y)
+    if (x := BASED.fullmatch(a)) and (y := BASED.fullmatch(g)):
+        return x.groups() == y.groups()
     if re.fullmatch(r"[+-]?[0-9]+,[0-9]+", a) and a.replace(",", ".") == g:
         return True  # a decimal comma, where the reference has a decimal point
-    return None
+    return a, g
 
 
-def _letter(text: str, options: list[str], count: int) -> str | None:
-    r"""The option a short answer names: "c", "(C)", \text{C}., "Option C", "C: its text", or its whole text.
-
-    "" when it names two different options or one that does not exist; None when it names nothing.
-    """
-    allowed = LETTERS[:count]
-    text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])", " ", text).strip(" {}")
-    bare = text.strip(" \n\t${}*.:()[]\\")
-    bare = re.sub(r"^(?:(?:the )?answer(?: is)?:?|option|choice)\W+", "", bare, flags=re.I).strip()
-    if len(bare) == 1 and bare.isascii() and bare.isalpha():
-        return bare.upper() if bare.upper() in allowed else ""
-    plain = [_plain(option) for option in options]
-    if plain.count(_plain(text)) == 1:
-        return LETTERS[plain.index(_plain(text))]
-    several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:${}]", "", bare)
-    if several and set(several) <= set(allowed):
-        return several[0] if len(set(several)) == 1 else ""
-    if all(re.search(rf"\b{x}\s*[).:]", bare) for x in allowed):
-        return ""  # a list of all options
-    label = re.match(r"([A-Z])\s*[).:]\s*\S", bare)
-    return None if not label else label[1] if label[1] in allowed else ""
+# What latex2sympy would misread: numbers side by side are added, a prime is dropped.
+UNREADABLE = re.compile(
+    r"[0-9]\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\ldots|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+)
+RELATION = re.compile(
+    r"(?<![<>!:\\])=|\\approx(?![a-z])"
+)  # between the members of a chain, 2/3 = 4/6 \approx 0.67
+CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
 
 
-def _choice(text: str, golds: list[str], options) -> bool | None:
-    """Multiple choice: the last box, else the last "answer is (X)", else the last "(X)". None: none found."""
-    texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
-    count = min(len(texts) or options or len(LETTERS), len(LETTERS))
-    text = re.sub(r"[^\S\n]+", " ", text[-100_000:])  # long runs of blanks would make the search below cubic
-    text = re.sub(r"\s*\n\s*", "\n", text)
-    boxes = boxed_answers(text)
-    letter = _letter(boxes[0], texts, count) if boxes and len(boxes[0]) <= MAX_ANSWER else None
-    if letter is None:
-        stated = [a or b for a, b in STATED_LETTER.findall(text) if (a or b).isupper()][-1:]
-        tail = _stated(text)
-        # Without a statement a letter must stand alone: no list of the options, no "(A) is wrong, so (B)".
-        labels = stated or {a or b for a, b in re.findall(r"\(([A-Z])\)|^([A-Z])[.):]", tail, re.M)}
-        if not stated and tail and len(labels) < 2:
-            letter = _letter(tail.splitlines()[-1], texts, count)
-        if letter is None and len(labels) == 1:
-            letter = max(labels) if max(labels) in LETTERS[:count] else None
-    # A reference may carry its option's text after the letter.
-    lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
-    right = {_letter(g, texts, count) or (m[1] if m else "") for g, m in zip(golds, lead, strict=True)}
-    return None if letter is None else letter in right - {""}
+def _sympy(text: str):
+    """latex2sympy's reading of all of a formula; None if there is none."""
+    from latex2sympy2_extended.latex2sympy2 import latex2sympy
+    from math_verify.grader import should_treat_as_complex
+    from sympy import Expr, I
+
+    if not text.strip() or UNREADABLE.search(text):
+        return None
+    try:
+        x = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
+    except MemoryError:
+        raise
+    except Exception:  # its parser raises plain Exception, and sympy anything, for what it cannot read
+        return None
+    i = {s: I for s in getattr(x, "free_symbols", ()) if s.name == "i"}
+    return x.subs(i) if i and isinstance(x, Expr) else x
 
 
-def _decide(response: str, golds: list[str], kind: str, options, require_think: bool, think_end: str):
-    """(verdict, None) if string rules suffice (None: no answer found), else (None, task for a worker)."""
-    if kind not in ("math", "choice"):
-        raise ValueError(f"kind {kind!r} is not known: use 'math' or 'choice'")
-    text = answer_part(response, require_think, think_end)
-    if text is None:
-        return False, None
-    if kind == "choice":
-        return _choice(text, golds, options), None
-    boxes = boxed_answers(text) or STATED.findall(text[-MAX_ANSWER:])
-    answers = [a for a in boxes or [_stated(text)] if a and len(a) <= MAX_ANSWER]
-    if not answers:
-        return None, None
-    quick = {(a, g): _quick(a, g) for a in answers for g in golds}
-    if any(quick.values()) or all(verdict is False for verdict in quick.values()):
-        return any(quick.values()), None
-    # Prose is searched for mathematics; a bare answer is read as mathematics from end to end.
-    prose = re.search(r"[A-Za-z]{3}.*\s[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "", answers[0]))
-    bare = bool(boxes) or len(answers[0]) < 200 and not prose
-    return None, {"pairs": [pair for pair, verdict in quick.items() if verdict is None], "bare": bare}
-
-
-def _tidy(text: str) -> str:
-    r"""Mends what math-verify misreads: \mathrm{e}, \frac \pi4, 2^-1; 2 1/2, 1 234 and 2(3) it adds up."""
-    text = text.replace("\\$", "").translate(SYMBOLS)
-    if re.search(r"\\\\[a-z]{2}", text) and not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", text):
-        text = text.replace("\\\\", "\\")  # every backslash is doubled
-    text = re.sub(r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"{\1}", text)
-    text = re.sub(r"(frac(?:\s*\w|\{[^{}]*\})?)\s*\\pi(?![a-z])", r"\1{\\pi}", text)
-    text = re.sub(r"\^\s*(-[0-9a-z]+|\\[dt]?frac\s*(?:\{[^{}]*\}|\w){2})", r"^{\1}", text)
-    text = re.sub(r"^\s*f\(x\)\s*=", "y =", text)
-    text = re.sub(r"(?<=[0-9)])\s*(?:\\left)?\(([0-9.]+)(?:\\right)?\)", r" \\cdot \1", text)
-    text = re.sub(r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r" \\times 10^{\1}", text)
-    systems = AND.split(text)
-    if all("," in part and part.count("=") > 1 for part in systems):
-        text = ";".join(systems)
-    text = re.sub(r"((?:^|\bis|:|=)\s*)\+(?=[0-9])", r"\1", text)
-    text = re.sub(r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}", text)
-    text = re.sub(r"(?<=[0-9])(?:\\[,;! ]|\{,\}|[ ~])(?=[0-9]{3}(?![0-9]))", "", text)
-    text = re.sub(r"(?<![\^_0-9])([0-9]+)(?:[ \t~]|\\[,;:! ]|\\q?quad)+(?=[0-9])", r"\1, ", text)
-    return UNIT_WORDS.sub("", text)
-
-
-def _contradictory(numbers: list[tuple[str, list]], rounded: bool) -> bool:
+def _contradictory(numbers: list[tuple[str, object]], rounded: bool) -> bool:
     r"""Whether numbers of a chain differ: 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, so is 5 \approx 7."""
     from math_verify import verify
 
@@ -245,46 +477,33 @@ def _contradictory(numbers: list[tuple[str, list]], rounded: bool) -> bool:
         shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text in (s, t)]
         digits = [len(m[2]) for m in shown if m and (m[1] or rounded)]
         if not verify(a, b, timeout_seconds=None):
-            if not digits or not abs((a[0] - b[0]).evalf()) <= 0.5001 * 10.0 ** -min(digits):
+            if not digits or not abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(digits):
                 return True
     return False
 
 
 @lru_cache(maxsize=1000)  # a group's answers share their reference
-def _parse(text: str, bare: bool, trusted: bool = False) -> list:
-    """math-verify's readings of an answer, [] if none; a bare answer is LaTeX, prose is searched for one.
+def _parse(text: str, trusted: bool = False) -> list:
+    """The readings of a formula, [] if none; a chain of numbers that differ, 1 = 2, is no answer.
 
-    A chain of numbers that differ, 1 = 2, is no answer; only a reference is trusted with one.
+    Only a reference is trusted with such a chain.
     """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-    from sympy import Expr, I
-
-    text = _tidy(text)
-    marked = re.search(r"\$|\\boxed|\\\(|\\\[", text)
-    if bare and re.search(r"(?:[-+=]|\\[lc]?dots)[\s$?]*$", text):
-        return []  # 5 + ...: it would read the beginning
-    attempts = [f"${text}$", text] if bare and not marked else [text]
-    chain = [part.strip("$ ") for part in RELATION.split(text)] if bare else []
-    rounded = bool(re.search(r"approx|simeq|\u2248", text))
-    if len(chain) > 1:  # "I_{\max} = 3": the left side may be what it cannot read; it stops at \approx
-        attempts = ([] if rounded else attempts) + [f"${chain[-1]}$"]
-    if "\\pm" in text and bare:
-        both = (chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
-        attempts.append(f"${', '.join(both)}$")
-    # Numbers are searched for in plain text only: in LaTeX that it cannot read they may be exponents.
-    plain = not (bare and re.search(r"[\\{^]", text))
-    searches = [LatexExtractionConfig(), *[ExprExtractionConfig()] * plain]
-    read = partial(parse, extraction_config=searches, fallback_mode="no_fallback", parsing_timeout=None)
-    found = next(filter(None, map(read, attempts)), [])
-    if len(chain) > 1 and not re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text)):
-        numbers = [x for x in chain if NUMBER.fullmatch(x) and x.count("{") == x.count("}")]
-        numbers = [(x, value) for x in numbers if (value := read(f"${x}$"))]
+    chain = [part.strip() for part in RELATION.split(text)]
+    rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
+    attempts = [text] * (not rounded)
+    if len(chain) > 1 and not listed:  # "I_{\max} = 3": the left side may be what it cannot read
+        attempts.append(chain[-1])
+    if "\\pm" in text:
+        attempts.append(", ".join(chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+")))
+    found = [x for x in map(_sympy, attempts) if x is not None][:1]
+    if len(chain) > 1 and not listed:
+        numbers = [x for x in chain if CHAINED.fullmatch(x) and x.count("{") == x.count("}")]
+        numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
         if not trusted and _contradictory(numbers, rounded):
             return []
         if len(numbers) > 1:  # a number and its rounding: either may be what is asked for
-            found = found + [x for _, value in numbers for x in value]
-    imaginary = [{s: I for s in getattr(x, "free_symbols", ()) if s.name == "i"} for x in found]
-    return [x.subs(i) if i and isinstance(x, Expr) else x for x, i in zip(found, imaginary, strict=True)]
+            found += [value for _, value in numbers]
+    return found
 
 
 def _equal(found, wanted, texts: str) -> bool:
@@ -309,15 +528,128 @@ def _equal(found, wanted, texts: str) -> bool:
     return bool(abs(gap.evalf(15)) <= tolerance * abs(wanted.evalf(15)))
 
 
-def _mathematics(pairs: list, bare: bool) -> tuple[bool, bool]:
-    """(right?, readable?) for (answer, gold) pairs of which any may match. May never end: for workers."""
+def _mathematics(pairs: list) -> tuple[bool, bool]:
+    """(right?, readable?) for pairs of formulas of which any may match. May never end: for workers."""
     readable = False
     for answer, gold in pairs:
-        found, wanted = _parse(answer, bare), _parse(gold, True, trusted=True)
+        found, wanted = _parse(answer), _parse(gold, trusted=True)
         readable |= bool(found and wanted)
         if any(_equal(x, want, answer + gold) for want in wanted for x in found):
             return True, readable
     return False, readable
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Multiple choice: letters and the options' own texts; no worker is needed.
+
+# "the answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B", no "(A)(B)".
+LETTER = r"[\s$*]*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
+LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
+STATED_LETTER = re.compile(
+    rf"{ANSWER}[*_]*\s*(?:is|est|ist|es|è|是|为|[:：])\s*[:：]?{LETTER}|\bit(?:'s| is)\s+\(?([A-J])\)?[.!\s]*$"
+    rf"|(?<!not )(?<!n't )\b(?:pick|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?{LETTER}"
+    r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)",
+    re.I,
+)
+LABEL = re.compile(
+    r"\(?([A-Z])\s*(?:[).:,]|\s[-\u2013\u2014]+(?=\s))\s*(\S.*)|\(?([a-z])\s*(?:[).:]|\s[-\u2013\u2014]+\s)\s*(\S.*)",
+    re.S,
+)
+
+
+def _same_text(text: str) -> str:
+    """What of an option's text counts: neither case, nor white space, nor a full stop."""
+    return "".join(_normal(text).split()).strip(".*{}").replace("@", "").casefold()
+
+
+def _letter(text: str, options: list[str], allowed: str) -> str | None:
+    r"""The option a short answer names: "c", "(C)", \text{C}., "Option C", "C: its text", "C - its text", its text.
+
+    "" when it names two different options or one that does not exist; None when it names nothing.
+    """
+    text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])|[{}$*]", " ", text).strip()
+    bare = text.strip(" \n\t.:()[]\\")
+    bare = re.sub(r"^(?:(?:the )?answer(?: is)?:?|option|choice)\W+", "", bare, flags=re.I).strip()
+    if len(bare) == 1 and bare.isascii() and bare.isalpha():
+        return bare.upper() if bare.upper() in allowed else ""
+    plain = [_same_text(option) for option in options]
+    if plain.count(_same_text(text)) == 1:
+        return LETTERS[plain.index(_same_text(text))]
+    several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:\u2013\u2014-]", "", bare)
+    if several and set(several) <= set(allowed):
+        return several[0] if len(set(several)) == 1 else ""
+    if all(re.search(rf"\b{x}\s*[).:]", bare) for x in allowed) or re.match(
+        r"\(?[A-J]\)?(?:\s*,|\s(?:and|or))\s*\(?[A-J]\b", bare
+    ):
+        return ""  # a list of options
+    if not (label := LABEL.match(bare)):
+        return None
+    letter, rest = (label[1] or label[3]).upper(), _same_text(label[2] or label[4])
+    other = rest in plain and LETTERS[plain.index(rest)] != letter and plain.count(rest) == 1
+    return letter if letter in allowed and not other else ""  # "B: the text of A" is two answers
+
+
+def _choice(text: str, golds: list[str], options) -> bool | None:
+    """Multiple choice: the last box, else the last "answer is (X)", else a label or a text. None: none found."""
+    texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
+    allowed = LETTERS[: min(len(texts) or options or len(LETTERS), len(LETTERS))]
+    text = re.sub(r"[^\S\n]+", " ", text[-100_000:])  # long runs of blanks would make the search below cubic
+    text = re.sub(r"\s*\n\s*", "\n", text).strip()
+    boxes = boxed_answers(text)
+    letter = _letter(boxes[0], texts, allowed) if boxes and len(boxes[0]) <= MAX_ANSWER else None
+    if letter is None:
+        # A small letter counts at the end of its line: "the answer is a wheel" does not state A.
+        stated = [(max(m.groups(""), key=len), text[m.end() :]) for m in STATED_LETTER.finditer(text)]
+        stated = [x.upper() for x, rest in stated if x.isupper() or re.match(r"[)\].*!\s]*(?:\n|$)", rest)][
+            -1:
+        ]
+        phrase, tail = _stated(text)[0], (TAGGED.findall(text) or MARKED.findall(text) or [text[-400:]])[-1]
+        # Without a statement a letter must stand alone: no list of the options, no "(A) is wrong, so (B)".
+        labels = {a or b for a, b in re.findall(r"\(([A-Z])\)|^([A-Z])[.):]", tail, re.M)}
+        if stated:
+            letter = stated[0] if stated[0] in allowed else None
+        elif tail and len(labels) < 2:
+            lines = tail.strip().splitlines()
+            letter = next(
+                (
+                    x
+                    for line in (lines[-1], lines[0], phrase)
+                    if (x := _letter(line, texts, allowed)) is not None
+                ),
+                None,
+            )
+            if letter is None and len(labels) == 1:
+                letter = max(labels) if max(labels) in allowed else None
+    # A reference may carry its option's text after the letter.
+    lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
+    right = {_letter(g, texts, allowed) or (m[1] if m else "") for g, m in zip(golds, lead, strict=True)}
+    return None if letter is None else letter in right - {""}
+
+
+def _decide(response: str, golds: list[str], kind: str, options, require_think: bool, think_end: str):
+    """(verdict, None) if string rules suffice (None: no answer found), else (None, pairs for a worker)."""
+    if kind not in ("math", "choice"):
+        raise ValueError(f"kind {kind!r} is not known: use 'math' or 'choice'")
+    text = answer_part(response, require_think, think_end)
+    if text is None:
+        return False, None
+    if kind == "choice":
+        return _choice(text, golds, options), None
+    boxes = boxed_answers(text)
+    prose, first = not boxes, True
+    if not boxes:
+        answer, first = _stated(text)
+        boxes = [answer]
+    answers = [a for a in boxes if a and len(a) <= MAX_ANSWER]
+    quick = [_quick(a, g, prose, first) for a in answers for g in golds]
+    pairs = [verdict for verdict in quick if isinstance(verdict, tuple)]
+    if True in quick or not pairs:
+        return True if True in quick else False if False in quick else None, None
+    return None, pairs
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. The workers.
 
 
 def _serve() -> None:
@@ -338,7 +670,7 @@ def _serve() -> None:
     limit(resource.RLIMIT_AS, WORKER_MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     try:
-        _mathematics([("\\frac{1}{2}", "0.5")], True)  # imports sympy, builds the grammar: before any clock
+        _mathematics([("\\frac{x}{2}", "0.5x")])  # imports sympy, builds the grammar: before any clock
     except Exception as error:
         print(json.dumps({"error": repr(error)}), file=out)
         return
@@ -349,7 +681,7 @@ def _serve() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + task["seconds"]) + 2)
         try:
-            right, parsed = _mathematics(task["pairs"], task["bare"])
+            right, parsed = _mathematics(task["pairs"])
         except MemoryError:
             return  # its state is unknown: the caller counts a crash and starts a fresh worker
         except Exception:
@@ -423,6 +755,14 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
     return False, "crashes"  # twice: the first worker may have died of something else
 
 
+def _listed(gold: str) -> list[str]:
+    """["25\\\\%"] or ['1,234'], a list written as text, as the list; any other reference as it is."""
+    if not re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", gold, re.S):
+        return [gold]
+    items = re.findall(r"""(['"])(.*?)\1\s*(?=,\s*['"]|\]\s*$)""", gold, re.S)
+    return [item.replace("\\\\", "\\") if "\\" not in item.replace("\\\\", "") else item for _, item in items]
+
+
 def check_answers(
     responses: list[str],
     golds: list,
@@ -455,13 +795,13 @@ def check_answers(
     counts = Counter(dict.fromkeys(("fast", "solved", "timeouts", "crashes", "parse_failures"), 0))
     verdicts, hard = [False] * len(responses), {}
     for i, (response, gold, kind, options) in enumerate(zip(responses, golds, kinds, choices, strict=True)):
-        accepted = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
+        accepted = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else _listed(str(gold)))]
         # A reference solution counts by its box, several in a row by all of them.
         accepted = [((boxed_answers(g) or [g])[-1] or g)[-MAX_ANSWER:] for g in accepted]
         verdict, task = _decide(response, accepted, kind, options, require_think, think_end)
         if task is not None:
             # One answer to one problem is checked once.
-            hard.setdefault(json.dumps({**task, "seconds": timeout}), []).append(i)
+            hard.setdefault(json.dumps({"pairs": task, "seconds": timeout}), []).append(i)
         else:
             verdicts[i] = bool(verdict)
             counts["parse_failures" if verdict is None else "fast"] += 1
