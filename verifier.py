@@ -4,12 +4,12 @@ One file to copy; it needs math-verify only. Three passes:
 
 1. Extraction. What counts is what follows the tag that closes the thinking part. In it, the first of these that
    is there: the last \boxed (boxes side by side are also tried as one list); the last <answer>...</answer>; the
-   line of the last ####; what follows the last "answer is" or "Answer:"; the last sentence that holds mathematics,
-   and in it the last bold text, else the last number or formula.
-2. Normalisation: Unicode to LaTeX (CHARACTERS and the database of unicodedata), LaTeX to one spelling (RULES),
-   then words are told from mathematics. Units and nouns go, words that change a value are read ("5 million"), or
-   the answer is a parse failure ("not 5", "5 and a half"). An answer counts only if ALL of it was understood.
-3. Comparison: plain numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads to
+   line of the last ####; what follows the last "answer is" or "Answer:"; the last sentence with mathematics,
+   in it the last bold text, else the last number or formula.
+2. Normalisation. Unicode to LaTeX, LaTeX to one spelling (RULES), then words are told from mathematics. Units
+   and nouns go. Words that change a value are read ("5 million"), or nothing is ("not 5", "5 and a half"):
+   an answer counts only if ALL of it was understood; else it is a parse failure, never its first number.
+3. Comparison. Plain numbers as fractions, words as words; the rest by math-verify's latex2sympy, which reads to
    the end or not at all, and its verify, in processes that can be killed: sympy can spin for ever in one C call
    that no signal interrupts, 9^{9^{9^9}}.
 
@@ -40,41 +40,34 @@ LETTERS = "ABCDEFGHIJ"
 # ----------------------------------------------------------------------------------------------------------
 # 1. Extraction: from a response to the text of its answer.
 
-# How a thinking part ends and begins: R1 and Qwen, Magistral, Kimi, gpt-oss (with and without special tokens).
+# Tags of thinking parts: R1 and Qwen, Magistral, Kimi, gpt-oss with its special tokens and without.
 THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
-THINK_CLOSE = (
+CLOSE = (
     rf"</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|<\|channel\|>final(?:<\|message\|>)?"
-    r"|assistantfinal"
 )
-THINK_OPEN = re.compile(
-    rf"<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)|\Aanalysis(?=[A-Z])",
-    re.I,
-)
+CLOSE += r"|assistantfinal"
+OPEN = rf"<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)"
+OPEN = re.compile(OPEN + r"|\Aanalysis(?=[A-Z])", re.I)
 TURN_END = re.compile(r"<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
-BOX_JOINT = re.compile(
-    r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
-    r"|[A-Za-z](?:_\{?[0-9]\}?)?\s*=)*"
+JOINT = (
+    r"[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\{?[0-9]\}?)?\s*="
 )
+JOINT = re.compile(f"(?:{JOINT})*")
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
-MARKED = re.compile(
-    r"####[ \t*]*(?!\s*(?:step|part|case|section|problem|question)\b)([^\n#]*[^\s#*:][^\n#]*)", re.I
+HEADING = (
+    r"\s*(?:(?:step|part|case|section|problem|question)\b|(?:the |final )*(?:answer|result|solution)\W*$)"
 )
+MARKED = re.compile(rf"####(?!{HEADING})[ \t*]*([^\n#]*[^\s#*:][^\n#]*)", re.I | re.M)
 # "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
 ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
-STATED = re.compile(
-    ANSWER
-    + r"s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{1,80}?)??\s*(?:[:：=]|是|为|(?:\bis|\bare|\bwould be|\bmust be"
-    r"|\bcomes? (?:out )?to|\best|\bist|\bes|\bè)(?![a-z']))[\s:：*_]*(?=\S)|"
-    + ANSWER
-    + r"[\s*_]*(?=[\d$\\(-])",
-    re.I,
-)
-# A sentence ends at a full stop before a space, not in 1.5 or "a. b"; steps may be parted by semicolons.
-SENTENCE = re.compile(
-    r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|;\s+(?=[^;]*=)|\n+"
-)
+IS = r"(?:[:：=]|[是为]|\b(?:is|are|(?:would|must|should|will) be|comes? (?:out )?to|est|ist|es|è)(?![a-z']))"
+STATED = rf"{ANSWER}s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{{1,80}}?)??\s*{IS}(?:[\s:：*_#$]|\\[\[(])*(?=\S)"
+STATED = re.compile(rf"{STATED}|{ANSWER}[\s*_]*(?=[\d$\\(-])", re.I)
+# A sentence ends at a full stop before a space, not in 1.5 or "a. b"; semicolons may part steps.
+SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+"
+SENTENCE = re.compile(SENTENCE + r"|;\s+(?=[^;]*=)")
 
 
 def answer_part(response: str, require_think: bool = False, think_end: str = "</think>") -> str | None:
@@ -84,9 +77,8 @@ def answer_part(response: str, require_think: bool = False, think_end: str = "</
     """
     if require_think and think_end not in response:
         return None
-    close = f"{re.escape(think_end)}|{THINK_CLOSE}" if think_end else THINK_CLOSE
-    text = THINK_OPEN.split(re.split(close, response, flags=re.I)[-1])[0]  # not what is thought again
-    return TURN_END.split(text)[0]
+    text = re.split(f"{re.escape(think_end)}|{CLOSE}" if think_end else CLOSE, response, flags=re.I)[-1]
+    return TURN_END.split(OPEN.split(text)[0])[0]  # not what is thought again
 
 
 def _box(text: str, end: int) -> tuple[int, int, str] | None:
@@ -111,12 +103,9 @@ def _box(text: str, end: int) -> tuple[int, int, str] | None:
 
 def boxed_answers(text: str) -> list[str]:
     """The content of the last box; then, if boxes directly before it belong to it, all of them as a list."""
-    box = _box(text, len(text))
-    if box is None:
-        return []
-    run = [box]
-    while len(run) < MAX_BOXES and (before := _box(text, run[0][0])):
-        if not BOX_JOINT.fullmatch(text, before[1], run[0][0]):
+    run = [box] if (box := _box(text, len(text))) else []
+    while run and len(run) < MAX_BOXES and (before := _box(text, run[0][0])):
+        if not JOINT.fullmatch(text, before[1], run[0][0]):
             break
         run.insert(0, before)
     contents = [content.strip() for _, _, content in run]
@@ -144,7 +133,7 @@ def _stated(text: str) -> tuple[str, bool]:
 
 # What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
 CHARACTERS = {
-    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
+    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫", ":": "∶",
     r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ",": "٬،、",
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
@@ -157,17 +146,15 @@ CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c
 
 def _ascii(text: str) -> str:
     r"""Unicode as LaTeX: 10⁻³ is 10^{-3}, 3¾ is 3\frac{3}{4}, x₁₂ is x_{12}, ６ and ૬ are 6, θ is \theta."""
-    if text.isascii():
-        return text
     for mark, command in (("[\u0304\u0305]", r"\overline"), ("\u0307", r"\dot")):  # 0.3̅
         text = re.sub(f"((?:[0-9]{mark})+)", lambda m, c=command: f"{c}{{{m[0][::2]}}}", text)
     parts, last = [], ""
     for c in text.translate(CHARACTERS):
         kind, _, rest = unicodedata.decomposition(c).partition("> ")
         kind, plain = kind[1:] if rest else "", unicodedata.normalize("NFKC", c).translate(CHARACTERS)
-        if kind in ("super", "sub"):  # of a run each brings its braces: 10^{1}{}^{2} would be two
-            joined = parts.pop()[:-1] if last == kind else "^{" if kind == "super" else "_{"
-            parts.append(joined + plain + "}")
+        if kind in ("super", "sub"):  # a run shares its braces
+            start = parts.pop()[:-1] if last == kind else "^{" if kind == "super" else "_{"
+            parts.append(start + plain + "}")
         elif kind == "fraction" and plain[-1] != "/":
             parts.append(r"\frac{" + plain.replace("/", "}{") + "}")
         elif unicodedata.decimal(c, None) is not None:
@@ -192,29 +179,32 @@ def _text(m: re.Match) -> str:
 def _repeating(m: re.Match) -> str:
     r"""0.9\overline{6} is 29/30: the digits with one period, less those without, over 9s and 0s."""
     period = re.sub(r"[^0-9]", "", m[3])
-    once = int((m[1] + m[2]) or 0)
-    top = once * (10 ** len(period) - 1) + int(period)
+    top = int((m[1] + m[2]) or 0) * (10 ** len(period) - 1) + int(period)
     return rf"\frac{{{top}}}{{{'9' * len(period) + '0' * len(m[2])}}}"
 
 
 FONT = r"\\(text(?:bf|it|rm|normal|up)?|math(?:rm|it|bf|sf|normal)|[mh]box|operatorname\*?)\s*\{([^{}]*)\}"
-UNIT1 = r"(?:[mgsLlhNJWVAKHCF]|km|cm|mm|kg|ft|mi|mol|min|hr|sec)(?:\^\{?-?[0-9]\}?)?"
+RATE = r"(?:[mgsLlhNJWVAKHCF]|km|cm|mm|kg|ft|mi|mol|min|hr|sec)(?:\^\{?-?[0-9]\}?)?"
 BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # four deep
+ROOT = r"\\sqrt\s*(?:\[[^\[\]]*\])?"
 ATOM = rf"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:frac|binom)\s*(?:{BRACES}){{2}}|\\sqrt\s*{BRACES}|\\[A-Za-z]+)"
+PERIOD = r"\\(?:overline|bar|dot)\s*\{?[0-9]+\}?(?:[0-9]*\\dot\s*\{?[0-9]\}?)?|\([0-9]+\)(?![\w(])"
 RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this order
     (r"(?<=[0-9)])\*\*(?=[\w(\\-])|(?<=(?<!\w)[a-z])\*\*(?=[\w(\\-])", "^"),  # x**2
+    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[({0-9])", r"\\sqrt[3] "),
+    (r"(?<![\w)}\]])\^\{([0-9])\}\s*\\sqrt", r"\\sqrt[\1]"),  # ³√8
+    (r"(?<=[,+*-])\s*\.{3,}|(?<=[0-9]\.[0-9])([0-9]*)\.{3,}", r"\1\\ldots "),  # 1, 2, ... and 0.33...
     (r"\*\*|`|(?m:^\s*(?:[-*>]|#+)\s+)|\\?\$", ""),  # **5**, - 5, $5$, \$5
     (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
     (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
     (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (FONT, _text),  # 10 \text{ cm}
-    (r"_\{\s*@(\w+)\s*\}", r"_{\1}"),  # x_{\text{max}}
-    (r"\{,\}", ","), (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
+    (r"_\{\s*@(\w+)\s*\}", r"_{\1}"), (r"\s*\{\s*,\s*\}\s*", ","),  # x_{\text{max}}, 1{,}000
+    (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
     (r"<=|=<|\\leq(?:slant)?(?![a-z])", r"\\le "), (r">=|\\geq(?:slant)?(?![a-z])", r"\\ge "),  # x <= 5
     (r"!=|\\neq(?![a-z])", r"\\ne "), (r"~=|\\(?:simeq|thickapprox)(?![a-z])", r"\\approx "),  # x != 5
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
     (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),  # +- 7
-    (r"([0-9]*)\.([0-9]*)(\\(?:overline|bar|dot)\s*\{?[0-9]+\}?(?:[0-9]*\\dot\s*\{?[0-9]\}?)?|\([0-9]+\)(?![\w(]))",
-     _repeating),
+    (rf"([0-9]*)\.([0-9]*)({PERIOD})", _repeating),  # 0.\overline{3}, 0.(3)
     (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
@@ -224,18 +214,18 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),  # 1or2
     (r"(?<=[0-9n])\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),  # the 5th
     (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
-    (rf"(?<=[0-9}}])\s*@?{UNIT1}\s*(?:/|@?per\b|\\cdot)\s*@?{UNIT1}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
+    (rf"(?<=[0-9}}])\s*@?{RATE}\s*(?:/|@?per\b|\\cdot)\s*@?{RATE}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
     (r"\\frac\s*([0-9A-Za-z]|\\[a-z]+)(?=\s*[0-9A-Za-z{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
     (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"),
-    (rf"((?<!\\)\^|\\sqrt\s*(?:\[[^\[\]]*\])?)\s*(-?{ATOM})", r"\1{\2}"),  # 2^10, \sqrt 12, x^\frac12
-    (r"(\^|\\sqrt\s*(?:\[[^\[\]]*\])?)\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", r"\1{\2}"),  # x^(1/2)
+    (rf"((?<!\\)\^|{ROOT})\s*(-?{ATOM})", r"\1{\2}"),  # 2^10, \sqrt 12, x^\frac12
+    (rf"(\^|{ROOT})\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", r"\1{\2}"),  # x^(1/2)
 ]]  # fmt: skip
 
 
 @lru_cache(maxsize=4000)  # a group's answers share their reference
 def _normal(text: str) -> str:
     r"""The text in ASCII LaTeX, one spelling for what is written in many ways; words of \text begin with @."""
-    text = _ascii(text)
+    text = text if text.isascii() else _ascii(text)
     if re.search(r"\\\\[a-z]{2}", text) and not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", text):
         text = text.replace("\\\\", "\\")  # every backslash is doubled
     elif "\\begin" not in text:
@@ -246,56 +236,45 @@ def _normal(text: str) -> str:
 
 
 # Words that are mathematics; those that multiply; short ones that are no products of variables.
-NAMES = """sqrt sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi alpha beta gamma delta
-    theta lambda mu sigma phi omega infty"""
-NAMES = {name: f"\\{name} " for name in NAMES.split()} | {
-    "infinity": r"\infty ",
-    "inf": r"\infty ",
-    "plus": "+",
-}
-NAMES |= {
-    "oo": r"\infty ",
-    "cbrt": r"\sqrt[3] ",
-    "lcm": r"\operatorname{lcm}",
-    "times": r"\times ",
-    "minus": "-",
-}
+NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi alpha beta gamma delta theta"
+NAMES = {name: f"\\{name} " for name in f"{NAMES} lambda mu sigma phi omega infty".split()}
+NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"\operatorname{lcm}"}
+NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 SMALL = set("""the is it so we get are was be as at by to in on an my his her its has had have that this then thus
     sum ans you one two for of if mm cm dm km ft mi yd kg mg lb lbs oz ml hr hrs min sec ms mph kmh rad mol usd sq cu
     day way men man cup kwh hz ton""".split())  # fmt: skip
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
-PARTS = (
-    r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
+PART = r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
+AFTER = r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b|(?:\S+ ){0,2}(?:"
+AFTER += (
+    r"not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil|score"
 )
-AFTER = re.compile(
-    r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b|(?:\S+ ){0,2}(?:not|nor|or|than"
-    rf"|{PARTS}|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil|score|maybe|perhaps)\b"
-    r"|[万亿千百半不或]"
-)  # fmt: skip
-BEFORE = re.compile(
-    r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|triple|root|without|no"
-    rf"|square|cube|reciprocal|inverse|factorial|multiple|power|except|times|mod|modulo|{PARTS})(?: as much as)?(?: of| to)?"
-    r"(?: the| a| about)?"
-)  # fmt: skip
-HEDGE = re.compile(
-    r"\b(?:not|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|can't|isn't|don't|or)\b", re.I
-)
-TOKEN = re.compile(
-    r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}|_\{\w+\}"
-    r"|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|.",
-    re.S,
-)
+AFTER = re.compile(rf"{AFTER}|maybe|perhaps|{PART})\b|[万亿千百半不或]")
+BEFORE = r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|no|mod"
+BEFORE += r"|triple|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times|modulo"
+BEFORE = re.compile(rf"{BEFORE}|{PART})(?: as much as)?(?: of| to)?(?: the| a| about)?")
+BETWEEN = set("and or of to in over by through per|out of|divided by|x".replace("|", " | ").split(" ")) | {
+    "out of"
+}
+HEDGE = re.compile(r"\b(?:not|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b", re.I)
+TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}|_\{\w+\}"
+TOKEN += r"|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|."
+TOKEN = re.compile(TOKEN, re.S)
 POWER = re.compile(r"\s*\^\s*\{?(-?[0-9])\}?|\s*/\s*@?[A-Za-z]+")  # behind a unit
 SEP = "\x01"  # "and" or "or" between two answers
-CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
 # What may be cut off behind a formula: a condition; and, where the answer comes first, an explanation.
+CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
+KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants?|non)\b"
+QUALIFIER = rf"(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|(?={CONDITION})|[a-z]\s*=)"
 QUALIFIER = re.compile(
-    rf"(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:@?(?:all|any|every|each|some|integers?|real|positive|natural"
-    rf"|constants?|non)\b|(?={CONDITION})|[a-z]\s*=)|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])\s*\(\s*{CONDITION}\)$",
-    re.S,
-)  # fmt: skip
-CLAUSE = re.compile(r"(?<=[\w)}\]!%,])[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not|and (?:we|that|so|it))\s.*", re.S)  # fmt: skip
+    rf"{QUALIFIER}|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$", re.S
+)
+COMMA = re.compile(
+    r"([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*", re.S
+)
+CLAUSE = r"(?<=[\w)}\]!%,])[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not|and (?:we|that|so|it))\s.*"
+CLAUSE = re.compile(CLAUSE, re.S)
 
 
 def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
@@ -304,9 +283,8 @@ def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
         return prose and word in "aAI" and bool(re.match(r"\s+[A-Za-z]{2}", after)) and before[-1:] in " ,"
     if len(word) > 3 or not word.isascii() or word.lower() in SMALL:
         return True
-    if re.search(r"[0-9^_+*/=<>{}\\(]$" if prose else r"[0-9^_+*/=<>{}(]\s*$", before) or re.match(
-        r"\s*[_^=+*/<>]|-", after
-    ):
+    joined = re.search(r"[0-9^_+*/=<>{}\\(]$" if prose else r"[0-9^_+*/=<>{}(]\s*$", before)
+    if joined or re.match(r"\s*[_^=+*/<>]|-", after):
         return bool(re.search(r"[0-9}]\s+$", before) and re.search("[aeiou]", word) and not after.strip(" ."))
     return prose
 
@@ -316,7 +294,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
     pieces, math, i = [], "", 0
     while i <= len(text):
         m = TOKEN.match(text, i)
-        name = m[2].lower() if m and m[2] else ""
+        name = m[0].lstrip("@").lower() if m and m[2] else ""
         i = m.end() if m else i + 1
         if name in NAMES and (name not in ("times", "plus", "minus") or re.match(r"\s*[\d(\\]", text[i:])):
             math += NAMES[name]
@@ -345,6 +323,7 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
     Prose may hold other numbers before its last, the answer; `first`: if it begins with one, that is the answer.
     """
     text = QUALIFIER.sub("", _normal(text))
+    text = m[1] if not prose and (m := COMMA.fullmatch(text)) else text
     text = re.sub(r"(?<=[\w)}])[!.?\s]+$", "", text) if prose else text  # "It is 42!"
     if first and (not prose or re.match(r"[^A-Za-z@]", text)):
         text = CLAUSE.sub("", text)
@@ -352,42 +331,39 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
     math = [i for i, (kind, _) in enumerate(pieces) if kind == "math"]
     if not math or len(math) > 1 and (not prose or first and math[0] == 0):
         return None
-    at = math[-1]
-    core, after = pieces[at][1], [word for _, word in pieces[at + 1 :]]
-    before = " ".join(word for kind, word in pieces[:at] if kind == "word")
-    if (
-        at
-        and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core)
-        or before.endswith("and")
-        and at != math[0]
-    ):
-        return None  # what stood before it is lost: 5 cm + 3 cm, 5 apples and 3 pears
-    if AFTER.match(" ".join(after)) or BEFORE.fullmatch(before) or prose and HEDGE.search(before):
+    at, core = math[-1], pieces[math[-1]][1]
+    before, after = (" ".join(w for k, w in part if k == "word") for part in (pieces[:at], pieces[at + 1 :]))
+    between = " ".join(w for _, w in pieces[math[-2] + 1 : at]) if len(math) > 1 else ""
+    if between in BETWEEN or at and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core):
+        return None  # what stood before it is lost: 5 cm + 3 cm, 5 apples and 3 pears, 20% of 50
+    if AFTER.match(after) or BEFORE.fullmatch(before) or prose and HEDGE.search(before):
         return None
-    power = dict(square="2", sq="2", cubic="3")
-    powers = [power.get(w) or re.sub(r"\D", "", w) for w in after if w in power or w[-1:].isdigit()]
+    power = re.search(r"\b(?:(square|sq)|(cubic)|[a-z]+(-?[0-9]))\b", after)
     parts = core.split(SEP)
     several = len(parts) > 1 and all("," in part and part.count("=") > 1 for part in parts)
     core = re.sub(r"[\s,]*([,;])[\s,]*", r"\1 ", (";" if several else ",").join(parts))
-    return core.strip(), (powers or [""])[0]
+    return core.strip(), ("2" if power[1] else "3" if power[2] else power[3]) if power else ""
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 3. Comparison: what needs no mathematics here, the rest in worker processes.
 
-FRACTION = re.compile(
-    r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+)"
-    r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?"
-)
+FRACTION = r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+)"
+FRACTION = re.compile(FRACTION + r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?")
 BASED = re.compile(r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?")  # 52_8: latex2sympy drops the base
-LONE_UNIT = re.compile(
-    r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"
-)  # 5 m, where the reference has no such variable
+# 5 m and 5 m^2, where the reference has no such variable
+LONE_UNIT = re.compile(r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$")
+# What latex2sympy would misread: numbers side by side are added, a prime is dropped.
+UNREADABLE = re.compile(
+    r"[0-9]\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+)
+RELATION = re.compile(r"(?<![<>!:\\])=|\\approx(?![a-z])")  # in a chain, 2/3 = 4/6 \approx 0.67
+CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
 
 
 @lru_cache(maxsize=4000)
 def _number(core: str) -> tuple[Fraction, bool, bool] | None:
-    r"""(value, is it a decimal?, is it a percentage?) of 7, -0.5, 7/3, 2\frac{1}{3}, 25\%; None for all else."""
+    r"""(value, is it a decimal?, a percentage?) of 7, -0.5, 7/3, 2\frac{1}{3}, 25\%; None for all else."""
     if not (m := FRACTION.fullmatch(core)):
         return None
     top, bottom = m[3] or m[5], m[4] or m[6]
@@ -402,7 +378,8 @@ def _same(answer: tuple, gold: tuple) -> bool:
     (a, decimal_a, percent_a), (g, decimal_g, percent_g) = answer, gold
     scales = [(1, 1)] if percent_a == percent_g else [(1, 1), (100, 1) if percent_a else (1, 100)]
     for x, y in ((a / s, g / t) for s, t in scales):
-        if x == y or (decimal_a or decimal_g) and round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y):
+        close = round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y)
+        if x == y or (decimal_a or decimal_g) and close:
             return True
     return False
 
@@ -427,7 +404,7 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
         return False if _words(answer) else None
     if not wanted or found[1] and wanted[1] and found[1] != wanted[1]:
         return False  # 10 cm^2 is not 10 cm
-    (a, _), (g, _) = found, wanted
+    a, g = found[0], wanted[0]
     if not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", g):
         a = LONE_UNIT.sub("", a)
     if a.replace(" ", "") == g.replace(" ", ""):
@@ -436,19 +413,9 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
         return _same(x, y)
     if (x := BASED.fullmatch(a)) and (y := BASED.fullmatch(g)):
         return x.groups() == y.groups()
-    if re.fullmatch(r"[+-]?[0-9]+,[0-9]+", a) and a.replace(",", ".") == g:
+    if re.fullmatch(r"[+-]?[0-9]+, [0-9]+", a) and a.replace(", ", ".") == g:
         return True  # a decimal comma, where the reference has a decimal point
     return a, g
-
-
-# What latex2sympy would misread: numbers side by side are added, a prime is dropped.
-UNREADABLE = re.compile(
-    r"[0-9]\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\ldots|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
-)
-RELATION = re.compile(
-    r"(?<![<>!:\\])=|\\approx(?![a-z])"
-)  # between the members of a chain, 2/3 = 4/6 \approx 0.67
-CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
 
 
 def _sympy(text: str):
@@ -469,7 +436,7 @@ def _sympy(text: str):
     return x.subs(i) if i and isinstance(x, Expr) else x
 
 
-def _contradictory(numbers: list[tuple[str, object]], rounded: bool) -> bool:
+def _contradictory(numbers: list, rounded: bool) -> bool:
     r"""Whether numbers of a chain differ: 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, so is 5 \approx 7."""
     from math_verify import verify
 
@@ -543,18 +510,17 @@ def _mathematics(pairs: list) -> tuple[bool, bool]:
 # 4. Multiple choice: letters and the options' own texts; no worker is needed.
 
 # "the answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B", no "(A)(B)".
-LETTER = r"[\s$*]*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
+LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
+CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
+STATED_LETTER = (
+    rf"{ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
+)
 STATED_LETTER = re.compile(
-    rf"{ANSWER}[*_]*\s*(?:is|est|ist|es|è|是|为|[:：])\s*[:：]?{LETTER}|\bit(?:'s| is)\s+\(?([A-J])\)?[.!\s]*$"
-    rf"|(?<!not )(?<!n't )\b(?:pick|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?{LETTER}"
-    r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)",
-    re.I,
+    rf"{STATED_LETTER}|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)", re.I
 )
-LABEL = re.compile(
-    r"\(?([A-Z])\s*(?:[).:,]|\s[-\u2013\u2014]+(?=\s))\s*(\S.*)|\(?([a-z])\s*(?:[).:]|\s[-\u2013\u2014]+\s)\s*(\S.*)",
-    re.S,
-)
+DASH = r"\s[-\u2013\u2014]+\s"
+LABEL = re.compile(rf"\(?(?:([A-Z])\s*(?:[).:,]|{DASH})|([a-z])\s*(?:[).:]|{DASH}))\s*(\S.*)", re.S)
 
 
 def _same_text(text: str) -> str:
@@ -568,8 +534,9 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
     "" when it names two different options or one that does not exist; None when it names nothing.
     """
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])|[{}$*]", " ", text).strip()
-    bare = text.strip(" \n\t.:()[]\\")
-    bare = re.sub(r"^(?:(?:the )?answer(?: is)?:?|option|choice)\W+", "", bare, flags=re.I).strip()
+    bare = text.strip(' \n\t.:()[]\\"')
+    lead = r"^(?:(?:the )?answer(?: is)?:?|option|choice|therefore|thus|hence|so)\W+"
+    bare = re.sub(lead, "", bare, flags=re.I).strip()
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
         return bare.upper() if bare.upper() in allowed else ""
     plain = [_same_text(option) for option in options]
@@ -578,14 +545,13 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
     several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:\u2013\u2014-]", "", bare)
     if several and set(several) <= set(allowed):
         return several[0] if len(set(several)) == 1 else ""
-    if all(re.search(rf"\b{x}\s*[).:]", bare) for x in allowed) or re.match(
-        r"\(?[A-J]\)?(?:\s*,|\s(?:and|or))\s*\(?[A-J]\b", bare
-    ):
+    listed = re.match(r"\(?[A-J]\)?(?:\s*,|\s(?:and|or))\s*\(?[A-J]\b", bare)
+    if listed or all(re.search(rf"\b{x}\s*[).:]", bare) for x in allowed):
         return ""  # a list of options
     if not (label := LABEL.match(bare)):
         return None
-    letter, rest = (label[1] or label[3]).upper(), _same_text(label[2] or label[4])
-    other = rest in plain and LETTERS[plain.index(rest)] != letter and plain.count(rest) == 1
+    letter, rest = (label[1] or label[2]).upper(), _same_text(label[3])
+    other = plain.count(rest) == 1 and LETTERS[plain.index(rest)] != letter
     return letter if letter in allowed and not other else ""  # "B: the text of A" is two answers
 
 
@@ -600,60 +566,28 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     if letter is None:
         # A small letter counts at the end of its line: "the answer is a wheel" does not state A.
         stated = [(max(m.groups(""), key=len), text[m.end() :]) for m in STATED_LETTER.finditer(text)]
-        stated = [x.upper() for x, rest in stated if x.isupper() or re.match(r"[)\].*!\s]*(?:\n|$)", rest)][
-            -1:
-        ]
-        phrase, tail = _stated(text)[0], (TAGGED.findall(text) or MARKED.findall(text) or [text[-400:]])[-1]
+        stated = [x.upper() for x, rest in stated if x.isupper() or re.match(r"[)\].*!\s]*(?:\n|$)", rest)]
+        tail = (TAGGED.findall(text) or MARKED.findall(text) or [text[-400:]])[-1].strip()
         # Without a statement a letter must stand alone: no list of the options, no "(A) is wrong, so (B)".
         labels = {a or b for a, b in re.findall(r"\(([A-Z])\)|^([A-Z])[.):]", tail, re.M)}
         if stated:
-            letter = stated[0] if stated[0] in allowed else None
+            letter = stated[-1] if stated[-1] in allowed else None
         elif tail and len(labels) < 2:
-            lines = tail.strip().splitlines()
-            letter = next(
-                (
-                    x
-                    for line in (lines[-1], lines[0], phrase)
-                    if (x := _letter(line, texts, allowed)) is not None
-                ),
-                None,
-            )
-            if letter is None and len(labels) == 1:
-                letter = max(labels) if max(labels) in allowed else None
+            lines = tail.splitlines()
+            found = [_letter(line, texts, allowed) for line in (lines[-1], lines[0], _stated(text)[0])]
+            letter = next((x for x in [*found, *(labels & set(allowed))] if x is not None), None)
     # A reference may carry its option's text after the letter.
     lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
     right = {_letter(g, texts, allowed) or (m[1] if m else "") for g, m in zip(golds, lead, strict=True)}
     return None if letter is None else letter in right - {""}
 
 
-def _decide(response: str, golds: list[str], kind: str, options, require_think: bool, think_end: str):
-    """(verdict, None) if string rules suffice (None: no answer found), else (None, pairs for a worker)."""
-    if kind not in ("math", "choice"):
-        raise ValueError(f"kind {kind!r} is not known: use 'math' or 'choice'")
-    text = answer_part(response, require_think, think_end)
-    if text is None:
-        return False, None
-    if kind == "choice":
-        return _choice(text, golds, options), None
-    boxes = boxed_answers(text)
-    prose, first = not boxes, True
-    if not boxes:
-        answer, first = _stated(text)
-        boxes = [answer]
-    answers = [a for a in boxes if a and len(a) <= MAX_ANSWER]
-    quick = [_quick(a, g, prose, first) for a in answers for g in golds]
-    pairs = [verdict for verdict in quick if isinstance(verdict, tuple)]
-    if True in quick or not pairs:
-        return True if True in quick else False if False in quick else None, None
-    return None, pairs
-
-
 # ----------------------------------------------------------------------------------------------------------
-# 5. The workers.
+# 5. The workers: one JSON line in, one out, under limits of memory and time.
 
 
 def _serve() -> None:
-    """The worker process: one JSON line in, one JSON line out, until standard input closes."""
+    """A worker process, until standard input closes."""
     import logging
     import resource
     import warnings
@@ -755,53 +689,66 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
     return False, "crashes"  # twice: the first worker may have died of something else
 
 
-def _listed(gold: str) -> list[str]:
-    """["25\\\\%"] or ['1,234'], a list written as text, as the list; any other reference as it is."""
-    if not re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", gold, re.S):
-        return [gold]
-    items = re.findall(r"""(['"])(.*?)\1\s*(?=,\s*['"]|\]\s*$)""", gold, re.S)
-    return [item.replace("\\\\", "\\") if "\\" not in item.replace("\\\\", "") else item for _, item in items]
+# ----------------------------------------------------------------------------------------------------------
+# 6. What others call.
+
+
+def _decide(text: str | None, golds: list[str], kind: str, options):
+    """True or False, None if no answer was found, or the pairs of formulas for a worker."""
+    if text is None:
+        return False
+    if kind == "choice":
+        return _choice(text, golds, options)
+    answers, first = boxed_answers(text), True
+    if not (boxed := bool(answers)):
+        answer, first = _stated(text)
+        answers = [answer]
+    answers = [a for a in answers if a and len(a) <= MAX_ANSWER]
+    verdicts = [_quick(a, g, not boxed, first) for a in answers for g in golds]
+    pairs = [verdict for verdict in verdicts if isinstance(verdict, tuple)]
+    return True if True in verdicts else pairs or (False if False in verdicts else None)
+
+
+def _references(gold) -> list[str]:
+    """The accepted answers of a gold: a list, a list written as text (['1,234'] or ["25\\\\%"]), or one."""
+    if isinstance(gold, str) and re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", gold, re.S):
+        gold = [item for _, item in re.findall(r"""(['"])(.*?)\1\s*(?=,\s*['"]|\]\s*$)""", gold, re.S)]
+        doubled = all("\\" not in item.replace("\\\\", "") for item in gold)
+        gold = [item.replace("\\\\", "\\") for item in gold] if doubled else gold
+    golds = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
+    # A reference solution counts by its box, several in a row by all of them.
+    return [((boxed_answers(g) or [g])[-1] or g)[-MAX_ANSWER:] for g in golds]
 
 
 def check_answers(
-    responses: list[str],
-    golds: list,
-    kinds: list[str],
-    choices: list | None = None,
-    require_think: bool = False,
-    timeout: float = 5.0,
-    workers: int | None = None,
-    think_end: str = "</think>",
+    responses,
+    golds,
+    kinds,
+    choices=None,
+    require_think=False,
+    timeout=5.0,
+    workers=None,
+    think_end="</think>",
 ) -> tuple[list[bool], dict]:
-    r"""Grades many responses; `timeout` is wall-clock seconds an answer. Safe on any thread.
+    """Grades many responses -> (verdicts, counts); `timeout` is wall-clock seconds an answer. Thread-safe.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
-    response its option texts, their number, or None (A-J). Counts: fast (no mathematics needed), solved, and
-    three sorts of wrong answers: timeouts, crashes, parse_failures (no answer found, or not readable).
-
-    Conventions. Only what follows `</think>` is read: the last box (boxes side by side are also tried as a
-    list), else a stated answer, else the end of the text. Ignored: units, even wrong ones, and words after a
-    number; degree signs; a missing base (52 is 52_8); what stands before "="; upper case in words.
-    Equal: 10% and 10, 10% and 0.1; decimals that agree to 6 places and 5 digits; lists and sets in any order,
-    repeats counted once; a list and a tuple in the same order; x < 5 and (-\infty, 5). Different: a tuple and
-    a set in braces; open and closed ends; other roundings. A chain counts by its last member, and by any
-    number in it if they agree: 2/3 = 4/6 = 0.67 does; 1 = 2 and 5 \approx 7 are wrong. A choice needs a
-    letter alone in the box, or its option's text, or "the answer is (C)" without a box; two are wrong.
+    response its option texts, their number, or None (A-J). `think_end` closes the model's thinking part and must
+    be there if `require_think`. Counts: fast (no mathematics needed), solved, and three sorts of wrong answers:
+    timeouts, crashes, parse_failures (no answer found, or not readable). docs/guide.md says what is accepted.
     """
     choices = [None] * len(responses) if choices is None else choices
     sizes = (len(responses), len(golds), len(kinds), len(choices))
     if len(set(sizes)) > 1:
         raise ValueError(f"responses, golds, kinds and choices must have one length, not {sizes}")
+    if unknown := set(kinds) - {"math", "choice"}:
+        raise ValueError(f"kind {unknown.pop()!r} is not known: use 'math' or 'choice'")
     counts = Counter(dict.fromkeys(("fast", "solved", "timeouts", "crashes", "parse_failures"), 0))
     verdicts, hard = [False] * len(responses), {}
     for i, (response, gold, kind, options) in enumerate(zip(responses, golds, kinds, choices, strict=True)):
-        accepted = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else _listed(str(gold)))]
-        # A reference solution counts by its box, several in a row by all of them.
-        accepted = [((boxed_answers(g) or [g])[-1] or g)[-MAX_ANSWER:] for g in accepted]
-        verdict, task = _decide(response, accepted, kind, options, require_think, think_end)
-        if task is not None:
-            # One answer to one problem is checked once.
-            hard.setdefault(json.dumps({"pairs": task, "seconds": timeout}), []).append(i)
+        verdict = _decide(answer_part(response, require_think, think_end), _references(gold), kind, options)
+        if isinstance(verdict, list):  # one answer to one problem is checked once
+            hard.setdefault(json.dumps({"pairs": verdict, "seconds": timeout}), []).append(i)
         else:
             verdicts[i] = bool(verdict)
             counts["parse_failures" if verdict is None else "fast"] += 1
@@ -816,14 +763,7 @@ def check_answers(
     return verdicts, dict(counts)
 
 
-def is_correct(
-    response: str,
-    gold: str | list[str],
-    kind: str = "math",
-    choices: list[str] | int | None = None,
-    require_think: bool = False,
-    think_end: str = "</think>",
-) -> bool:
+def is_correct(response, gold, kind="math", choices=None, require_think=False, think_end="</think>") -> bool:
     """Whether one response, a whole completion or a bare answer, is right: check_answers for one."""
     return check_answers([response], [gold], [kind], [choices], require_think, think_end=think_end)[0][0]
 
