@@ -2,16 +2,16 @@ r"""Is the answer right? A response and a reference -> True or False, for mathem
 
 One file to copy; it needs math-verify only. Three passes:
 
-1. Extraction. What counts is what follows the tag that closes the thinking part. In it, the first of these that
-   is there: the last \boxed (boxes side by side are also tried as one list); the last <answer>...</answer>; the
+1. Extraction. What counts is what follows the tag that closes the thinking part. In it, the first of these
+   that is there: the last \boxed (boxes side by side are also tried as one list); the last <answer> tag; the
    line of the last ####; what follows the last "answer is" or "Answer:"; the last sentence with mathematics,
    in it the last bold text, else the last number or formula.
 2. Normalisation. Unicode to LaTeX, LaTeX to one spelling (RULES), then words are told from mathematics. Units
    and nouns go. Words that change a value are read ("5 million"), or nothing is ("not 5", "5 and a half"):
    an answer counts only if ALL of it was understood; else it is a parse failure, never its first number.
-3. Comparison. Plain numbers as fractions, words as words; the rest by math-verify's latex2sympy, which reads to
-   the end or not at all, and its verify, in processes that can be killed: sympy can spin for ever in one C call
-   that no signal interrupts, 9^{9^{9^9}}.
+3. Comparison. Plain numbers as fractions, words as words; the rest by math-verify's latex2sympy, which reads
+   to the end or not at all, and its verify, in processes that can be killed: sympy can spin for ever in one
+   C call that no signal interrupts, 9^{9^{9^9}}.
 
 >>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
 >>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
@@ -37,9 +37,7 @@ MAX_BOXES = 12  # boxes that can make up one answer
 WORKER_MEMORY = 2 << 30  # bytes of address space that a worker may take
 LETTERS = "ABCDEFGHIJ"
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Extraction: from a response to the text of its answer.
-
+# ---- 1. Extraction: from a response to the text of its answer.
 # Tags of thinking parts: R1 and Qwen, Magistral, Kimi, gpt-oss with its special tokens and without.
 THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
 CLOSE = (
@@ -86,18 +84,14 @@ def _box(text: str, end: int) -> tuple[int, int, str] | None:
     start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
     if start < 0:
         return None
-    i = brace = BOX.match(text, start).end()
+    brace = BOX.match(text, start).end()
     if text[brace : brace + 1] != "{":
         return start, brace + 1, text[brace : brace + 1]  # LaTeX takes one token: \boxed 5
     depth = 0
-    while i < len(text):
-        if text[i] == "\\":
-            i += 1  # an escaped brace, \{ or \}, does not nest
-        elif text[i] in "{}":
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return start, i + 1, text[brace + 1 : i]
-        i += 1
+    for m in re.compile(r"\\.|[{}]", re.S).finditer(text, brace):  # an escaped brace, \{ or \}, does not nest
+        depth += (m[0] == "{") - (m[0] == "}")
+        if depth == 0:
+            return start, m.end(), text[brace + 1 : m.start()]
     return start, len(text), ""  # never closed: no answer
 
 
@@ -117,6 +111,7 @@ def _stated(text: str) -> tuple[str, bool]:
     text = text[-MAX_ANSWER:].strip()
     if found := TAGGED.findall(text) or MARKED.findall(text):
         return found[-1].strip(), True
+    text = text.rstrip("!")  # "It is 42!"
     if stated := list(STATED.finditer(text)):
         return SENTENCE.split(text[stated[-1].end() :])[0], True
     # "I hope it is correct." is no answer: the last sentence with mathematics, unless a hedge comes after it.
@@ -128,18 +123,16 @@ def _stated(text: str) -> tuple[str, bool]:
     return text, False
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Normalisation: one spelling for one answer, and all of it or none.
-
+# ---- 2. Normalisation: one spelling for one answer, and all of it or none.
 # What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
 CHARACTERS = {
-    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫", ":": "∶",
-    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ",": "٬،、",
+    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
+    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ":": "∶",
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
     r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", r"\setminus ": "∖",
-    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", "'": "’‘′", "": "€£¥₹₩✅✓✔",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ",": "٬،、",
+    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", "": "€£¥₹₩✅✓✔",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -191,7 +184,7 @@ ATOM = rf"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:frac|binom)\s*(?:{BRACES}){{2}}|\
 PERIOD = r"\\(?:overline|bar|dot)\s*\{?[0-9]+\}?(?:[0-9]*\\dot\s*\{?[0-9]\}?)?|\([0-9]+\)(?![\w(])"
 RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this order
     (r"(?<=[0-9)])\*\*(?=[\w(\\-])|(?<=(?<!\w)[a-z])\*\*(?=[\w(\\-])", "^"),  # x**2
-    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[({0-9])", r"\\sqrt[3] "),
+    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[({0-9])", r"\\sqrt[3]"),
     (r"(?<![\w)}\]])\^\{([0-9])\}\s*\\sqrt", r"\\sqrt[\1]"),  # ³√8
     (r"(?<=[,+*-])\s*\.{3,}|(?<=[0-9]\.[0-9])([0-9]*)\.{3,}", r"\1\\ldots "),  # 1, 2, ... and 0.33...
     (r"\*\*|`|(?m:^\s*(?:[-*>]|#+)\s+)|\\?\$", ""),  # **5**, - 5, $5$, \$5
@@ -203,7 +196,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"<=|=<|\\leq(?:slant)?(?![a-z])", r"\\le "), (r">=|\\geq(?:slant)?(?![a-z])", r"\\ge "),  # x <= 5
     (r"!=|\\neq(?![a-z])", r"\\ne "), (r"~=|\\(?:simeq|thickapprox)(?![a-z])", r"\\approx "),  # x != 5
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
-    (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),  # +- 7
+    (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),
     (rf"([0-9]*)\.([0-9]*)({PERIOD})", _repeating),  # 0.\overline{3}, 0.(3)
     (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
@@ -224,7 +217,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
 
 @lru_cache(maxsize=4000)  # a group's answers share their reference
 def _normal(text: str) -> str:
-    r"""The text in ASCII LaTeX, one spelling for what is written in many ways; words of \text begin with @."""
+    r"""The text in ASCII LaTeX, one spelling for what has many; words of \text begin with @."""
     text = text if text.isascii() else _ascii(text)
     if re.search(r"\\\\[a-z]{2}", text) and not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", text):
         text = text.replace("\\\\", "\\")  # every backslash is doubled
@@ -236,30 +229,36 @@ def _normal(text: str) -> str:
 
 
 # Words that are mathematics; those that multiply; short ones that are no products of variables.
-NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi alpha beta gamma delta theta"
-NAMES = {name: f"\\{name} " for name in f"{NAMES} lambda mu sigma phi omega infty".split()}
+NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi infty alpha beta gamma delta"
+NAMES = {name: f"\\{name} " for name in f"{NAMES} theta lambda mu sigma phi omega".split()}
 NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"\operatorname{lcm}"}
 NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SMALL = set("""the is it so we get are was be as at by to in on an my his her its has had have that this then thus
-    sum ans you one two for of if mm cm dm km ft mi yd kg mg lb lbs oz ml hr hrs min sec ms mph kmh rad mol usd sq cu
-    day way men man cup kwh hz ton""".split())  # fmt: skip
+SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum ans"
+SMALL += (
+    " you one two for of if mm cm dm km ft mi yd kg mg lb lbs oz ml hr hrs min sec ms mph kmh rad mol usd sq"
+)
+SMALL = set(f"{SMALL} cu day way men man cup kwh hz ton".split())
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 PART = r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
-AFTER = r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b|(?:\S+ ){0,2}(?:"
-AFTER += (
-    r"not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil|score"
+AFTER = (
+    r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b|(?:\S+ ){0,3}"
 )
-AFTER = re.compile(rf"{AFTER}|maybe|perhaps|{PART})\b|[万亿千百半不或]")
-BEFORE = r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|no|mod"
-BEFORE += r"|triple|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times|modulo"
+AFTER += (
+    r"(?:not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil"
+)
+AFTER = re.compile(rf"{AFTER}|score|maybe|perhaps|{PART})\b|[万亿千百半不或]")
+BEFORE = (
+    r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|no"
+)
+BEFORE += (
+    r"|mod|triple|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times|modulo"
+)
 BEFORE = re.compile(rf"{BEFORE}|{PART})(?: as much as)?(?: of| to)?(?: the| a| about)?")
-BETWEEN = set("and or of to in over by through per|out of|divided by|x".replace("|", " | ").split(" ")) | {
-    "out of"
-}
+BETWEEN = ("and", "or", "of", "to", "in", "over", "by", "through", "per", "out of", "divided by")
 HEDGE = re.compile(r"\b(?:not|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b", re.I)
-TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}|_\{\w+\}"
-TOKEN += r"|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|."
+TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
+TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|."
 TOKEN = re.compile(TOKEN, re.S)
 POWER = re.compile(r"\s*\^\s*\{?(-?[0-9])\}?|\s*/\s*@?[A-Za-z]+")  # behind a unit
 SEP = "\x01"  # "and" or "or" between two answers
@@ -267,14 +266,12 @@ SEP = "\x01"  # "and" or "or" between two answers
 CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
 KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants?|non)\b"
 QUALIFIER = rf"(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|(?={CONDITION})|[a-z]\s*=)"
-QUALIFIER = re.compile(
-    rf"{QUALIFIER}|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$", re.S
-)
-COMMA = re.compile(
-    r"([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*", re.S
-)
-CLAUSE = r"(?<=[\w)}\]!%,])[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not|and (?:we|that|so|it))\s.*"
-CLAUSE = re.compile(CLAUSE, re.S)
+QUALIFIER += rf"|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$"
+QUALIFIER = re.compile(QUALIFIER, re.S)
+COMMA = r"([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
+COMMA = re.compile(COMMA, re.S)  # 2k\pi, k \in \mathbb{Z}
+CLAUSE = r"(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not"
+CLAUSE = re.compile(CLAUSE + r"|and (?:we|that|so|it))\s.*", re.S)
 
 
 def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
@@ -320,11 +317,10 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
 def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str] | None:
     """(LaTeX, power of its unit or "") of a text that holds one answer; None if not all of it is clear.
 
-    Prose may hold other numbers before its last, the answer; `first`: if it begins with one, that is the answer.
+    Prose may hold other numbers before its last, the answer; `first`: if it begins with one, that is it.
     """
     text = QUALIFIER.sub("", _normal(text))
     text = m[1] if not prose and (m := COMMA.fullmatch(text)) else text
-    text = re.sub(r"(?<=[\w)}])[!.?\s]+$", "", text) if prose else text  # "It is 42!"
     if first and (not prose or re.match(r"[^A-Za-z@]", text)):
         text = CLAUSE.sub("", text)
     pieces = _pieces(text, prose)
@@ -342,12 +338,10 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
     parts = core.split(SEP)
     several = len(parts) > 1 and all("," in part and part.count("=") > 1 for part in parts)
     core = re.sub(r"[\s,]*([,;])[\s,]*", r"\1 ", (";" if several else ",").join(parts))
-    return core.strip(), ("2" if power[1] else "3" if power[2] else power[3]) if power else ""
+    return core.strip(), ("2" if power[1] else "3" if power[2] else power[3]) if power else "1" * bool(after)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Comparison: what needs no mathematics here, the rest in worker processes.
-
+# ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
 FRACTION = r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+)"
 FRACTION = re.compile(FRACTION + r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?")
 BASED = re.compile(r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?")  # 52_8: latex2sympy drops the base
@@ -364,10 +358,9 @@ CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdo
 @lru_cache(maxsize=4000)
 def _number(core: str) -> tuple[Fraction, bool, bool] | None:
     r"""(value, is it a decimal?, a percentage?) of 7, -0.5, 7/3, 2\frac{1}{3}, 25\%; None for all else."""
-    if not (m := FRACTION.fullmatch(core)):
-        return None
-    top, bottom = m[3] or m[5], m[4] or m[6]
-    if bottom and not int(bottom):
+    m = FRACTION.fullmatch(core)
+    top, bottom = (m[3] or m[5], m[4] or m[6]) if m else ("", "")
+    if not m or bottom and not int(bottom):
         return None
     value = Fraction(int(top), int(bottom)) + int(m[2] or 0) if bottom else Fraction(m[7].rstrip("."))
     return -value if m[1] == "-" else value, "." in (m[7] or ""), bool(m[8])
@@ -376,12 +369,9 @@ def _number(core: str) -> tuple[Fraction, bool, bool] | None:
 def _same(answer: tuple, gold: tuple) -> bool:
     """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1."""
     (a, decimal_a, percent_a), (g, decimal_g, percent_g) = answer, gold
-    scales = [(1, 1)] if percent_a == percent_g else [(1, 1), (100, 1) if percent_a else (1, 100)]
-    for x, y in ((a / s, g / t) for s, t in scales):
-        close = round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y)
-        if x == y or (decimal_a or decimal_g) and close:
-            return True
-    return False
+    pairs = [(a, g)] if percent_a == percent_g else [(a, g), (a / 100, g) if percent_a else (a, g / 100)]
+    close = [round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y) for x, y in pairs]
+    return any(x == y for x, y in pairs) or (decimal_a or decimal_g) and any(close)
 
 
 def _words(text: str) -> str:
@@ -402,7 +392,7 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
     found, wanted = _read(answer, prose, first), _read(gold) or _read(gold, True)
     if not found:
         return False if _words(answer) else None
-    if not wanted or found[1] and wanted[1] and found[1] != wanted[1]:
+    if not wanted or wanted[1] and found[1] not in ("", "1", wanted[1]):
         return False  # 10 cm^2 is not 10 cm
     a, g = found[0], wanted[0]
     if not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", g):
@@ -436,25 +426,22 @@ def _sympy(text: str):
     return x.subs(i) if i and isinstance(x, Expr) else x
 
 
-def _contradictory(numbers: list, rounded: bool) -> bool:
+def _differ(numbers: list, rounded: bool) -> bool:
     r"""Whether numbers of a chain differ: 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, so is 5 \approx 7."""
     from math_verify import verify
 
     for (s, a), (t, b) in combinations(numbers, 2):
         shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text in (s, t)]
         digits = [len(m[2]) for m in shown if m and (m[1] or rounded)]
-        if not verify(a, b, timeout_seconds=None):
-            if not digits or not abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(digits):
-                return True
+        near = digits and abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(digits)
+        if not near and not verify(a, b, timeout_seconds=None):
+            return True
     return False
 
 
 @lru_cache(maxsize=1000)  # a group's answers share their reference
 def _parse(text: str, trusted: bool = False) -> list:
-    """The readings of a formula, [] if none; a chain of numbers that differ, 1 = 2, is no answer.
-
-    Only a reference is trusted with such a chain.
-    """
+    """The readings of a formula, [] if none. Only a reference is trusted with a chain that differs, 1 = 2."""
     chain = [part.strip() for part in RELATION.split(text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
     attempts = [text] * (not rounded)
@@ -466,10 +453,11 @@ def _parse(text: str, trusted: bool = False) -> list:
     if len(chain) > 1 and not listed:
         numbers = [x for x in chain if CHAINED.fullmatch(x) and x.count("{") == x.count("}")]
         numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
-        if not trusted and _contradictory(numbers, rounded):
+        if not trusted and _differ(numbers, rounded):
             return []
-        if len(numbers) > 1:  # a number and its rounding: either may be what is asked for
-            found += [value for _, value in numbers]
+        found += [
+            value for _, value in numbers[len(numbers) < 2 :]
+        ]  # a number or its rounding may be asked for
     return found
 
 
@@ -506,10 +494,8 @@ def _mathematics(pairs: list) -> tuple[bool, bool]:
     return False, readable
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. Multiple choice: letters and the options' own texts; no worker is needed.
-
-# "the answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B", no "(A)(B)".
+# ---- 4. Multiple choice: letters and the options' own texts; no worker is needed.
+# "The answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B" or "(A)(B)".
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
 CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
@@ -529,14 +515,15 @@ def _same_text(text: str) -> str:
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
-    r"""The option a short answer names: "c", "(C)", \text{C}., "Option C", "C: its text", "C - its text", its text.
+    r"""The option a short answer names: "c", "(C)", \text{C}., "Option C", "C - its text", its text alone.
 
     "" when it names two different options or one that does not exist; None when it names nothing.
     """
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])|[{}$*]", " ", text).strip()
     bare = text.strip(' \n\t.:()[]\\"')
-    lead = r"^(?:(?:the )?answer(?: is)?:?|option|choice|therefore|thus|hence|so)\W+"
-    bare = re.sub(lead, "", bare, flags=re.I).strip()
+    bare = re.sub(
+        r"^(?:(?:the )?answer(?: is)?:?|option|choice|therefore|thus|hence|so)\W+", "", bare, flags=re.I
+    )
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
         return bare.upper() if bare.upper() in allowed else ""
     plain = [_same_text(option) for option in options]
@@ -556,7 +543,7 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
 
 
 def _choice(text: str, golds: list[str], options) -> bool | None:
-    """Multiple choice: the last box, else the last "answer is (X)", else a label or a text. None: none found."""
+    """The last box, else the last "answer is (X)", else a label or an option's text; None: none is found."""
     texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
     allowed = LETTERS[: min(len(texts) or options or len(LETTERS), len(LETTERS))]
     text = re.sub(r"[^\S\n]+", " ", text[-100_000:])  # long runs of blanks would make the search below cubic
@@ -582,8 +569,7 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     return None if letter is None else letter in right - {""}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 5. The workers: one JSON line in, one out, under limits of memory and time.
+# ---- 5. The workers: one JSON line in, one out, under limits of memory and time.
 
 
 def _serve() -> None:
@@ -629,31 +615,24 @@ if hasattr(os, "register_at_fork"):
 
 
 @atexit.register
-def close_workers() -> None:
-    """Ends the idle worker processes; the next hard answer starts new ones. Called at exit."""
-    while _IDLE:
-        _end(_IDLE.pop())
-
-
-def _end(worker: subprocess.Popen) -> None:
-    worker.kill()
-    worker.communicate()
+def close_workers(*workers: subprocess.Popen) -> None:
+    """Ends these worker processes, else all idle ones; the next hard answer starts new ones. Called at exit."""
+    for worker in workers or [_IDLE.pop() for _ in _IDLE[:]]:
+        worker.kill()
+        worker.communicate()
 
 
 def _start() -> subprocess.Popen:
     """A worker that is ready; RuntimeError with its reason if it cannot start."""
-    worker = subprocess.Popen(
-        # -P keeps this folder off the worker's path: no data.py or the like shadows a library's module.
-        [sys.executable, "-P", os.path.abspath(__file__), "--worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,  # Ctrl-C is the caller's to handle
-    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # -P keeps this folder off the worker's path: no data.py or the like shadows a library's module. Its own
+    # session, because Ctrl-C is the caller's to handle.
+    command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
+    worker = subprocess.Popen(command, **pipes, start_new_session=True)
     line = worker.stdout.readline() if wait([worker.stdout], 120) else b""
     if line != b"{}\n":
-        _end(worker)
+        close_workers(worker)
         reason = json.loads(line)["error"] if line.endswith(b"\n") else "no sign of it"
         raise RuntimeError(f"the answer-checking process did not start: {reason}")
     return worker
@@ -683,14 +662,13 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
             _IDLE.append(worker)
             reply = json.loads(reply)
             return reply["right"], "solved" if reply["parsed"] else "parse_failures"
-        _end(worker)
+        close_workers(worker)
         if late:
             return False, "timeouts"
     return False, "crashes"  # twice: the first worker may have died of something else
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 6. What others call.
+# ---- 6. What others call.
 
 
 def _decide(text: str | None, golds: list[str], kind: str, options):
@@ -733,9 +711,9 @@ def check_answers(
     """Grades many responses -> (verdicts, counts); `timeout` is wall-clock seconds an answer. Thread-safe.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
-    response its option texts, their number, or None (A-J). `think_end` closes the model's thinking part and must
-    be there if `require_think`. Counts: fast (no mathematics needed), solved, and three sorts of wrong answers:
-    timeouts, crashes, parse_failures (no answer found, or not readable). docs/guide.md says what is accepted.
+    response its option texts, their number, or None (A-J). `think_end` closes the model's thinking part and
+    must be there if `require_think`. Counts: fast (no mathematics needed), solved, and three sorts of wrong
+    answers: timeouts, crashes, parse_failures (none found, or not readable). docs/guide.md: what is accepted.
     """
     choices = [None] * len(responses) if choices is None else choices
     sizes = (len(responses), len(golds), len(kinds), len(choices))
