@@ -25,10 +25,9 @@ import re
 import subprocess
 import sys
 import unicodedata
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import combinations
 from multiprocessing.connection import wait
 
@@ -40,23 +39,17 @@ LETTERS = "ABCDEFGHIJ"
 # ---- 1. Extraction: from a response to the text of its answer.
 # Tags of thinking parts: R1 and Qwen, Magistral, Kimi, gpt-oss with its special tokens and without.
 THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
-CLOSE = (
-    rf"</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|<\|channel\|>final(?:<\|message\|>)?"
-)
-CLOSE += r"|assistantfinal"
+CLOSE = rf"</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|assistantfinal"
+CLOSE += r"|<\|channel\|>final(?:<\|message\|>)?"
 OPEN = rf"<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)"
 OPEN = re.compile(OPEN + r"|\Aanalysis(?=[A-Z])", re.I)
 TURN_END = re.compile(r"<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
-JOINT = (
-    r"[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\{?[0-9]\}?)?\s*="
-)
-JOINT = re.compile(f"(?:{JOINT})*")
+JOINT = r"[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
+JOINT = re.compile(rf"(?:{JOINT}|[A-Za-z](?:_\{{?[0-9]\}}?)?\s*=)*")
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
-HEADING = (
-    r"\s*(?:(?:step|part|case|section|problem|question)\b|(?:the |final )*(?:answer|result|solution)\W*$)"
-)
+HEADING = r"\s*(?:(?:step|part|case|section|problem|question)\b|(?:the |final )*(?:answer|result)\W*$)"
 MARKED = re.compile(rf"####(?!{HEADING})[ \t*]*([^\n#]*[^\s#*:][^\n#]*)", re.I | re.M)
 # "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
 ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
@@ -69,14 +62,11 @@ SENTENCE = re.compile(SENTENCE + r"|;\s+(?=[^;]*=)")
 
 
 def answer_part(response: str, require_think: bool = False, think_end: str = "</think>") -> str | None:
-    """The graded text: all after the last tag that closes a thinking part, `think_end` or a known one.
-
-    Without one: None if `think_end` is required, else what comes before a thinking part.
-    """
+    """What follows the last tag that ends a thinking part; None if `think_end` is required and not there."""
     if require_think and think_end not in response:
         return None
     text = re.split(f"{re.escape(think_end)}|{CLOSE}" if think_end else CLOSE, response, flags=re.I)[-1]
-    return TURN_END.split(OPEN.split(text)[0])[0]  # not what is thought again
+    return TURN_END.split(OPEN.split(text)[0])[0]  # nor what is thought again, or never ends
 
 
 def _box(text: str, end: int) -> tuple[int, int, str] | None:
@@ -127,12 +117,12 @@ def _stated(text: str) -> tuple[str, bool]:
 # What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
 CHARACTERS = {
     "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
-    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ":": "∶",
+    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓",
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
     r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ",": "٬،、",
-    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", "": "€£¥₹₩✅✓✔",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶",
+    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", ",": "٬،、", "": "€£¥₹₩✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -184,7 +174,7 @@ ATOM = rf"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:frac|binom)\s*(?:{BRACES}){{2}}|\
 PERIOD = r"\\(?:overline|bar|dot)\s*\{?[0-9]+\}?(?:[0-9]*\\dot\s*\{?[0-9]\}?)?|\([0-9]+\)(?![\w(])"
 RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this order
     (r"(?<=[0-9)])\*\*(?=[\w(\\-])|(?<=(?<!\w)[a-z])\*\*(?=[\w(\\-])", "^"),  # x**2
-    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[({0-9])", r"\\sqrt[3]"),
+    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[(0-9])", r"\\sqrt[3]"),
     (r"(?<![\w)}\]])\^\{([0-9])\}\s*\\sqrt", r"\\sqrt[\1]"),  # ³√8
     (r"(?<=[,+*-])\s*\.{3,}|(?<=[0-9]\.[0-9])([0-9]*)\.{3,}", r"\1\\ldots "),  # 1, 2, ... and 0.33...
     (r"\*\*|`|(?m:^\s*(?:[-*>]|#+)\s+)|\\?\$", ""),  # **5**, - 5, $5$, \$5
@@ -229,32 +219,27 @@ def _normal(text: str) -> str:
 
 
 # Words that are mathematics; those that multiply; short ones that are no products of variables.
-NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi infty alpha beta gamma delta"
-NAMES = {name: f"\\{name} " for name in f"{NAMES} theta lambda mu sigma phi omega".split()}
+NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi infty alpha beta gamma"
+NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma phi omega".split()}
 NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"\operatorname{lcm}"}
 NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum ans"
+SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum if"
 SMALL += (
-    " you one two for of if mm cm dm km ft mi yd kg mg lb lbs oz ml hr hrs min sec ms mph kmh rad mol usd sq"
+    " ans you one two for of mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol usd sq cu"
 )
-SMALL = set(f"{SMALL} cu day way men man cup kwh hz ton".split())
+SMALL = set(f"{SMALL} day way men man cup kwh hz ton".split())
+LENGTH = re.compile(r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)")
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 PART = r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
-AFTER = (
-    r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b|(?:\S+ ){0,3}"
-)
+AFTER = r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b"
 AFTER += (
-    r"(?:not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil"
+    r"|(?:\S+ ){0,3}(?:not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?"
 )
-AFTER = re.compile(rf"{AFTER}|score|maybe|perhaps|{PART})\b|[万亿千百半不或]")
-BEFORE = (
-    r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|no"
-)
-BEFORE += (
-    r"|mod|triple|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times|modulo"
-)
-BEFORE = re.compile(rf"{BEFORE}|{PART})(?: as much as)?(?: of| to)?(?: the| a| about)?")
+AFTER = re.compile(rf"{AFTER}|crores?|mil|score|maybe|perhaps|{PART})\b|[万亿千百半不或]")
+BEFORE = r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double"
+BEFORE += r"|triple|no|mod|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times"
+BEFORE = re.compile(rf"{BEFORE}|modulo|{PART})(?: as much as)?(?: of| to)?(?: the| a| about)?")
 BETWEEN = ("and", "or", "of", "to", "in", "over", "by", "through", "per", "out of", "divided by")
 HEDGE = re.compile(r"\b(?:not|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b", re.I)
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
@@ -308,7 +293,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
             math = re.sub(rf"^(?:[\s,;:={SEP})]|\.(?![0-9]))+|[\s,;:.?({SEP}]+$", "", math)
             if re.search("[A-Za-z0-9]", math):
                 pieces += [("math", math), *joined]
-            power = POWER.match(text, i) if name else None
+            power = POWER.match(text, i) if LENGTH.fullmatch(name) else None  # cm^2
             math, i = "", power.end() if power else i
             pieces += [("word", name + ((power and power[1]) or ""))] * bool(name)
     return pieces
@@ -348,9 +333,8 @@ BASED = re.compile(r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?")  # 52_8: latex2sympy dro
 # 5 m and 5 m^2, where the reference has no such variable
 LONE_UNIT = re.compile(r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$")
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
-UNREADABLE = re.compile(
-    r"[0-9]\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
-)
+UNREADABLE = r"[0-9]\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+UNREADABLE = re.compile(UNREADABLE)
 RELATION = re.compile(r"(?<![<>!:\\])=|\\approx(?![a-z])")  # in a chain, 2/3 = 4/6 \approx 0.67
 CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
 
@@ -374,24 +358,23 @@ def _same(answer: tuple, gold: tuple) -> bool:
     return any(x == y for x, y in pairs) or (decimal_a or decimal_g) and any(close)
 
 
-def _words(text: str) -> str:
-    r"""Casefolded words of an answer in words (\text{East} -> "east"); "" when it holds any mathematics."""
-    text = _normal(text).replace("@", "")
-    if re.search(r"[\\^_=<>+*/|{}\[\]0-9]", text) or not re.search(r"[^\W\d_]{2}", text):
-        return ""
-    return re.sub(r"^(?:the )?answer (?:is )?", "", " ".join(re.findall(r"\w+", text)).casefold())
+def _plain(text: str) -> str:
+    """What counts where texts are compared: neither case nor spaces; of words alone, only their letters."""
+    text = _normal(text).replace("@", "").casefold()
+    if re.search(r"[^\W\d_]{3}", text) and not re.search(r"[\\^_=<>+*/|{}\[\]0-9-]", text):
+        return re.sub(r"^(?:the )?answer (?:is )?", "", " ".join(re.findall(r"\w+", text)))
+    return "".join(text.split()).strip(".(){}*")
 
 
 def _quick(answer: str, gold: str, prose: bool, first: bool):
     """True or False, None for an answer that cannot be read, or a pair of formulas for a worker."""
     if answer.isascii() and answer.isdigit() and gold.isascii() and gold.isdigit():
         return int(answer) == int(gold)
-    a, g = ("".join(_normal(t).split()).replace("@", "").strip(".(){}") for t in (answer, gold))
-    if a and a == g or _words(answer) and _words(answer) == _words(gold):
+    if _plain(answer) and _plain(answer) == _plain(gold):
         return True
     found, wanted = _read(answer, prose, first), _read(gold) or _read(gold, True)
     if not found:
-        return False if _words(answer) else None
+        return None
     if not wanted or wanted[1] and found[1] not in ("", "1", wanted[1]):
         return False  # 10 cm^2 is not 10 cm
     a, g = found[0], wanted[0]
@@ -426,22 +409,11 @@ def _sympy(text: str):
     return x.subs(i) if i and isinstance(x, Expr) else x
 
 
-def _differ(numbers: list, rounded: bool) -> bool:
-    r"""Whether numbers of a chain differ: 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, so is 5 \approx 7."""
-    from math_verify import verify
-
-    for (s, a), (t, b) in combinations(numbers, 2):
-        shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text in (s, t)]
-        digits = [len(m[2]) for m in shown if m and (m[1] or rounded)]
-        near = digits and abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(digits)
-        if not near and not verify(a, b, timeout_seconds=None):
-            return True
-    return False
-
-
 @lru_cache(maxsize=1000)  # a group's answers share their reference
 def _parse(text: str, trusted: bool = False) -> list:
     """The readings of a formula, [] if none. Only a reference is trusted with a chain that differs, 1 = 2."""
+    from math_verify import verify
+
     chain = [part.strip() for part in RELATION.split(text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
     attempts = [text] * (not rounded)
@@ -450,15 +422,21 @@ def _parse(text: str, trusted: bool = False) -> list:
     if "\\pm" in text:
         attempts.append(", ".join(chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+")))
     found = [x for x in map(_sympy, attempts) if x is not None][:1]
-    if len(chain) > 1 and not listed:
-        numbers = [x for x in chain if CHAINED.fullmatch(x) and x.count("{") == x.count("}")]
-        numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
-        if not trusted and _differ(numbers, rounded):
+    if len(chain) == 1 or listed:
+        return found
+    numbers = [x for x in chain if CHAINED.fullmatch(x) and x.count("{") == x.count("}")]
+    numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
+    for (s, a), (t, b) in combinations([] if trusted else numbers, 2):
+        # 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, and so is 5 \approx 7.
+        shown = [
+            m
+            for m in (re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text in (s, t))
+            if m and (m[1] or rounded)
+        ]
+        near = shown and abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(len(m[2]) for m in shown)
+        if not near and not verify(a, b, timeout_seconds=None):
             return []
-        found += [
-            value for _, value in numbers[len(numbers) < 2 :]
-        ]  # a number or its rounding may be asked for
-    return found
+    return found + [x for _, x in numbers if len(numbers) > 1]  # a rounding may be what is asked for
 
 
 def _equal(found, wanted, texts: str) -> bool:
@@ -485,13 +463,9 @@ def _equal(found, wanted, texts: str) -> bool:
 
 def _mathematics(pairs: list) -> tuple[bool, bool]:
     """(right?, readable?) for pairs of formulas of which any may match. May never end: for workers."""
-    readable = False
-    for answer, gold in pairs:
-        found, wanted = _parse(answer), _parse(gold, trusted=True)
-        readable |= bool(found and wanted)
-        if any(_equal(x, want, answer + gold) for want in wanted for x in found):
-            return True, readable
-    return False, readable
+    readings = [(_parse(answer), _parse(gold, trusted=True), answer + gold) for answer, gold in pairs]
+    right = any(_equal(x, want, texts) for found, wanted, texts in readings for want in wanted for x in found)
+    return right, any(found and wanted for found, wanted, _ in readings)
 
 
 # ---- 4. Multiple choice: letters and the options' own texts; no worker is needed.
@@ -502,16 +476,10 @@ CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|choose|select|go(?:ing)? (?:with|for)|opt
 STATED_LETTER = (
     rf"{ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
 )
-STATED_LETTER = re.compile(
-    rf"{STATED_LETTER}|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)", re.I
-)
+STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
+STATED_LETTER = re.compile(STATED_LETTER, re.I)
 DASH = r"\s[-\u2013\u2014]+\s"
 LABEL = re.compile(rf"\(?(?:([A-Z])\s*(?:[).:,]|{DASH})|([a-z])\s*(?:[).:]|{DASH}))\s*(\S.*)", re.S)
-
-
-def _same_text(text: str) -> str:
-    """What of an option's text counts: neither case, nor white space, nor a full stop."""
-    return "".join(_normal(text).split()).strip(".*{}").replace("@", "").casefold()
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
@@ -520,15 +488,13 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
     "" when it names two different options or one that does not exist; None when it names nothing.
     """
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])|[{}$*]", " ", text).strip()
-    bare = text.strip(' \n\t.:()[]\\"')
-    bare = re.sub(
-        r"^(?:(?:the )?answer(?: is)?:?|option|choice|therefore|thus|hence|so)\W+", "", bare, flags=re.I
-    )
+    lead = r"(?:the )?answer(?: is)?:?|option|choice|therefore|thus|hence|so"
+    bare = re.sub(rf"^(?:{lead})\W+", "", text.strip(' \n\t.:()[]\\"'), flags=re.I)
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
         return bare.upper() if bare.upper() in allowed else ""
-    plain = [_same_text(option) for option in options]
-    if plain.count(_same_text(text)) == 1:
-        return LETTERS[plain.index(_same_text(text))]
+    plain = [_plain(option) for option in options]
+    if plain.count(_plain(text)) == 1:
+        return LETTERS[plain.index(_plain(text))]
     several = re.sub(r"\b(?:and|or)\b|[\s,;&/().:\u2013\u2014-]", "", bare)
     if several and set(several) <= set(allowed):
         return several[0] if len(set(several)) == 1 else ""
@@ -537,7 +503,7 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
         return ""  # a list of options
     if not (label := LABEL.match(bare)):
         return None
-    letter, rest = (label[1] or label[2]).upper(), _same_text(label[3])
+    letter, rest = (label[1] or label[2]).upper(), _plain(label[3])
     other = plain.count(rest) == 1 and LETTERS[plain.index(rest)] != letter
     return letter if letter in allowed and not other else ""  # "B: the text of A" is two answers
 
@@ -570,71 +536,72 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
 
 
 # ---- 5. The workers: one JSON line in, one out, under limits of memory and time.
+_IDLE: list[subprocess.Popen] = []  # workers, started when the first hard answer comes, then kept
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
 
 
 def _serve() -> None:
     """A worker process, until standard input closes."""
-    import logging
     import resource
-    import warnings
-
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # nothing that a library prints may reach the pipe
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
 
     def limit(what: int, value: int) -> None:
         hard = resource.getrlimit(what)[1]  # the administrator's: it cannot be raised
         resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # nothing that a library prints may reach the pipe
     limit(resource.RLIMIT_AS, WORKER_MEMORY)
     limit(resource.RLIMIT_CORE, 0)
-    try:
-        _mathematics([("\\frac{x}{2}", "0.5x")])  # imports sympy, builds the grammar: before any clock
-    except Exception as error:
-        print(json.dumps({"error": repr(error)}), file=out)
-        return
-    print("{}", file=out)
     for line in sys.stdin:
         task = json.loads(line)
         # A caller ended by kill -9 ends no worker: the processor-time limit ends one lost in a computation.
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + task["seconds"]) + 2)
         try:
-            right, parsed = _mathematics(task["pairs"])
+            right, parsed, error = *_mathematics(task["pairs"]), ""
         except MemoryError:
             return  # its state is unknown: the caller counts a crash and starts a fresh worker
-        except Exception:
-            right, parsed = False, False  # sympy raises anything on odd input: counted as a parse failure
-        print(json.dumps({"right": bool(right), "parsed": parsed}), file=out)
-
-
-_IDLE: list[subprocess.Popen] = []  # workers, started when the first hard answer comes, then kept
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
+        except Exception as e:  # sympy raises anything on odd input: counted as a parse failure
+            right, parsed, error = False, False, repr(e)
+        print(json.dumps([bool(right), bool(parsed), error]), file=out)
 
 
 @atexit.register
 def close_workers(*workers: subprocess.Popen) -> None:
-    """Ends these worker processes, else all idle ones; the next hard answer starts new ones. Called at exit."""
+    """Ends these worker processes, by default all idle ones; the next hard answer starts new ones."""
     for worker in workers or [_IDLE.pop() for _ in _IDLE[:]]:
         worker.kill()
         worker.communicate()
+
+
+def _ask(worker: subprocess.Popen, task: str, timeout: float) -> list | None:
+    """A worker's reply, [] if it has died, None if it is late."""
+    try:
+        worker.stdin.write(task.encode() + b"\n")
+        worker.stdin.flush()
+    except OSError:
+        pass  # it has died: its output has ended too
+    if not wait([worker.stdout], timeout):
+        return None
+    reply = worker.stdout.readline()
+    return json.loads(reply) if reply.endswith(b"\n") else []
 
 
 def _start() -> subprocess.Popen:
     """A worker that is ready; RuntimeError with its reason if it cannot start."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # -P keeps this folder off the worker's path: no data.py or the like shadows a library's module. Its own
-    # session, because Ctrl-C is the caller's to handle.
+    # -P keeps this folder off its path: no data.py shadows a library's module. Ctrl-C is for the caller.
     command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
     worker = subprocess.Popen(command, **pipes, start_new_session=True)
-    line = worker.stdout.readline() if wait([worker.stdout], 120) else b""
-    if line != b"{}\n":
+    # The first task imports sympy and builds the grammar, before any clock.
+    reply = _ask(worker, json.dumps({"pairs": [["\\frac{x}{2}", "0.5x"]], "seconds": 120}), 120)
+    if not reply or not reply[0]:
         close_workers(worker)
-        reason = json.loads(line)["error"] if line.endswith(b"\n") else "no sign of it"
-        raise RuntimeError(f"the answer-checking process did not start: {reason}")
+        raise RuntimeError(
+            f"the answer-checking process did not start: {reply[2] if reply else 'no sign of it'}"
+        )
     return worker
 
 
@@ -651,19 +618,12 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
             worker = _start() if fresh else _IDLE.pop()
         except IndexError:
             continue  # none is idle
-        try:
-            worker.stdin.write(task.encode() + b"\n")
-            worker.stdin.flush()
-        except OSError:
-            pass  # it has died: its output has ended too
-        late = not wait([worker.stdout], timeout)
-        reply = b"" if late else worker.stdout.readline()
-        if reply.endswith(b"\n"):
+        reply = _ask(worker, task, timeout)
+        if reply:
             _IDLE.append(worker)
-            reply = json.loads(reply)
-            return reply["right"], "solved" if reply["parsed"] else "parse_failures"
+            return reply[0], "solved" if reply[1] else "parse_failures"
         close_workers(worker)
-        if late:
+        if reply is None:
             return False, "timeouts"
     return False, "crashes"  # twice: the first worker may have died of something else
 
@@ -677,12 +637,10 @@ def _decide(text: str | None, golds: list[str], kind: str, options):
         return False
     if kind == "choice":
         return _choice(text, golds, options)
-    answers, first = boxed_answers(text), True
-    if not (boxed := bool(answers)):
-        answer, first = _stated(text)
-        answers = [answer]
-    answers = [a for a in answers if a and len(a) <= MAX_ANSWER]
-    verdicts = [_quick(a, g, not boxed, first) for a in answers for g in golds]
+    boxes = boxed_answers(text)
+    stated, first = _stated(text) if not boxes else ("", True)
+    answers = [a for a in boxes or [stated] if a and len(a) <= MAX_ANSWER]
+    verdicts = [_quick(a, g, not boxes, first) for a in answers for g in golds]
     pairs = [verdict for verdict in verdicts if isinstance(verdict, tuple)]
     return True if True in verdicts else pairs or (False if False in verdicts else None)
 
@@ -699,15 +657,9 @@ def _references(gold) -> list[str]:
 
 
 def check_answers(
-    responses,
-    golds,
-    kinds,
-    choices=None,
-    require_think=False,
-    timeout=5.0,
-    workers=None,
+    responses, golds, kinds, choices=None, require_think=False, timeout=5.0, workers=None,
     think_end="</think>",
-) -> tuple[list[bool], dict]:
+) -> tuple[list[bool], dict]:  # fmt: skip
     """Grades many responses -> (verdicts, counts); `timeout` is wall-clock seconds an answer. Thread-safe.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
@@ -721,7 +673,7 @@ def check_answers(
         raise ValueError(f"responses, golds, kinds and choices must have one length, not {sizes}")
     if unknown := set(kinds) - {"math", "choice"}:
         raise ValueError(f"kind {unknown.pop()!r} is not known: use 'math' or 'choice'")
-    counts = Counter(dict.fromkeys(("fast", "solved", "timeouts", "crashes", "parse_failures"), 0))
+    counts = dict.fromkeys(("fast", "solved", "timeouts", "crashes", "parse_failures"), 0)
     verdicts, hard = [False] * len(responses), {}
     for i, (response, gold, kind, options) in enumerate(zip(responses, golds, kinds, choices, strict=True)):
         verdict = _decide(answer_part(response, require_think, think_end), _references(gold), kind, options)
@@ -733,12 +685,12 @@ def check_answers(
     if hard:
         workers = min(workers or min(8, os.cpu_count() or 1), 1 + len(hard) // 8)
         with ThreadPoolExecutor(workers) as threads:  # each waits for one worker process
-            results = list(threads.map(partial(_solve, timeout=timeout), hard))
+            results = list(threads.map(lambda task: _solve(task, timeout), hard))
         for places, (right, outcome) in zip(hard.values(), results, strict=True):
             counts[outcome] += len(places)
             for i in places:
                 verdicts[i] = right
-    return verdicts, dict(counts)
+    return verdicts, counts
 
 
 def is_correct(response, gold, kind="math", choices=None, require_think=False, think_end="</think>") -> bool:
