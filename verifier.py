@@ -520,7 +520,8 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
         # A small letter counts at the end of its line: "the answer is a wheel" does not state A.
         stated = [(max(m.groups(""), key=len), text[m.end() :]) for m in STATED_LETTER.finditer(text)]
         stated = [x.upper() for x, rest in stated if x.isupper() or re.match(r"[)\].*!\s]*(?:\n|$)", rest)]
-        tail = (TAGGED.findall(text) or MARKED.findall(text) or [text[-400:]])[-1].strip()
+        end = text[-MAX_ANSWER:]
+        tail = (TAGGED.findall(end) or MARKED.findall(end) or [text[-400:]])[-1].strip()
         # Without a statement a letter must stand alone: no list of the options, no "(A) is wrong, so (B)".
         labels = {a or b for a, b in re.findall(r"\(([A-Z])\)|^([A-Z])[.):]", tail, re.M)}
         if stated:

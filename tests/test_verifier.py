@@ -52,7 +52,7 @@ def test_public_cases():
     assert wrong == sorted(listed)
     assert share >= 0.92
     accepted = [n for n in wrong if not rows[n - 1]["expected"]]
-    assert accepted == [166, 167], "wrong answers that are accepted need a stated convention"
+    assert accepted == [166], "wrong answers that are accepted need a stated convention"
 
 
 @pytest.mark.skipif("ANSWER_CASES" not in os.environ, reason="set ANSWER_CASES to a file of more cases")
@@ -310,7 +310,7 @@ def test_hostile_answers():
     """Each costs at most the limit and is wrong; the honest answers among them are still right."""
     responses, golds = [], []
     for text in HOSTILE.values():
-        responses += [text, r"\boxed{\frac{2}{4}}"]
+        responses += [text, r"\boxed{\sqrt{4}/4}"]
         golds += ["4", "0.5"]
     start = time.perf_counter()
     got, counts = check_answers(responses, golds, ["math"] * len(golds), timeout=1.0, workers=2)
@@ -360,7 +360,7 @@ def test_fuzzed_answers(n):
     verdicts, counts = check_answers(responses, ["123456789"] * n, ["math"] * n, timeout=1.0)
     assert not any(verdicts) and sum(counts.values()) == n
     assert counts["crashes"] == 0 and counts["timeouts"] < n / 100
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     for worker in verifier._IDLE:
         used = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1]
         assert int(used) < 400_000  # kB
@@ -368,7 +368,7 @@ def test_fuzzed_answers(n):
 
 def test_workers_are_limited():
     """Address space and core files are limited from the start, processor time by the first task."""
-    assert is_correct("\\frac{3}{2}", "1.5")
+    assert is_correct("\\sqrt{9}/2", "1.5")
     limits = Path(f"/proc/{verifier._IDLE[0].pid}/limits").read_text()
     soft = {
         name: re.search(rf"^Max {name}\s+(\S+)", limits, re.M)[1]
@@ -379,21 +379,21 @@ def test_workers_are_limited():
 
 
 def test_a_killed_worker_is_replaced():
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     for worker in verifier._IDLE:
         os.kill(worker.pid, signal.SIGKILL)
-    verdicts, counts = check_answers(["\\frac{1}{3}", "\\frac{3}{4}"], ["2/6", "0.75"], ["math"] * 2)
+    verdicts, counts = check_answers(["\\sqrt{4}/6", "\\sqrt{9}/4"], ["1/3", "0.75"], ["math"] * 2)
     assert verdicts == [True, True] and counts["crashes"] == 0
 
 
 def test_a_worker_killed_at_work_is_replaced():
     """Its answer is tried once more; then it is late, which is counted, and the next worker is a new one."""
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     pid = verifier._IDLE[-1].pid
     timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
     timer.start()
     got, counts = check_answers(
-        ["9^{9^{9^9}}", "\\frac{3}{6}"], ["4", "0.5"], ["math"] * 2, timeout=2, workers=1
+        ["9^{9^{9^9}}", "\\sqrt{9}/6"], ["4", "0.5"], ["math"] * 2, timeout=2, workers=1
     )
     timer.join()
     assert got == [False, True] and counts["timeouts"] == 1 and counts["crashes"] == 0
@@ -407,7 +407,7 @@ def test_crashes_are_counted(monkeypatch):
         verifier, "_start", lambda: subprocess.Popen([sys.executable, "-c", "input()"], **pipes)
     )
     verifier.close_workers()
-    verdicts, counts = check_answers(["\\frac{1}{3}", "4"], ["2/6", "4"], ["math"] * 2)
+    verdicts, counts = check_answers(["\\sqrt{4}/6", "4"], ["1/3", "4"], ["math"] * 2)
     assert verdicts == [False, True] and counts["crashes"] == 1 and not verifier._IDLE
 
 
@@ -415,7 +415,7 @@ def test_threads_share_the_workers():
     results = {}
 
     def work(k):
-        results[k] = check_answers([f"\\frac{{{k}}}{{7}}"] * 3, [f"{2 * k}/14", "1/2", "9"], ["math"] * 3)[0]
+        results[k] = check_answers([f"{k}\\sqrt{{4}}"] * 3, [f"{2 * k}", "1/2", "\\pi"], ["math"] * 3)[0]
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 5)]
     for thread in threads:
@@ -426,15 +426,15 @@ def test_threads_share_the_workers():
 
 
 def test_forked_child_has_its_own_workers():
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     mine = [worker.pid for worker in verifier._IDLE]
     child = os.fork()
     if child == 0:
-        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.pid for w in verifier._IDLE}
+        right = is_correct("\\sqrt{4}/3", "2/3") and not set(mine) & {w.pid for w in verifier._IDLE}
         verifier.close_workers()
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert is_correct("\\frac{1}{4}", "0.25") and [w.pid for w in verifier._IDLE] == mine
+    assert is_correct("\\sqrt{4}/8", "0.25") and [w.pid for w in verifier._IDLE] == mine
 
 
 def run_script(code, tmp_path, **env):
@@ -453,7 +453,7 @@ def alive(pid):
 
 
 def test_script_without_main_guard_ends_quietly(tmp_path):
-    code = "import verifier\nprint(verifier.is_correct('\\\\frac12', '0.5'), verifier._IDLE[0].pid)\n"
+    code = "import verifier\nprint(verifier.is_correct('\\\\sqrt4/4', '0.5'), verifier._IDLE[0].pid)\n"
     done = run_script(code, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     verdict, pid = done.stdout.split()
@@ -462,7 +462,7 @@ def test_script_without_main_guard_ends_quietly(tmp_path):
 
 def test_workers_of_a_killed_caller_end(tmp_path):
     code = (
-        "import os, verifier, threading, time\nverifier.is_correct('1/2', '0.50')\n"
+        "import os, verifier, threading, time\nverifier.is_correct('\\\\sqrt4', '2')\n"
         "print(verifier._IDLE[0].pid, flush=True)\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), 9)).start()\n"
         "verifier.check_answers(['9^{9^{9^9}}'], ['4'], ['math'], timeout=1)\n"
@@ -477,7 +477,7 @@ def test_workers_of_a_killed_caller_end(tmp_path):
 
 def test_missing_library_is_said(tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
-    code = "import verifier\nprint(verifier.is_correct('4', '4'))\nverifier.is_correct('\\\\frac12', '0.5')\n"
+    code = "import verifier\nprint(verifier.is_correct('4', '4'))\nverifier.is_correct('\\\\sqrt4/4', '0.5')\n"
     done = run_script(code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.stdout == "True\n", "plain answers need no library"
     assert "did not start" in done.stderr and "No module named math_verify" in done.stderr
