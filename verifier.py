@@ -177,12 +177,12 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[(0-9])", r"\\sqrt[3]"),
     (r"(?<![\w)}\]])\^\{([0-9])\}\s*\\sqrt", r"\\sqrt[\1]"),  # ³√8
     (r"(?<=[,+*-])\s*\.{3,}|(?<=[0-9]\.[0-9])([0-9]*)\.{3,}", r"\1\\ldots "),  # 1, 2, ... and 0.33...
-    (r"\*\*|`|(?m:^\s*(?:[-*>]|#+)\s+)|\\?\$", ""),  # **5**, - 5, $5$, \$5
+    (r"\*\*|`|(?m:^\s*(?:#+\s|[-*>→⇒∴•]+\s+(?=[A-Za-z]{3})|[-=]>|[→⇒∴]))|\\?\$", ""),  # **5**, - 5, $5$, \$5
     (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
     (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
     (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (FONT, _text),  # 10 \text{ cm}
     (r"_\{\s*@(\w+)\s*\}", r"_{\1}"), (r"\s*\{\s*,\s*\}\s*", ","),  # x_{\text{max}}, 1{,}000
-    (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
+    (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s*@?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
     (r"<=|=<|\\leq(?:slant)?(?![a-z])", r"\\le "), (r">=|\\geq(?:slant)?(?![a-z])", r"\\ge "),  # x <= 5
     (r"!=|\\neq(?![a-z])", r"\\ne "), (r"~=|\\(?:simeq|thickapprox)(?![a-z])", r"\\approx "),  # x != 5
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
@@ -191,11 +191,12 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
-    (r"(?<![0-9./])([0-9]+)(?:\s+|-)([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
+    (r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
     (r"(?<=[0-9)}])\s*\((?=[0-9.]+\))", r"\\cdot ("), (r"\)\s*(?=[0-9(])", r")\\cdot "),  # 2(3), (2)(3)
     (r"\^\s*\{?@?\s*\\?circ(?![a-z])\s*\}?|\\degree|(?<![A-Za-z@])@?deg(?:rees?)?\b", ""),  # 30^\circ
     (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),  # 1or2
     (r"(?<=[0-9n])\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),  # the 5th
+    (r"^\s*\\?[A-Za-z]+\s+@?(?:is|equals|are)\s+(?=[-+0-9\\(])", ""),  # x is 4
     (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
     (rf"(?<=[0-9}}])\s*@?{RATE}\s*(?:/|@?per\b|\\cdot)\s*@?{RATE}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
     (r"\\frac\s*([0-9A-Za-z]|\\[a-z]+)(?=\s*[0-9A-Za-z{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
@@ -229,19 +230,23 @@ SMALL += (
     " ans you one two for of mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol usd sq cu"
 )
 SMALL = set(f"{SMALL} day way men man cup kwh hz ton".split())
-LENGTH = re.compile(r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)")
+LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 PART = r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
 AFTER = r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b"
 AFTER += (
     r"|(?:\S+ ){0,3}(?:not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?"
 )
-AFTER = re.compile(rf"{AFTER}|crores?|mil|score|maybe|perhaps|{PART})\b|[万亿千百半不或]")
+AFTER = re.compile(rf"{AFTER}|crores?|mil|score|repeating|recurring|maybe|perhaps|{PART})\b|[万亿千百半不或]")
 BEFORE = r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double"
 BEFORE += r"|triple|no|mod|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times"
 BEFORE = re.compile(rf"{BEFORE}|modulo|{PART})(?: as much as)?(?: of| to)?(?: the| a| about)?")
-BETWEEN = ("and", "or", "of", "to", "in", "over", "by", "through", "per", "out of", "divided by")
-HEDGE = re.compile(r"\b(?:not|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b", re.I)
+BETWEEN = (
+    rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|pounds?|dollars?"
+)
+HEDGE = re.compile(
+    r"\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b", re.I
+)
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
 TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|."
 TOKEN = re.compile(TOKEN, re.S)
@@ -293,7 +298,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
             math = re.sub(rf"^(?:[\s,;:={SEP})]|\.(?![0-9]))+|[\s,;:.?({SEP}]+$", "", math)
             if re.search("[A-Za-z0-9]", math):
                 pieces += [("math", math), *joined]
-            power = POWER.match(text, i) if LENGTH.fullmatch(name) else None  # cm^2
+            power = POWER.match(text, i) if re.fullmatch(LENGTH, name) else None  # cm^2
             math, i = "", power.end() if power else i
             pieces += [("word", name + ((power and power[1]) or ""))] * bool(name)
     return pieces
@@ -315,7 +320,12 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
     at, core = math[-1], pieces[math[-1]][1]
     before, after = (" ".join(w for k, w in part if k == "word") for part in (pieces[:at], pieces[at + 1 :]))
     between = " ".join(w for _, w in pieces[math[-2] + 1 : at]) if len(math) > 1 else ""
-    if between in BETWEEN or at and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core):
+    if (
+        between
+        and re.fullmatch(BETWEEN, between)
+        or at
+        and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core)
+    ):
         return None  # what stood before it is lost: 5 cm + 3 cm, 5 apples and 3 pears, 20% of 50
     if AFTER.match(after) or BEFORE.fullmatch(before) or prose and HEDGE.search(before):
         return None
@@ -333,7 +343,9 @@ BASED = re.compile(r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?")  # 52_8: latex2sympy dro
 # 5 m and 5 m^2, where the reference has no such variable
 LONE_UNIT = re.compile(r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$")
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
-UNREADABLE = r"[0-9]\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+UNREADABLE = (
+    r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+)
 UNREADABLE = re.compile(UNREADABLE)
 RELATION = re.compile(r"(?<![<>!:\\])=|\\approx(?![a-z])")  # in a chain, 2/3 = 4/6 \approx 0.67
 CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
@@ -472,14 +484,15 @@ def _mathematics(pairs: list) -> tuple[bool, bool]:
 # "The answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B" or "(A)(B)".
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
-CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
-STATED_LETTER = (
-    rf"{ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
-)
+CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
+STATED_LETTER = rf"{ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
 STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
 STATED_LETTER = re.compile(STATED_LETTER, re.I)
 DASH = r"\s[-\u2013\u2014]+\s"
-LABEL = re.compile(rf"\(?(?:([A-Z])\s*(?:[).:,]|{DASH})|([a-z])\s*(?:[).:]|{DASH}))\s*(\S.*)", re.S)
+LABEL = re.compile(
+    rf"\(?([A-Z])(?:\s*[).:,;]|{DASH}|\s(?=\(|because|since))\s*(\S.*)|\(?([a-z])(?:\s*[).:,]|{DASH})\s*(\S.*)",
+    re.S,
+)
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
@@ -488,7 +501,7 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
     "" when it names two different options or one that does not exist; None when it names nothing.
     """
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])|[{}$*]", " ", text).strip()
-    lead = r"(?:the )?answer(?: is)?:?|option|choice|therefore|thus|hence|so"
+    lead = r"(?:the )?answer(?: is)?:?|ans|final|option|choice|therefore|thus|hence|so|definitely"
     bare = re.sub(rf"^(?:{lead})\W+", "", text.strip(' \n\t.:()[]\\"'), flags=re.I)
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
         return bare.upper() if bare.upper() in allowed else ""
@@ -503,8 +516,10 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
         return ""  # a list of options
     if not (label := LABEL.match(bare)):
         return None
-    letter, rest = (label[1] or label[2]).upper(), _plain(label[3])
+    letter, rest = (label[1] or label[3]).upper(), _plain(label[2] or label[4])
     other = plain.count(rest) == 1 and LETTERS[plain.index(rest)] != letter
+    if label[3] and bare[1:2] == "," and rest not in plain:
+        return None  # "a, that is"
     return letter if letter in allowed and not other else ""  # "B: the text of A" is two answers
 
 
@@ -520,15 +535,16 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
         # A small letter counts at the end of its line: "the answer is a wheel" does not state A.
         stated = [(max(m.groups(""), key=len), text[m.end() :]) for m in STATED_LETTER.finditer(text)]
         stated = [x.upper() for x, rest in stated if x.isupper() or re.match(r"[)\].*!\s]*(?:\n|$)", rest)]
-        end = text[-MAX_ANSWER:]
-        tail = (TAGGED.findall(end) or MARKED.findall(end) or [text[-400:]])[-1].strip()
+        phrase, tail = _stated(text)[0], text[-400:]
+        named = [x for x, option in zip(LETTERS, texts, strict=False) if _plain(option) == _plain(phrase)]
         # Without a statement a letter must stand alone: no list of the options, no "(A) is wrong, so (B)".
         labels = {a or b for a, b in re.findall(r"\(([A-Z])\)|^([A-Z])[.):]", tail, re.M)}
-        if stated:
-            letter = stated[-1] if stated[-1] in allowed else None
+        if len(named) == 1 or stated:
+            letter = named[0] if len(named) == 1 else stated[-1] if stated[-1] in allowed else None
         elif tail and len(labels) < 2:
-            lines = tail.splitlines()
-            found = [_letter(line, texts, allowed) for line in (lines[-1], lines[0], _stated(text)[0])]
+            found = [
+                _letter(x, texts, allowed) for x in (phrase, tail.splitlines()[-1], tail.splitlines()[0])
+            ]
             letter = next((x for x in [*found, *(labels & set(allowed))] if x is not None), None)
     # A reference may carry its option's text after the letter.
     lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
