@@ -39,76 +39,71 @@ LETTERS = "ABCDEFGHIJ"
 # ---- 1. Extraction: from a response to the text of its answer.
 # Tags of thinking parts: R1 and Qwen, Magistral, Kimi, gpt-oss with its special tokens and without.
 THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
-CLOSE = rf"</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|assistantfinal"
-CLOSE += r"|<\|channel\|>final(?:<\|message\|>)?"
-OPEN = rf"<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)"
-OPEN = re.compile(OPEN + r"|\Aanalysis(?=[A-Z])", re.I)
-TURN_END = re.compile(r"<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+CLOSE = rf"(?i:</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|assistantfinal"
+CLOSE += r"|<\|channel\|>final(?:<\|message\|>)?)"
+OPEN = rf"(?i:<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary))"
+OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"  # ends, too
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
-JOINT = r"[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
-JOINT = re.compile(rf"(?:{JOINT}|[A-Za-z](?:_\{{?[0-9]\}}?)?\s*=)*")
-TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S | re.I)
-HEADING = r"\s*(?:(?:step|part|case|section|problem|question)\b|(?:the |final )*(?:answer|result)\W*$)"
-MARKED = re.compile(rf"####(?!{HEADING})[ \t*]*([^\n#]*[^\s#*:][^\n#]*)", re.I | re.M)
+JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\{?[0-9]\}?)?\s*=)*"
+TAGGED = r"(?is)<answer>(.*?)</answer>"
+MARKED = (
+    r"(?im)####(?!\s*(?:step|part|case|section|problem|question)\b|\s*(?:the |final )*(?:answer|result)\W*$)"
+)
+MARKED += r"[ \t*]*([^\n#]*[^\s#*:][^\n#]*)"
 # "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
 ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
 IS = r"(?:[:：=]|[是为]|\b(?:is|are|(?:would|must|should|will) be|comes? (?:out )?to|est|ist|es|è)(?![a-z']))"
-STATED = rf"{ANSWER}s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{{1,80}}?)??\s*{IS}(?:[\s:：*_#$]|\\[\[(])*(?=\S)"
-STATED = re.compile(rf"{STATED}|{ANSWER}[\s*_]*(?=[\d$\\(-])", re.I)
+STATED = (
+    rf"(?i){ANSWER}s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{{1,80}}?)??\s*{IS}(?:[\s:：*_#$]|\\[\[(])*(?=\S)"
+)
+STATED += rf"|{ANSWER}[\s*_]*(?=[\d$\\(-])"
 # A sentence ends at a full stop before a space, not in 1.5 or "a. b"; semicolons may part steps.
-SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+"
-SENTENCE = re.compile(SENTENCE + r"|;\s+(?=[^;]*=)")
+SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+|;\s+(?=[^;]*=)"
 
 
 def answer_part(response: str, require_think: bool = False, think_end: str = "</think>") -> str | None:
     """What follows the last tag that ends a thinking part; None if `think_end` is required and not there."""
     if require_think and think_end not in response:
         return None
-    text = re.split(f"{re.escape(think_end)}|{CLOSE}" if think_end else CLOSE, response, flags=re.I)[-1]
-    return TURN_END.split(OPEN.split(text)[0])[0]  # nor what is thought again, or never ends
-
-
-def _box(text: str, end: int) -> tuple[int, int, str] | None:
-    r"""(start, end, content) of the last \boxed{...} or \fbox{...} before `end`, braces balanced."""
-    start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
-    if start < 0:
-        return None
-    brace = BOX.match(text, start).end()
-    if text[brace : brace + 1] != "{":
-        return start, brace + 1, text[brace : brace + 1]  # LaTeX takes one token: \boxed 5
-    depth = 0
-    for m in re.compile(r"\\.|[{}]", re.S).finditer(text, brace):  # an escaped brace, \{ or \}, does not nest
-        depth += (m[0] == "{") - (m[0] == "}")
-        if depth == 0:
-            return start, m.end(), text[brace + 1 : m.start()]
-    return start, len(text), ""  # never closed: no answer
+    text = re.split(f"{re.escape(think_end)}|{CLOSE}" if think_end else CLOSE, response)[-1]
+    return re.split(OPEN, text)[0]  # nor what is thought again, or never ends
 
 
 def boxed_answers(text: str) -> list[str]:
     """The content of the last box; then, if boxes directly before it belong to it, all of them as a list."""
-    run = [box] if (box := _box(text, len(text))) else []
-    while run and len(run) < MAX_BOXES and (before := _box(text, run[0][0])):
-        if not JOINT.fullmatch(text, before[1], run[0][0]):
+    boxes, braces = [], []  # [start, end, content] of each box; what is open, a box or another brace
+    for m in re.finditer(r"\\+(?:boxed|fbox)\s*(\{?)|\\.|[{}]", text, re.S):
+        if m[1] is not None:
+            boxes.append([m.start(), len(text), ""])  # one that is never closed is no answer
+        if m[1] or m[0] == "{":
+            braces.append((boxes[-1], m.end()) if m[1] else None)
+        elif m[1] is not None:
+            boxes[-1][1:] = m.end() + 1, text[m.end() : m.end() + 1]  # LaTeX takes one token: \boxed 5
+        elif m[0] == "}" and braces and (box := braces.pop()):
+            box[0][1:] = m.end(), text[box[1] : m.start()].strip()
+    run = boxes[-1:]
+    while run and len(run) < min(MAX_BOXES, len(boxes)):
+        before = boxes[-len(run) - 1]
+        if not re.compile(JOINT).fullmatch(text, before[1], max(before[1], run[0][0])):
             break
         run.insert(0, before)
-    contents = [content.strip() for _, _, content in run]
+    contents = [content for _, _, content in run]
     return contents[-1:] + ([", ".join(contents)] if len(contents) > 1 else [])
 
 
 def _stated(text: str) -> tuple[str, bool]:
     """Where the answer of a response without a box stands: (text, whether it begins with the answer)."""
     text = text[-MAX_ANSWER:].strip()
-    if found := TAGGED.findall(text) or MARKED.findall(text):
+    if found := re.findall(TAGGED, text) or re.findall(MARKED, text):
         return found[-1].strip(), True
     text = text.rstrip("!")  # "It is 42!"
-    if stated := list(STATED.finditer(text)):
-        return SENTENCE.split(text[stated[-1].end() :])[0], True
+    if stated := list(re.finditer(STATED, text)):
+        return re.split(SENTENCE, text[stated[-1].end() :])[0], True
     # "I hope it is correct." is no answer: the last sentence with mathematics, unless a hedge comes after it.
-    for sentence in reversed([s for s in SENTENCE.split(text)[-4:] if s.strip()]):
+    for sentence in reversed([s for s in re.split(SENTENCE, text)[-4:] if s.strip()]):
         if bold := re.findall(r"\*\*([^*]*\d[^*]*)\*\*", sentence):
             return bold[-1], False
-        if re.search(r"\d|\\[A-Za-z]|\$|[^\x00-\x7f]", sentence) or HEDGE.search(sentence):
+        if re.search(r"\d|\\[A-Za-z]|\$|[^\x00-\x7f]", sentence) or re.search(HEDGE, sentence):
             return sentence, False
     return text, False
 
@@ -122,7 +117,7 @@ CHARACTERS = {
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
     r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
     r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶",
-    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", ",": "٬،、", "": "€£¥₹₩✅",
+    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", ",": "٬،", "": "€£¥₹₩✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -151,43 +146,31 @@ def _ascii(text: str) -> str:
     return "".join(parts)
 
 
-def _text(m: re.Match) -> str:
-    r"""\text{ cm} as words, which are marked: @cm; a single letter of \mathrm or \mathbf is a variable."""
-    inner = m[2].strip()
-    if inner in ("e", "i") or m[1].startswith("math") and len(inner) == 1:
-        return "{" + inner + "}"
-    return re.sub(r"(?<![\\\w@])(?=[^\W\d_])", "@", f" {m[2]} ")
-
-
-def _repeating(m: re.Match) -> str:
-    r"""0.9\overline{6} is 29/30: the digits with one period, less those without, over 9s and 0s."""
-    period = re.sub(r"[^0-9]", "", m[3])
-    top = int((m[1] + m[2]) or 0) * (10 ** len(period) - 1) + int(period)
-    return rf"\frac{{{top}}}{{{'9' * len(period) + '0' * len(m[2])}}}"
-
-
-FONT = r"\\(text(?:bf|it|rm|normal|up)?|math(?:rm|it|bf|sf|normal)|[mh]box|operatorname\*?)\s*\{([^{}]*)\}"
+FONT = r"\\(?:text(?:bf|it|rm|normal|up)?|[mh]box|operatorname\*?|math(?:rm|it|bf|sf|normal))\s*\{([^{}]*)\}"
 RATE = r"(?:[mgsLlhNJWVAKHCF]|km|cm|mm|kg|ft|mi|mol|min|hr|sec)(?:\^\{?-?[0-9]\}?)?"
 BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # four deep
 ROOT = r"\\sqrt\s*(?:\[[^\[\]]*\])?"
 ATOM = rf"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:frac|binom)\s*(?:{BRACES}){{2}}|\\sqrt\s*{BRACES}|\\[A-Za-z]+)"
-PERIOD = r"\\(?:overline|bar|dot)\s*\{?[0-9]+\}?(?:[0-9]*\\dot\s*\{?[0-9]\}?)?|\([0-9]+\)(?![\w(])"
+DOTS = r"\\dot\s*\{?([0-9]+)\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?"
 RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this order
     (r"(?<=[0-9)])\*\*(?=[\w(\\-])|(?<=(?<!\w)[a-z])\*\*(?=[\w(\\-])", "^"),  # x**2
-    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=[(0-9])", r"\\sqrt[3]"),
+    (r"(?<![A-Za-z\\@])sqrt\s*(?=[({0-9\\])", r"\\sqrt "), (r"(?<![A-Za-z\\])cbrt\s*(?=\()", r"\\sqrt[3]"),
     (r"(?<![\w)}\]])\^\{([0-9])\}\s*\\sqrt", r"\\sqrt[\1]"),  # ³√8
     (r"(?<=[,+*-])\s*\.{3,}|(?<=[0-9]\.[0-9])([0-9]*)\.{3,}", r"\1\\ldots "),  # 1, 2, ... and 0.33...
     (r"\*\*|`|(?m:^\s*(?:#+\s|[-*>→⇒∴•]+\s+(?=[A-Za-z]{3})|[-=]>|[→⇒∴]))|\\?\$", ""),  # **5**, - 5, $5$, \$5
     (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
     (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
-    (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (FONT, _text),  # 10 \text{ cm}
+    (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (r"\\(?:math..|text)\s*\{\s*([ei])\s*\}|\\math..\s*\{(\w)\}", r"{\1\2}"),
+    (FONT, lambda m: re.sub(r"(?<![\\\w@])(?=[^\W\d_])", "@", f" {m[1]} ")),  # \text{ cm} is @cm, a word
     (r"_\{\s*@(\w+)\s*\}", r"_{\1}"), (r"\s*\{\s*,\s*\}\s*", ","),  # x_{\text{max}}, 1{,}000
     (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s*@?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
     (r"<=|=<|\\leq(?:slant)?(?![a-z])", r"\\le "), (r">=|\\geq(?:slant)?(?![a-z])", r"\\ge "),  # x <= 5
     (r"!=|\\neq(?![a-z])", r"\\ne "), (r"~=|\\(?:simeq|thickapprox)(?![a-z])", r"\\approx "),  # x != 5
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
     (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),
-    (rf"([0-9]*)\.([0-9]*)({PERIOD})", _repeating),  # 0.\overline{3}, 0.(3)
+    (DOTS, r"\\overline{\1\2\3}"), (r"(\.[0-9]*)\(([0-9]+)\)(?![\w(])", r"\1\\overline{\2}"),  # 0.\dot{3}, 0.(3)
+    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m: r"\frac{%d}{%s}"
+     % (int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),  # 0.9\overline{6}
     (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
@@ -225,28 +208,25 @@ NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma ph
 NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"\operatorname{lcm}"}
 NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum if"
-SMALL += (
-    " ans you one two for of mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol usd sq cu"
+SMALL = (
+    "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum"
 )
-SMALL = set(f"{SMALL} day way men man cup kwh hz ton".split())
+SMALL += (
+    " ans you one two for of mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol usd sq"
+)
+SMALL = f"{SMALL} cu if day way men man cup kwh hz ton".split()
 LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
-PART = r"half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s"
-AFTER = r"(?:and|over|of|choose|point|power|base|factorial|mod|modulo|divided|if|unless|except)\b"
-AFTER += (
-    r"|(?:\S+ ){0,3}(?:not|nor|or|than|squared|cubed|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?"
+CHANGE = (
+    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth"
 )
-AFTER = re.compile(rf"{AFTER}|crores?|mil|score|repeating|recurring|maybe|perhaps|{PART})\b|[万亿千百半不或]")
-BEFORE = r"(?:^|.*\s)(?:not|than|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double"
-BEFORE += r"|triple|no|mod|root|without|square|cube|reciprocal|inverse|factorial|multiple|power|except|times"
-BEFORE = re.compile(rf"{BEFORE}|modulo|{PART})(?: as much as)?(?: of| to)?(?: the| a| about)?")
-BETWEEN = (
-    rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|pounds?|dollars?"
-)
-HEDGE = re.compile(
-    r"\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b", re.I
-)
+CHANGE += r"|hundredth)s|factorial|mod|modulo|power|squared|cubed|except|maybe|perhaps"
+AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}(?:{CHANGE}|or|hundreds?|thousands?"
+AFTER += r"|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil|score|repeating|recurring)\b|[万亿千百半不或]"
+BEFORE = rf"(?:^|.*\s)(?:{CHANGE}|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|triple"
+BEFORE += r"|no|times|root|without|square|cube|reciprocal|inverse|multiple)(?: as much as)?(?: of| to)?(?: the| a| about)?"
+BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|dollars?"
+HEDGE = r"(?i)\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b"
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
 TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|."
 TOKEN = re.compile(TOKEN, re.S)
@@ -255,13 +235,15 @@ SEP = "\x01"  # "and" or "or" between two answers
 # What may be cut off behind a formula: a condition; and, where the answer comes first, an explanation.
 CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
 KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants?|non)\b"
-QUALIFIER = rf"(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|(?={CONDITION})|[a-z]\s*=)"
+QUALIFIER = (
+    rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|(?={CONDITION})|[a-z]\s*=)"
+)
 QUALIFIER += rf"|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$"
-QUALIFIER = re.compile(QUALIFIER, re.S)
-COMMA = r"([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
-COMMA = re.compile(COMMA, re.S)  # 2k\pi, k \in \mathbb{Z}
-CLAUSE = r"(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not"
-CLAUSE = re.compile(CLAUSE + r"|and (?:we|that|so|it))\s.*", re.S)
+COMMA = r"(?s)([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
+CLAUSE = (
+    r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not"
+)
+CLAUSE += r"|and (?:we|that|so|it))\s.*"
 
 
 def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
@@ -309,10 +291,10 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
     Prose may hold other numbers before its last, the answer; `first`: if it begins with one, that is it.
     """
-    text = QUALIFIER.sub("", _normal(text))
-    text = m[1] if not prose and (m := COMMA.fullmatch(text)) else text
+    text = re.sub(QUALIFIER, "", _normal(text))
+    text = m[1] if not prose and (m := re.fullmatch(COMMA, text)) else text
     if first and (not prose or re.match(r"[^A-Za-z@]", text)):
-        text = CLAUSE.sub("", text)
+        text = re.sub(CLAUSE, "", text)
     pieces = _pieces(text, prose)
     math = [i for i, (kind, _) in enumerate(pieces) if kind == "math"]
     if not math or len(math) > 1 and (not prose or first and math[0] == 0):
@@ -327,7 +309,7 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
         and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core)
     ):
         return None  # what stood before it is lost: 5 cm + 3 cm, 5 apples and 3 pears, 20% of 50
-    if AFTER.match(after) or BEFORE.fullmatch(before) or prose and HEDGE.search(before):
+    if re.match(AFTER, after) or re.fullmatch(BEFORE, before) or prose and re.search(HEDGE, before):
         return None
     power = re.search(r"\b(?:(square|sq)|(cubic)|[a-z]+(-?[0-9]))\b", after)
     parts = core.split(SEP)
@@ -338,23 +320,21 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
 # ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
 FRACTION = r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+)"
-FRACTION = re.compile(FRACTION + r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?")
-BASED = re.compile(r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?")  # 52_8: latex2sympy drops the base
-# 5 m and 5 m^2, where the reference has no such variable
-LONE_UNIT = re.compile(r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$")
+FRACTION += r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?"
+BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
+LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
 UNREADABLE = (
     r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
 )
-UNREADABLE = re.compile(UNREADABLE)
-RELATION = re.compile(r"(?<![<>!:\\])=|\\approx(?![a-z])")  # in a chain, 2/3 = 4/6 \approx 0.67
-CHAINED = re.compile(r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*")
+RELATION = r"(?<![<>!:\\])=|\\approx(?![a-z])"  # in a chain, 2/3 = 4/6 \approx 0.67
+CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*"
 
 
 @lru_cache(maxsize=4000)
 def _number(core: str) -> tuple[Fraction, bool, bool] | None:
     r"""(value, is it a decimal?, a percentage?) of 7, -0.5, 7/3, 2\frac{1}{3}, 25\%; None for all else."""
-    m = FRACTION.fullmatch(core)
+    m = re.fullmatch(FRACTION, core)
     top, bottom = (m[3] or m[5], m[4] or m[6]) if m else ("", "")
     if not m or bottom and not int(bottom):
         return None
@@ -391,12 +371,12 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
         return False  # 10 cm^2 is not 10 cm
     a, g = found[0], wanted[0]
     if not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", g):
-        a = LONE_UNIT.sub("", a)
+        a = re.sub(LONE_UNIT, "", a)  # the reference has no such variable
     if a.replace(" ", "") == g.replace(" ", ""):
         return True
     if (x := _number(a)) and (y := _number(g)):
         return _same(x, y)
-    if (x := BASED.fullmatch(a)) and (y := BASED.fullmatch(g)):
+    if (x := re.fullmatch(BASED, a)) and (y := re.fullmatch(BASED, g)):
         return x.groups() == y.groups()
     if re.fullmatch(r"[+-]?[0-9]+, [0-9]+", a) and a.replace(", ", ".") == g:
         return True  # a decimal comma, where the reference has a decimal point
@@ -409,7 +389,7 @@ def _sympy(text: str):
     from math_verify.grader import should_treat_as_complex
     from sympy import Expr, I
 
-    if not text.strip() or UNREADABLE.search(text):
+    if not text.strip() or re.search(UNREADABLE, text):
         return None
     try:
         x = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
@@ -426,7 +406,7 @@ def _parse(text: str, trusted: bool = False) -> list:
     """The readings of a formula, [] if none. Only a reference is trusted with a chain that differs, 1 = 2."""
     from math_verify import verify
 
-    chain = [part.strip() for part in RELATION.split(text)]
+    chain = [part.strip() for part in re.split(RELATION, text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
     attempts = [text] * (not rounded)
     if len(chain) > 1 and not listed:  # "I_{\max} = 3": the left side may be what it cannot read
@@ -436,7 +416,7 @@ def _parse(text: str, trusted: bool = False) -> list:
     found = [x for x in map(_sympy, attempts) if x is not None][:1]
     if len(chain) == 1 or listed:
         return found
-    numbers = [x for x in chain if CHAINED.fullmatch(x) and x.count("{") == x.count("}")]
+    numbers = [x for x in chain if re.fullmatch(CHAINED, x) and x.count("{") == x.count("}")]
     numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
     for (s, a), (t, b) in combinations([] if trusted else numbers, 2):
         # 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, and so is 5 \approx 7.
@@ -473,26 +453,15 @@ def _equal(found, wanted, texts: str) -> bool:
     return bool(abs(gap.evalf(15)) <= tolerance * abs(wanted.evalf(15)))
 
 
-def _mathematics(pairs: list) -> tuple[bool, bool]:
-    """(right?, readable?) for pairs of formulas of which any may match. May never end: for workers."""
-    readings = [(_parse(answer), _parse(gold, trusted=True), answer + gold) for answer, gold in pairs]
-    right = any(_equal(x, want, texts) for found, wanted, texts in readings for want in wanted for x in found)
-    return right, any(found and wanted for found, wanted, _ in readings)
-
-
 # ---- 4. Multiple choice: letters and the options' own texts; no worker is needed.
 # "The answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B" or "(A)(B)".
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
 CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
-STATED_LETTER = rf"{ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
+STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
 STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
-STATED_LETTER = re.compile(STATED_LETTER, re.I)
 DASH = r"\s[-\u2013\u2014]+\s"
-LABEL = re.compile(
-    rf"\(?([A-Z])(?:\s*[).:,;]|{DASH}|\s(?=\(|because|since))\s*(\S.*)|\(?([a-z])(?:\s*[).:,]|{DASH})\s*(\S.*)",
-    re.S,
-)
+LABEL = rf"(?s)\(?([A-Z])(?:\s*[).:,;]|{DASH}|\s(?=\(|because|since))\s*(\S.*)|\(?([a-z])(?:\s*[).:,]|{DASH})\s*(\S.*)"
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
@@ -514,7 +483,7 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
     listed = re.match(r"\(?[A-J]\)?(?:\s*,|\s(?:and|or))\s*\(?[A-J]\b", bare)
     if listed or all(re.search(rf"\b{x}\s*[).:]", bare) for x in allowed):
         return ""  # a list of options
-    if not (label := LABEL.match(bare)):
+    if not (label := re.match(LABEL, bare)):
         return None
     letter, rest = (label[1] or label[3]).upper(), _plain(label[2] or label[4])
     other = plain.count(rest) == 1 and LETTERS[plain.index(rest)] != letter
@@ -533,7 +502,7 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     letter = _letter(boxes[0], texts, allowed) if boxes and len(boxes[0]) <= MAX_ANSWER else None
     if letter is None:
         # A small letter counts at the end of its line: "the answer is a wheel" does not state A.
-        stated = [(max(m.groups(""), key=len), text[m.end() :]) for m in STATED_LETTER.finditer(text)]
+        stated = [(max(m.groups(""), key=len), text[m.end() :]) for m in re.finditer(STATED_LETTER, text)]
         stated = [x.upper() for x, rest in stated if x.isupper() or re.match(r"[)\].*!\s]*(?:\n|$)", rest)]
         phrase, tail = _stated(text)[0], text[-400:]
         named = [x for x, option in zip(LETTERS, texts, strict=False) if _plain(option) == _plain(phrase)]
@@ -576,7 +545,11 @@ def _serve() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + task["seconds"]) + 2)
         try:
-            right, parsed, error = *_mathematics(task["pairs"]), ""
+            readings = [(_parse(a), _parse(g, trusted=True), a + g) for a, g in task["pairs"]]
+            right = any(
+                _equal(x, w, texts) for found, wanted, texts in readings for w in wanted for x in found
+            )
+            parsed, error = any(found and wanted for found, wanted, _ in readings), ""
         except MemoryError:
             return  # its state is unknown: the caller counts a crash and starts a fresh worker
         except Exception as e:  # sympy raises anything on odd input: counted as a parse failure
@@ -648,20 +621,6 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
 # ---- 6. What others call.
 
 
-def _decide(text: str | None, golds: list[str], kind: str, options):
-    """True or False, None if no answer was found, or the pairs of formulas for a worker."""
-    if text is None:
-        return False
-    if kind == "choice":
-        return _choice(text, golds, options)
-    boxes = boxed_answers(text)
-    stated, first = _stated(text) if not boxes else ("", True)
-    answers = [a for a in boxes or [stated] if a and len(a) <= MAX_ANSWER]
-    verdicts = [_quick(a, g, not boxes, first) for a in answers for g in golds]
-    pairs = [verdict for verdict in verdicts if isinstance(verdict, tuple)]
-    return True if True in verdicts else pairs or (False if False in verdicts else None)
-
-
 def _references(gold) -> list[str]:
     """The accepted answers of a gold: a list, a list written as text (['1,234'] or ["25\\\\%"]), or one."""
     if isinstance(gold, str) and re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", gold, re.S):
@@ -693,7 +652,16 @@ def check_answers(
     counts = dict.fromkeys(("fast", "solved", "timeouts", "crashes", "parse_failures"), 0)
     verdicts, hard = [False] * len(responses), {}
     for i, (response, gold, kind, options) in enumerate(zip(responses, golds, kinds, choices, strict=True)):
-        verdict = _decide(answer_part(response, require_think, think_end), _references(gold), kind, options)
+        text, references = answer_part(response, require_think, think_end), _references(gold)
+        if text is None or kind == "choice":
+            verdict = text is not None and _choice(text, references, options)
+        else:
+            boxes = boxed_answers(text)
+            stated, first = _stated(text) if not boxes else ("", True)
+            found = [a for a in boxes or [stated] if a and len(a) <= MAX_ANSWER]
+            found = [_quick(a, g, not boxes, first) for a in found for g in references]
+            pairs = [x for x in found if isinstance(x, tuple)]
+            verdict = True if True in found else pairs or (False if False in found else None)
         if isinstance(verdict, list):  # one answer to one problem is checked once
             hard.setdefault(json.dumps({"pairs": verdict, "seconds": timeout}), []).append(i)
         else:
