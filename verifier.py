@@ -2,16 +2,15 @@ r"""Is the answer right? A response and a reference -> True or False, for mathem
 
 One file to copy; it needs math-verify only. Three passes:
 
-1. Extraction. What counts is what follows the tag that closes the thinking part. In it, the first of these
-   that is there: the last \boxed (boxes side by side are also tried as one list); the last <answer> tag; the
-   line of the last ####; what follows the last "answer is" or "Answer:"; the last sentence with mathematics,
-   in it the last bold text, else the last number or formula.
+1. Extraction, from what follows the tag that closes the thinking part, of the first that is there: the last
+   \boxed (boxes side by side are also tried as one list), the last <answer> tag, the line of the last ####, what
+   follows the last "answer is" or "Answer:", the last number or formula of the last sentence that has one.
 2. Normalisation. Unicode to LaTeX, LaTeX to one spelling (RULES), then words are told from mathematics. Units
    and nouns go. Words that change a value are read ("5 million"), or nothing is ("not 5", "5 and a half"):
    an answer counts only if ALL of it was understood; else it is a parse failure, never its first number.
-3. Comparison. Plain numbers as fractions, words as words; the rest by math-verify's latex2sympy, which reads
-   to the end or not at all, and its verify, in processes that can be killed: sympy can spin for ever in one
-   C call that no signal interrupts, 9^{9^{9^9}}.
+3. Comparison. Plain numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads
+   to the end or not at all, and its verify: in processes that can be killed, for sympy can spin for ever in
+   one C call that no signal interrupts, 9^{9^{9^9}}.
 
 >>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
 >>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
@@ -42,9 +41,9 @@ THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflectio
 CLOSE = rf"(?i:</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|assistantfinal"
 CLOSE += r"|<\|channel\|>final(?:<\|message\|>)?)"
 OPEN = rf"(?i:<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary))"
-OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"  # ends, too
+OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
-JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\{?[0-9]\}?)?\s*=)*"
+JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 TAGGED = r"(?is)<answer>(.*?)</answer>"
 MARKED = (
     r"(?im)####(?!\s*(?:step|part|case|section|problem|question)\b|\s*(?:the |final )*(?:answer|result)\W*$)"
@@ -58,7 +57,8 @@ STATED = (
 )
 STATED += rf"|{ANSWER}[\s*_]*(?=[\d$\\(-])"
 # A sentence ends at a full stop before a space, not in 1.5 or "a. b"; semicolons may part steps.
-SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+|;\s+(?=[^;]*=)"
+SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+"
+SENTENCE += r"|;\s+(?=[^;]*=)"
 
 
 def answer_part(response: str, require_think: bool = False, think_end: str = "</think>") -> str | None:
@@ -116,8 +116,8 @@ CHARACTERS = {
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
     r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶",
-    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", ",": "٬،", "": "€£¥₹₩✅",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶", ",": "٬،",
+    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", "": "€£¥₹₩✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -160,7 +160,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"\*\*|`|(?m:^\s*(?:#+\s|[-*>→⇒∴•]+\s+(?=[A-Za-z]{3})|[-=]>|[→⇒∴]))|\\?\$", ""),  # **5**, - 5, $5$, \$5
     (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
     (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
-    (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (r"\\(?:math..|text)\s*\{\s*([ei])\s*\}|\\math..\s*\{(\w)\}", r"{\1\2}"),
+    (r"\{\\rm\s+", r"\\text{"), (r"\\(?:math..|text)\s*\{\s*([ei])\s*\}|\\math..\s*\{(\w)\}", r"{\1\2}"),
     (FONT, lambda m: re.sub(r"(?<![\\\w@])(?=[^\W\d_])", "@", f" {m[1]} ")),  # \text{ cm} is @cm, a word
     (r"_\{\s*@(\w+)\s*\}", r"_{\1}"), (r"\s*\{\s*,\s*\}\s*", ","),  # x_{\text{max}}, 1{,}000
     (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s*@?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
@@ -168,9 +168,9 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"!=|\\neq(?![a-z])", r"\\ne "), (r"~=|\\(?:simeq|thickapprox)(?![a-z])", r"\\approx "),  # x != 5
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
     (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),
-    (DOTS, r"\\overline{\1\2\3}"), (r"(\.[0-9]*)\(([0-9]+)\)(?![\w(])", r"\1\\overline{\2}"),  # 0.\dot{3}, 0.(3)
-    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m: r"\frac{%d}{%s}"
-     % (int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),  # 0.9\overline{6}
+    (DOTS, r"\\overline{\1\2\3}"), (r"(\.[0-9]*)\(([0-9]+)\)(?![\w(])", r"\1\\overline{\2}"),  # 0.(3)
+    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m: r"\frac{%d}{%s}" % (  # 29/30
+        int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
     (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
     (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
@@ -208,23 +208,27 @@ NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma ph
 NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"\operatorname{lcm}"}
 NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SMALL = (
-    "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum"
-)
+SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
 SMALL += (
-    " ans you one two for of mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol usd sq"
+    " sum ans you one two for of if mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol"
 )
-SMALL = f"{SMALL} cu if day way men man cup kwh hz ton".split()
+SMALL = f"{SMALL} usd sq cu day way men man cup kwh hz ton".split()
 LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 CHANGE = (
-    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:fourth|fifth|sixth|seventh|eighth|ninth|tenth"
+    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|hundred)ths"
 )
-CHANGE += r"|hundredth)s|factorial|mod|modulo|power|squared|cubed|except|maybe|perhaps"
-AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}(?:{CHANGE}|or|hundreds?|thousands?"
-AFTER += r"|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|mil|score|repeating|recurring)\b|[万亿千百半不或]"
-BEFORE = rf"(?:^|.*\s)(?:{CHANGE}|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|triple"
-BEFORE += r"|no|times|root|without|square|cube|reciprocal|inverse|multiple)(?: as much as)?(?: of| to)?(?: the| a| about)?"
+CHANGE += r"|factorial|mod|modulo|power|squared|cubed|except|maybe|perhaps"
+AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}(?:{CHANGE}|or|hundreds?|mil"
+AFTER += (
+    r"|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|score|repeating|recurring)\b|[万亿千百半不或]"
+)
+BEFORE = (
+    rf"(?:^|.*\s)(?:{CHANGE}|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|no"
+)
+BEFORE += (
+    r"|triple|times|root|without|square|cube|reciprocal|inverse|multiple)(?: of| to)?(?: the| a| about)?"
+)
 BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|dollars?"
 HEDGE = r"(?i)\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b"
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
@@ -236,14 +240,12 @@ SEP = "\x01"  # "and" or "or" between two answers
 CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
 KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants?|non)\b"
 QUALIFIER = (
-    rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|(?={CONDITION})|[a-z]\s*=)"
+    rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|[a-z]\s*=|(?={CONDITION}))"
 )
 QUALIFIER += rf"|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$"
 COMMA = r"(?s)([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
-CLAUSE = (
-    r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead|not"
-)
-CLAUSE += r"|and (?:we|that|so|it))\s.*"
+CLAUSE = r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead"
+CLAUSE += r"|not|and (?:we|that|so|it))\s.*"
 
 
 def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
@@ -287,10 +289,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
 
 
 def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str] | None:
-    """(LaTeX, power of its unit or "") of a text that holds one answer; None if not all of it is clear.
-
-    Prose may hold other numbers before its last, the answer; `first`: if it begins with one, that is it.
-    """
+    """(LaTeX, power of its unit or "") of a text with one answer, in prose at the end; None if not all is clear."""
     text = re.sub(QUALIFIER, "", _normal(text))
     text = m[1] if not prose and (m := re.fullmatch(COMMA, text)) else text
     if first and (not prose or re.match(r"[^A-Za-z@]", text)):
@@ -319,7 +318,9 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
 
 # ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
-FRACTION = r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}|([0-9]+)\s*/\s*([0-9]+)"
+FRACTION = (
+    r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{(0*[1-9][0-9]*)\}|([0-9]+)\s*/\s*(0*[1-9][0-9]*)"
+)
 FRACTION += r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?"
 BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
 LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
@@ -331,21 +332,17 @@ RELATION = r"(?<![<>!:\\])=|\\approx(?![a-z])"  # in a chain, 2/3 = 4/6 \approx 
 CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*"
 
 
-@lru_cache(maxsize=4000)
-def _number(core: str) -> tuple[Fraction, bool, bool] | None:
-    r"""(value, is it a decimal?, a percentage?) of 7, -0.5, 7/3, 2\frac{1}{3}, 25\%; None for all else."""
-    m = re.fullmatch(FRACTION, core)
-    top, bottom = (m[3] or m[5], m[4] or m[6]) if m else ("", "")
-    if not m or bottom and not int(bottom):
+def _same_number(answer: str, gold: str) -> bool | None:
+    r"""Whether two numbers are equal, 7/3 and 2\frac{1}{3}: decimals to 6 places and 5 digits, 10% is 10 and 0.1."""
+    values = []
+    for m in matches if all(matches := [re.fullmatch(FRACTION, core) for core in (answer, gold)]) else []:
+        top, bottom = m[3] or m[5], m[4] or m[6]
+        value = Fraction(int(top), int(bottom)) + int(m[2] or 0) if bottom else Fraction(m[7].rstrip("."))
+        values.append((-value if m[1] == "-" else value, "." in (m[7] or ""), 100 if m[8] else 1))
+    if not values:
         return None
-    value = Fraction(int(top), int(bottom)) + int(m[2] or 0) if bottom else Fraction(m[7].rstrip("."))
-    return -value if m[1] == "-" else value, "." in (m[7] or ""), bool(m[8])
-
-
-def _same(answer: tuple, gold: tuple) -> bool:
-    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1."""
-    (a, decimal_a, percent_a), (g, decimal_g, percent_g) = answer, gold
-    pairs = [(a, g)] if percent_a == percent_g else [(a, g), (a / 100, g) if percent_a else (a, g / 100)]
+    (a, decimal_a, a100), (g, decimal_g, g100) = values
+    pairs = [(a, g)] if a100 == g100 else [(a, g), (a / a100, g / g100)]
     close = [round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y) for x, y in pairs]
     return any(x == y for x, y in pairs) or (decimal_a or decimal_g) and any(close)
 
@@ -374,13 +371,12 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
         a = re.sub(LONE_UNIT, "", a)  # the reference has no such variable
     if a.replace(" ", "") == g.replace(" ", ""):
         return True
-    if (x := _number(a)) and (y := _number(g)):
-        return _same(x, y)
+    if (same := _same_number(a, g)) is not None:
+        return same
     if (x := re.fullmatch(BASED, a)) and (y := re.fullmatch(BASED, g)):
         return x.groups() == y.groups()
-    if re.fullmatch(r"[+-]?[0-9]+, [0-9]+", a) and a.replace(", ", ".") == g:
-        return True  # a decimal comma, where the reference has a decimal point
-    return a, g
+    # A decimal comma is one where the reference has a decimal point.
+    return bool(re.fullmatch(r"[+-]?[0-9]+, [0-9]+", a) and a.replace(", ", ".") == g) or (a, g)
 
 
 def _sympy(text: str):
@@ -389,13 +385,13 @@ def _sympy(text: str):
     from math_verify.grader import should_treat_as_complex
     from sympy import Expr, I
 
-    if not text.strip() or re.search(UNREADABLE, text):
-        return None
     try:
         x = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
-    except MemoryError:
-        raise
-    except Exception:  # its parser raises plain Exception, and sympy anything, for what it cannot read
+    except (
+        Exception
+    ) as error:  # its parser raises plain Exception, and sympy anything, for what it cannot read
+        if isinstance(error, MemoryError):
+            raise
         return None
     i = {s: I for s in getattr(x, "free_symbols", ()) if s.name == "i"}
     return x.subs(i) if i and isinstance(x, Expr) else x
@@ -408,22 +404,21 @@ def _parse(text: str, trusted: bool = False) -> list:
 
     chain = [part.strip() for part in re.split(RELATION, text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
-    attempts = [text] * (not rounded)
-    if len(chain) > 1 and not listed:  # "I_{\max} = 3": the left side may be what it cannot read
-        attempts.append(chain[-1])
+    whole = len(chain) == 1 or listed
+    # "I_{\max} = 3": the left side may be what it cannot read.
+    attempts = [text] * (not rounded) + chain[-1:] * (not whole)
     if "\\pm" in text:
         attempts.append(", ".join(chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+")))
+    attempts = [x for x in attempts if x and not re.search(UNREADABLE, x)]
     found = [x for x in map(_sympy, attempts) if x is not None][:1]
-    if len(chain) == 1 or listed:
-        return found
-    numbers = [x for x in chain if re.fullmatch(CHAINED, x) and x.count("{") == x.count("}")]
+    numbers = (
+        [x for x in chain if re.fullmatch(CHAINED, x) and x.count("{") == x.count("}")] if not whole else []
+    )
     numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
     for (s, a), (t, b) in combinations([] if trusted else numbers, 2):
         # 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, and so is 5 \approx 7.
         shown = [
-            m
-            for m in (re.fullmatch(r"[+-]?\d*(\.?)(\d*)", text) for text in (s, t))
-            if m and (m[1] or rounded)
+            m for m in (re.fullmatch(r"[+-]?\d*(\.?)(\d*)", x) for x in (s, t)) if m and (m[1] or rounded)
         ]
         near = shown and abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(len(m[2]) for m in shown)
         if not near and not verify(a, b, timeout_seconds=None):
@@ -458,17 +453,15 @@ def _equal(found, wanted, texts: str) -> bool:
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
 CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
-STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$|{CHOSEN}{LETTER}"
+STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}"
+STATED_LETTER += r"|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
 STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
-DASH = r"\s[-\u2013\u2014]+\s"
-LABEL = rf"(?s)\(?([A-Z])(?:\s*[).:,;]|{DASH}|\s(?=\(|because|since))\s*(\S.*)|\(?([a-z])(?:\s*[).:,]|{DASH})\s*(\S.*)"
+LABEL = r"(?s)\(?([A-Z])(?:\s*[).:,;]|\s[-\u2013\u2014]+\s|\s(?=\(|because|since))\s*(\S.*)"
+LABEL += r"|\(?([a-z])(?:\s*[).:,]|\s[-\u2013\u2014]+\s)\s*(\S.*)"
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
-    r"""The option a short answer names: "c", "(C)", \text{C}., "Option C", "C - its text", its text alone.
-
-    "" when it names two different options or one that does not exist; None when it names nothing.
-    """
+    r"""The option named by "c", "(C)", \text{C}., "C - its text", its text; "" for two, None for none."""
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|bf)(?![a-z])|[{}$*]", " ", text).strip()
     lead = r"(?:the )?answer(?: is)?:?|ans|final|option|choice|therefore|thus|hence|so|definitely"
     bare = re.sub(rf"^(?:{lead})\W+", "", text.strip(' \n\t.:()[]\\"'), flags=re.I)
