@@ -3,8 +3,8 @@ r"""Is the answer right? A response and a reference -> True or False, for mathem
 One file to copy; it needs math-verify only. Three passes:
 
 1. Extraction, from what follows the tag that closes the thinking part, of the first that is there: the last
-   \boxed (boxes side by side are also tried as one list), the last <answer> tag, the line of the last ####, what
-   follows the last "answer is" or "Answer:", the last number or formula of the last sentence that has one.
+   \boxed (boxes side by side are also tried as one list), the last <answer> tag, the line of the last ####,
+   what follows the last "answer is" or "Answer:", the last number or formula of the last sentence with one.
 2. Normalisation. Unicode to LaTeX, LaTeX to one spelling (RULES), then words are told from mathematics. Units
    and nouns go. Words that change a value are read ("5 million"), or nothing is ("not 5", "5 and a half"):
    an answer counts only if ALL of it was understood; else it is a parse failure, never its first number.
@@ -45,17 +45,13 @@ OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
 JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 TAGGED = r"(?is)<answer>(.*?)</answer>"
-MARKED = (
-    r"(?im)####(?!\s*(?:step|part|case|section|problem|question)\b|\s*(?:the |final )*(?:answer|result)\W*$)"
-)
+MARKED = r"(?im)####(?!\s*(?:step|part|case|problem|question)\b|\s*(?:the |final )*(?:answer|result)\W*$)"
 MARKED += r"[ \t*]*([^\n#]*[^\s#*:][^\n#]*)"
 # "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
 ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
 IS = r"(?:[:：=]|[是为]|\b(?:is|are|(?:would|must|should|will) be|comes? (?:out )?to|est|ist|es|è)(?![a-z']))"
-STATED = (
-    rf"(?i){ANSWER}s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{{1,80}}?)??\s*{IS}(?:[\s:：*_#$]|\\[\[(])*(?=\S)"
-)
-STATED += rf"|{ANSWER}[\s*_]*(?=[\d$\\(-])"
+STATED = rf"(?i){ANSWER}s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{{1,80}}?)??\s*{IS}(?:[\s:：*_#$]|\\[\[(])*"
+STATED += rf"(?=\S)|{ANSWER}[\s*_]*(?=[\d$\\(-])"
 # A sentence ends at a full stop before a space, not in 1.5 or "a. b"; semicolons may part steps.
 SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+"
 SENTENCE += r"|;\s+(?=[^;]*=)"
@@ -116,7 +112,7 @@ CHARACTERS = {
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
     r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶", ",": "٬،",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶", ",": "،",
     r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", "": "€£¥₹₩✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
@@ -209,26 +205,18 @@ NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"
 NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
-SMALL += (
-    " sum ans you one two for of if mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh rad mol"
-)
-SMALL = f"{SMALL} usd sq cu day way men man cup kwh hz ton".split()
+SMALL += " sum ans you one two for of if mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh mol"
+SMALL = f"{SMALL} rad usd sq cu day way men man cup kwh hz ton".split()
 LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 CHANGE = (
-    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|hundred)ths"
+    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|hund)\w*ths"
 )
 CHANGE += r"|factorial|mod|modulo|power|squared|cubed|except|maybe|perhaps"
 AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}(?:{CHANGE}|or|hundreds?|mil"
-AFTER += (
-    r"|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|score|repeating|recurring)\b|[万亿千百半不或]"
-)
-BEFORE = (
-    rf"(?:^|.*\s)(?:{CHANGE}|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double|no"
-)
-BEFORE += (
-    r"|triple|times|root|without|square|cube|reciprocal|inverse|multiple)(?: of| to)?(?: the| a| about)?"
-)
+AFTER += r"|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|repeating|recurring)\b|[万亿千百半不或]"
+BEFORE = rf"(?:^|.*\s)(?:{CHANGE}|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double"
+BEFORE += r"|no|triple|times|root|without|square|cube|reciprocal|inverse|multiple)(?: of)?(?: the| a| about)?"
 BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|dollars?"
 HEDGE = r"(?i)\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b"
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
@@ -239,9 +227,7 @@ SEP = "\x01"  # "and" or "or" between two answers
 # What may be cut off behind a formula: a condition; and, where the answer comes first, an explanation.
 CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
 KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants?|non)\b"
-QUALIFIER = (
-    rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?(?:where|whenever)\b|@?for\s+(?:{KINDS}|[a-z]\s*=|(?={CONDITION}))"
-)
+QUALIFIER = rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?where(?:ver)?\b|@?for\s+(?:{KINDS}|[a-z]\s*=|(?={CONDITION}))"
 QUALIFIER += rf"|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$"
 COMMA = r"(?s)([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
 CLAUSE = r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead"
@@ -289,7 +275,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
 
 
 def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str] | None:
-    """(LaTeX, power of its unit or "") of a text with one answer, in prose at the end; None if not all is clear."""
+    """(LaTeX, power of its unit) of a text with one answer, in prose at the end; None if not all is clear."""
     text = re.sub(QUALIFIER, "", _normal(text))
     text = m[1] if not prose and (m := re.fullmatch(COMMA, text)) else text
     if first and (not prose or re.match(r"[^A-Za-z@]", text)):
@@ -301,12 +287,8 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
     at, core = math[-1], pieces[math[-1]][1]
     before, after = (" ".join(w for k, w in part if k == "word") for part in (pieces[:at], pieces[at + 1 :]))
     between = " ".join(w for _, w in pieces[math[-2] + 1 : at]) if len(math) > 1 else ""
-    if (
-        between
-        and re.fullmatch(BETWEEN, between)
-        or at
-        and re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core)
-    ):
+    operator = re.match(r"[+*/^_!]|\\(?:cdot|times|div)(?![a-z])|-\s", core)
+    if between and re.fullmatch(BETWEEN, between) or at and operator:
         return None  # what stood before it is lost: 5 cm + 3 cm, 5 apples and 3 pears, 20% of 50
     if re.match(AFTER, after) or re.fullmatch(BEFORE, before) or prose and re.search(HEDGE, before):
         return None
@@ -318,22 +300,20 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
 
 # ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
-FRACTION = (
-    r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{(0*[1-9][0-9]*)\}|([0-9]+)\s*/\s*(0*[1-9][0-9]*)"
-)
+FRACTION = r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{(0*[1-9][0-9]*)\}|([0-9]+)\s*/\s*(0*[1-9]\d*)"
 FRACTION += r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?"
 BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
 LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
 UNREADABLE = (
-    r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@&`\"](?![^\\]*\\)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+    r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@`\"]|&(?!.*\\end)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
 )
 RELATION = r"(?<![<>!:\\])=|\\approx(?![a-z])"  # in a chain, 2/3 = 4/6 \approx 0.67
 CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*"
 
 
 def _same_number(answer: str, gold: str) -> bool | None:
-    r"""Whether two numbers are equal, 7/3 and 2\frac{1}{3}: decimals to 6 places and 5 digits, 10% is 10 and 0.1."""
+    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1. None: not numbers."""
     values = []
     for m in matches if all(matches := [re.fullmatch(FRACTION, core) for core in (answer, gold)]) else []:
         top, bottom = m[3] or m[5], m[4] or m[6]
@@ -387,9 +367,7 @@ def _sympy(text: str):
 
     try:
         x = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
-    except (
-        Exception
-    ) as error:  # its parser raises plain Exception, and sympy anything, for what it cannot read
+    except Exception as error:  # its parser raises plain Exception, and sympy anything
         if isinstance(error, MemoryError):
             raise
         return None
@@ -404,23 +382,20 @@ def _parse(text: str, trusted: bool = False) -> list:
 
     chain = [part.strip() for part in re.split(RELATION, text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
-    whole = len(chain) == 1 or listed
+    members = chain if len(chain) > 1 and not listed else []
     # "I_{\max} = 3": the left side may be what it cannot read.
-    attempts = [text] * (not rounded) + chain[-1:] * (not whole)
+    attempts = [text] * (not rounded) + members[-1:]
     if "\\pm" in text:
         attempts.append(", ".join(chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+")))
     attempts = [x for x in attempts if x and not re.search(UNREADABLE, x)]
     found = [x for x in map(_sympy, attempts) if x is not None][:1]
-    numbers = (
-        [x for x in chain if re.fullmatch(CHAINED, x) and x.count("{") == x.count("}")] if not whole else []
-    )
+    numbers = [x for x in members if re.fullmatch(CHAINED, x) and x.count("{") == x.count("}")]
     numbers = [(x, value) for x in numbers if (value := _sympy(x)) is not None]
     for (s, a), (t, b) in combinations([] if trusted else numbers, 2):
         # 2/3 = 0.67 is rounded, 2/3 = 0.6 is wrong, and so is 5 \approx 7.
-        shown = [
-            m for m in (re.fullmatch(r"[+-]?\d*(\.?)(\d*)", x) for x in (s, t)) if m and (m[1] or rounded)
-        ]
-        near = shown and abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(len(m[2]) for m in shown)
+        shown = [re.fullmatch(r"[+-]?\d*(\.?)(\d*)", x) for x in (s, t)]
+        digits = [len(m[2]) for m in shown if m and (m[1] or rounded)]
+        near = digits and abs((a - b).evalf()) <= 0.5001 * 10.0 ** -min(digits)
         if not near and not verify(a, b, timeout_seconds=None):
             return []
     return found + [x for _, x in numbers if len(numbers) > 1]  # a rounding may be what is asked for
