@@ -8,9 +8,8 @@ One file to copy; it needs math-verify only. Three passes:
 2. Normalisation. Unicode to LaTeX, LaTeX to one spelling (RULES), then words are told from mathematics. Units
    and nouns go. Words that change a value are read ("5 million"), or nothing is ("not 5", "5 and a half"):
    an answer counts only if ALL of it was understood; else it is a parse failure, never its first number.
-3. Comparison. Plain numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads
-   to the end or not at all, and its verify: in processes that can be killed, for sympy can spin for ever in
-   one C call that no signal interrupts, 9^{9^{9^9}}.
+3. Comparison. Numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads to the
+   end or not at all, and its verify: in processes that can be killed, for sympy can spin for ever: 9^{9^{9^9}}.
 
 >>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
 >>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
@@ -38,23 +37,22 @@ LETTERS = "ABCDEFGHIJ"
 # ---- 1. Extraction: from a response to the text of its answer.
 # Tags of thinking parts: R1 and Qwen, Magistral, Kimi, gpt-oss with its special tokens and without.
 THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
-CLOSE = rf"(?i:</{THINK}>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|/think)\|>|assistantfinal"
-CLOSE += r"|<\|channel\|>final(?:<\|message\|>)?)"
+CLOSE = rf"(?i:</{THINK}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|assistantfinal|<\|channel\|>final)"
 OPEN = rf"(?i:<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary))"
-OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"
+OPEN += (
+    r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message|constrain)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"
+)
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
 JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 TAGGED = r"(?is)<answer>(.*?)</answer>"
-MARKED = r"(?im)####(?!\s*(?:step|part|case|problem|question)\b|\s*(?:the |final )*(?:answer|result)\W*$)"
-MARKED += r"[ \t*]*([^\n#]*[^\s#*:][^\n#]*)"
+MARKED = r"(?im)####(?!\s*(?:step|part|case)\b|.*(?:answer|result)\W*$)[ \t*]*([^\n#]*[^\s#*:][^\n#]*)"
 # "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
 ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
 IS = r"(?:[:：=]|[是为]|\b(?:is|are|(?:would|must|should|will) be|comes? (?:out )?to|est|ist|es|è)(?![a-z']))"
 STATED = rf"(?i){ANSWER}s?\b[*_]*(?:\s+(?:to|of|for|in)\s[^.:\n]{{1,80}}?)??\s*{IS}(?:[\s:：*_#$]|\\[\[(])*"
 STATED += rf"(?=\S)|{ANSWER}[\s*_]*(?=[\d$\\(-])"
 # A sentence ends at a full stop before a space, not in 1.5 or "a. b"; semicolons may part steps.
-SENTENCE = r"(?<=[^\W_][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+"
-SENTENCE += r"|;\s+(?=[^;]*=)"
+SENTENCE = r"(?<=[^\W_][.!?])\s+(?=[^a-z])|(?<=[)\]}$*%\"'][.!?])\s+|[。；]|\n+|;\s+(?=[^;]*=)"
 
 
 def answer_part(response: str, require_think: bool = False, think_end: str = "</think>") -> str | None:
@@ -62,7 +60,7 @@ def answer_part(response: str, require_think: bool = False, think_end: str = "</
     if require_think and think_end not in response:
         return None
     text = re.split(f"{re.escape(think_end)}|{CLOSE}" if think_end else CLOSE, response)[-1]
-    return re.split(OPEN, text)[0]  # nor what is thought again, or never ends
+    return re.split(OPEN, text.removeprefix("<|message|>"))[0]  # nor what is thought again
 
 
 def boxed_answers(text: str) -> list[str]:
@@ -78,9 +76,8 @@ def boxed_answers(text: str) -> list[str]:
         elif m[0] == "}" and braces and (box := braces.pop()):
             box[0][1:] = m.end(), text[box[1] : m.start()].strip()
     run = boxes[-1:]
-    while run and len(run) < min(MAX_BOXES, len(boxes)):
-        before = boxes[-len(run) - 1]
-        if not re.compile(JOINT).fullmatch(text, before[1], max(before[1], run[0][0])):
+    for before in reversed(boxes[-MAX_BOXES:-1]):
+        if not re.fullmatch(JOINT, text[before[1] : run[0][0]]):
             break
         run.insert(0, before)
     contents = [content for _, _, content in run]
@@ -107,13 +104,12 @@ def _stated(text: str) -> tuple[str, bool]:
 # ---- 2. Normalisation: one spelling for one answer, and all of it or none.
 # What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
 CHARACTERS = {
-    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
-    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓",
+    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫", ",": "،",
+    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ":": "∶",
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
-    r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", '"': "“”",
-    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉", ":": "∶", ",": "،",
-    r"\langle ": "⟨", r"\rangle ": "⟩", r"\ldots ": "…⋯", r"\setminus ": "∖", "'": "’‘′", "": "€£¥₹₩✅",
+    r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", "'": "’‘′",
+    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ", '"': "“”",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", r"\setminus ": "∖", "": "€£¥₹₩✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -133,9 +129,9 @@ def _ascii(text: str) -> str:
             parts.append(r"\frac{" + plain.replace("/", "}{") + "}")
         elif unicodedata.decimal(c, None) is not None:
             parts.append(str(unicodedata.decimal(c)))
-        elif (name := unicodedata.name(c, "")).startswith("GREEK") and c.isalpha():
-            name = name.split(" WITH ")[0].split()[-1].replace("LAMDA", "LAMBDA")
-            parts.append("\\" + (name.lower() if c.islower() else name.capitalize()) + " ")
+        elif c.isalpha() and (name := unicodedata.name(c, "")).startswith("GREEK"):
+            name = name.split(" WITH ")[0].split()[-1].replace("LAMDA", "LAMBDA").capitalize()
+            parts.append("\\" + (name.lower() if c.islower() else name) + " ")
         elif unicodedata.category(c) not in ("Cf", "Mn", "So"):  # nothing without width, no pictures
             parts.append(" " if c.isspace() and c != "\n" else plain)
         last = kind
@@ -201,16 +197,18 @@ def _normal(text: str) -> str:
 # Words that are mathematics; those that multiply; short ones that are no products of variables.
 NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi infty alpha beta gamma"
 NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma phi omega".split()}
-NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "oo": r"\infty ", "lcm": r"\operatorname{lcm}"}
-NAMES |= {"plus": "+", "minus": "-", "times": r"\times "}
+NAMES |= dict(infinity=r"\infty ", inf=r"\infty ", oo=r"\infty ", plus="+", minus="-", times=r"\times ")
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
-SMALL += " sum ans you one two for of if mm cm dm km ft mi yd kg mg lb oz ml hr hrs min sec ms mph kmh mol"
-SMALL = f"{SMALL} rad usd sq cu day way men man cup kwh hz ton".split()
+SMALL = (
+    "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum"
+)
+SMALL = (
+    f"{SMALL} ans you two for of if mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
+)
 LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 CHANGE = (
-    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|hund)\w*ths"
+    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|dred|sand)ths"
 )
 CHANGE += r"|factorial|mod|modulo|power|squared|cubed|except|maybe|perhaps"
 AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}(?:{CHANGE}|or|hundreds?|mil"
@@ -220,8 +218,7 @@ BEFORE += r"|no|triple|times|root|without|square|cube|reciprocal|inverse|multipl
 BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|dollars?"
 HEDGE = r"(?i)\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b"
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
-TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|."
-TOKEN = re.compile(TOKEN, re.S)
+TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|.|\n"
 POWER = re.compile(r"\s*\^\s*\{?(-?[0-9])\}?|\s*/\s*@?[A-Za-z]+")  # behind a unit
 SEP = "\x01"  # "and" or "or" between two answers
 # What may be cut off behind a formula: a condition; and, where the answer comes first, an explanation.
@@ -238,19 +235,19 @@ def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
     """Whether letters without a mark are a word, or a product of variables like xyz and 2ab."""
     if len(word) == 1 and word.isascii():
         return prose and word in "aAI" and bool(re.match(r"\s+[A-Za-z]{2}", after)) and before[-1:] in " ,"
-    if len(word) > 3 or not word.isascii() or word.lower() in SMALL:
+    if len(word) > 3 or not word.isascii() or word.lower() in SMALL.split():
         return True
     joined = re.search(r"[0-9^_+*/=<>{}\\(]$" if prose else r"[0-9^_+*/=<>{}(]\s*$", before)
-    if joined or re.match(r"\s*[_^=+*/<>]|-", after):
-        return bool(re.search(r"[0-9}]\s+$", before) and re.search("[aeiou]", word) and not after.strip(" ."))
-    return prose
+    if not joined and not re.match(r"\s*[_^=+*/<>]|-", after):
+        return prose
+    return bool(re.search(r"[0-9}]\s+$", before) and re.search("[aeiou]", word) and not after.strip(" ."))
 
 
 def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
     """[(kind, text)] of normal text: "math" from end to end, or one "word"."""
     pieces, math, i = [], "", 0
     while i <= len(text):
-        m = TOKEN.match(text, i)
+        m = re.compile(TOKEN).match(text, i)
         name = m[0].lstrip("@").lower() if m and m[2] else ""
         i = m.end() if m else i + 1
         if name in NAMES and (name not in ("times", "plus", "minus") or re.match(r"\s*[\d(\\]", text[i:])):
@@ -300,31 +297,33 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
 
 # ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
-FRACTION = r"([+-]?)\s*(?:([0-9]+)?\s*\\frac\s*\{([0-9]+)\}\s*\{(0*[1-9][0-9]*)\}|([0-9]+)\s*/\s*(0*[1-9]\d*)"
-FRACTION += r"|([0-9]+\.?[0-9]*|\.[0-9]+))\s*(\\%)?"
+FRACTION = (
+    r"([+-]?)\s*([0-9]+(?=\s*\\))?\s*(?:\\frac\s*(?=\{\w+\}\s*\{))?\{?([0-9]+(?:\}\s*\{|\s*/\s*)0*[1-9][0-9]*"
+)
+FRACTION += r"|[0-9]+\.?[0-9]*|\.[0-9]+)\}?\s*(\\%)?"
 BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
 LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
-UNREADABLE = (
-    r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@`\"]|&(?!.*\\end)|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
-)
+UNREADABLE = r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@`\"]|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
 RELATION = r"(?<![<>!:\\])=|\\approx(?![a-z])"  # in a chain, 2/3 = 4/6 \approx 0.67
 CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*"
 
 
 def _same_number(answer: str, gold: str) -> bool | None:
-    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1. None: not numbers."""
-    values = []
-    for m in matches if all(matches := [re.fullmatch(FRACTION, core) for core in (answer, gold)]) else []:
-        top, bottom = m[3] or m[5], m[4] or m[6]
-        value = Fraction(int(top), int(bottom)) + int(m[2] or 0) if bottom else Fraction(m[7].rstrip("."))
-        values.append((-value if m[1] == "-" else value, "." in (m[7] or ""), 100 if m[8] else 1))
-    if not values:
+    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1. None: no numbers."""
+    a, g = (re.fullmatch(FRACTION, core) for core in (answer, gold))
+    if not a or not g:
         return None
-    (a, decimal_a, a100), (g, decimal_g, g100) = values
-    pairs = [(a, g)] if a100 == g100 else [(a, g), (a / a100, g / g100)]
+    values = [
+        Fraction(re.sub(r"\}\s*\{|\s+", lambda m: "/" * ("}" in m[0]), m[3]).rstrip(".")) for m in (a, g)
+    ]
+    x, y = (
+        v + int(m[2] or 0) if m[1] != "-" else -v - int(m[2] or 0)
+        for v, m in zip(values, (a, g), strict=True)
+    )
+    pairs = [(x, y)] if a[4] == g[4] else [(x, y), (x / 100, y) if a[4] else (x, y / 100)]
     close = [round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y) for x, y in pairs]
-    return any(x == y for x, y in pairs) or (decimal_a or decimal_g) and any(close)
+    return any(x == y for x, y in pairs) or "." in a[3] + g[3] and any(close)
 
 
 def _plain(text: str) -> str:
@@ -479,9 +478,8 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
         if len(named) == 1 or stated:
             letter = named[0] if len(named) == 1 else stated[-1] if stated[-1] in allowed else None
         elif tail and len(labels) < 2:
-            found = [
-                _letter(x, texts, allowed) for x in (phrase, tail.splitlines()[-1], tail.splitlines()[0])
-            ]
+            lines = [phrase, *tail.splitlines()[::-1]]
+            found = [_letter(x, texts, allowed) for x in (*lines[:2], lines[-1])]
             letter = next((x for x in [*found, *(labels & set(allowed))] if x is not None), None)
     # A reference may carry its option's text after the letter.
     lead = [re.match(r"\s*\(?([A-J])\b", g) for g in golds]
@@ -491,8 +489,7 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
 
 # ---- 5. The workers: one JSON line in, one out, under limits of memory and time.
 _IDLE: list[subprocess.Popen] = []  # workers, started when the first hard answer comes, then kept
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
+os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
 
 
 def _serve() -> None:
@@ -514,15 +511,13 @@ def _serve() -> None:
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + task["seconds"]) + 2)
         try:
             readings = [(_parse(a), _parse(g, trusted=True), a + g) for a, g in task["pairs"]]
-            right = any(
-                _equal(x, w, texts) for found, wanted, texts in readings for w in wanted for x in found
-            )
-            parsed, error = any(found and wanted for found, wanted, _ in readings), ""
+            right = any(_equal(x, w, t) for found, wanted, t in readings for w in wanted for x in found)
+            reply = [right, any(found and wanted for found, wanted, _ in readings), ""]
         except MemoryError:
             return  # its state is unknown: the caller counts a crash and starts a fresh worker
-        except Exception as e:  # sympy raises anything on odd input: counted as a parse failure
-            right, parsed, error = False, False, repr(e)
-        print(json.dumps([bool(right), bool(parsed), error]), file=out)
+        except Exception as error:  # sympy raises anything on odd input: counted as a parse failure
+            reply = [False, False, repr(error)]
+        print(json.dumps(reply), file=out)
 
 
 @atexit.register
@@ -557,9 +552,8 @@ def _start() -> subprocess.Popen:
     reply = _ask(worker, json.dumps({"pairs": [["\\frac{x}{2}", "0.5x"]], "seconds": 120}), 120)
     if not reply or not reply[0]:
         close_workers(worker)
-        raise RuntimeError(
-            f"the answer-checking process did not start: {reply[2] if reply else 'no sign of it'}"
-        )
+        reason = reply[2] if reply else "no sign of it"
+        raise RuntimeError(f"the answer-checking process did not start: {reason}")
     return worker
 
 
