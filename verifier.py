@@ -274,7 +274,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
 def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str] | None:
     """(LaTeX, power of its unit) of a text with one answer, in prose at the end; None if not all is clear."""
     text = re.sub(QUALIFIER, "", _normal(text))
-    text = m[1] if not prose and (m := re.fullmatch(COMMA, text)) else text
+    text = m[1] if (m := re.fullmatch(COMMA, text)) else text
     if first and (not prose or re.match(r"[^A-Za-z@]", text)):
         text = re.sub(CLAUSE, "", text)
     pieces = _pieces(text, prose)
