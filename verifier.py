@@ -9,7 +9,7 @@ One file to copy; it needs math-verify only. Three passes:
    and nouns go. Words that change a value are read ("5 million"), or nothing is ("not 5", "5 and a half"):
    an answer counts only if ALL of it was understood; else it is a parse failure, never its first number.
 3. Comparison. Numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads to the
-   end or not at all, and its verify: in processes that can be killed, for sympy can spin for ever: 9^{9^{9^9}}.
+   end or not at all, and its verify: in processes that can be killed, for sympy may never end (9^{9^{9^9}}).
 
 >>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
 >>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
@@ -30,7 +30,6 @@ from itertools import combinations
 from multiprocessing.connection import wait
 
 MAX_ANSWER = 2000  # characters of an answer that are parsed; a longer box is a parse failure
-MAX_BOXES = 12  # boxes that can make up one answer
 WORKER_MEMORY = 2 << 30  # bytes of address space that a worker may take
 LETTERS = "ABCDEFGHIJ"
 
@@ -39,9 +38,7 @@ LETTERS = "ABCDEFGHIJ"
 THINK = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)"
 CLOSE = rf"(?i:</{THINK}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|assistantfinal|<\|channel\|>final)"
 OPEN = rf"(?i:<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary))"
-OPEN += (
-    r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of_solution|message|constrain)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"
-)
+OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of|message|constrain)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
 JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
 TAGGED = r"(?is)<answer>(.*?)</answer>"
@@ -76,7 +73,7 @@ def boxed_answers(text: str) -> list[str]:
         elif m[0] == "}" and braces and (box := braces.pop()):
             box[0][1:] = m.end(), text[box[1] : m.start()].strip()
     run = boxes[-1:]
-    for before in reversed(boxes[-MAX_BOXES:-1]):
+    for before in reversed(boxes[-12:-1]):
         if not re.fullmatch(JOINT, text[before[1] : run[0][0]]):
             break
         run.insert(0, before)
@@ -94,8 +91,6 @@ def _stated(text: str) -> tuple[str, bool]:
         return re.split(SENTENCE, text[stated[-1].end() :])[0], True
     # "I hope it is correct." is no answer: the last sentence with mathematics, unless a hedge comes after it.
     for sentence in reversed([s for s in re.split(SENTENCE, text)[-4:] if s.strip()]):
-        if bold := re.findall(r"\*\*([^*]*\d[^*]*)\*\*", sentence):
-            return bold[-1], False
         if re.search(r"\d|\\[A-Za-z]|\$|[^\x00-\x7f]", sentence) or re.search(HEDGE, sentence):
             return sentence, False
     return text, False
@@ -104,20 +99,19 @@ def _stated(text: str) -> tuple[str, bool]:
 # ---- 2. Normalisation: one spelling for one answer, and all of it or none.
 # What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
 CHARACTERS = {
-    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫", ",": "،",
-    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ":": "∶",
+    "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
+    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ",": "،",
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
-    r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", "'": "’‘′",
-    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ", '"': "“”",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", r"\setminus ": "∖", "": "€£¥₹₩✅",
+    r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", ":": "∶",
+    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", "'": "’‘′", '"': "“”", "": "€£¥₹✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
 
 def _ascii(text: str) -> str:
     r"""Unicode as LaTeX: 10⁻³ is 10^{-3}, 3¾ is 3\frac{3}{4}, x₁₂ is x_{12}, ６ and ૬ are 6, θ is \theta."""
-    for mark, command in (("[\u0304\u0305]", r"\overline"), ("\u0307", r"\dot")):  # 0.3̅
-        text = re.sub(f"((?:[0-9]{mark})+)", lambda m, c=command: f"{c}{{{m[0][::2]}}}", text)
+    text = re.sub("((?:[0-9][\u0304\u0305])+)", lambda m: rf"\overline{{{m[0][::2]}}}", text)  # 0.3̅
     parts, last = [], ""
     for c in text.translate(CHARACTERS):
         kind, _, rest = unicodedata.decomposition(c).partition("> ")
@@ -169,13 +163,12 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
     (r"(?<=[0-9)}])\s*\((?=[0-9.]+\))", r"\\cdot ("), (r"\)\s*(?=[0-9(])", r")\\cdot "),  # 2(3), (2)(3)
     (r"\^\s*\{?@?\s*\\?circ(?![a-z])\s*\}?|\\degree|(?<![A-Za-z@])@?deg(?:rees?)?\b", ""),  # 30^\circ
-    (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),  # 1or2
     (r"(?<=[0-9n])\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),  # the 5th
     (r"^\s*\\?[A-Za-z]+\s+@?(?:is|equals|are)\s+(?=[-+0-9\\(])", ""),  # x is 4
     (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
     (rf"(?<=[0-9}}])\s*@?{RATE}\s*(?:/|@?per\b|\\cdot)\s*@?{RATE}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
     (r"\\frac\s*([0-9A-Za-z]|\\[a-z]+)(?=\s*[0-9A-Za-z{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
-    (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"),
+    (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"), (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),  # 1or2
     (rf"((?<!\\)\^|{ROOT})\s*(-?{ATOM})", r"\1{\2}"),  # 2^10, \sqrt 12, x^\frac12
     (rf"(\^|{ROOT})\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", r"\1{\2}"),  # x^(1/2)
 ]]  # fmt: skip
@@ -199,17 +192,13 @@ NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp 
 NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma phi omega".split()}
 NAMES |= dict(infinity=r"\infty ", inf=r"\infty ", oo=r"\infty ", plus="+", minus="-", times=r"\times ")
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-SMALL = (
-    "the is it so we get are was be as at by to in on an my his her its has had have that this then thus sum"
-)
-SMALL = (
-    f"{SMALL} ans you two for of if mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
+SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
+SMALL += (
+    " ans you two for of if sum mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
 )
 LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
-CHANGE = (
-    r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|dred|sand)ths"
-)
+CHANGE = r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|d)ths"
 CHANGE += r"|factorial|mod|modulo|power|squared|cubed|except|maybe|perhaps"
 AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}(?:{CHANGE}|or|hundreds?|mil"
 AFTER += r"|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|repeating|recurring)\b|[万亿千百半不或]"
@@ -227,8 +216,9 @@ KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants
 QUALIFIER = rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?where(?:ver)?\b|@?for\s+(?:{KINDS}|[a-z]\s*=|(?={CONDITION}))"
 QUALIFIER += rf"|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$"
 COMMA = r"(?s)([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
-CLAUSE = r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|that|rather|instead"
-CLAUSE += r"|not|and (?:we|that|so|it))\s.*"
+CLAUSE = (
+    r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|not|and (?:we|it))\s.*"
+)
 
 
 def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
@@ -256,9 +246,7 @@ def _pieces(text: str, prose: bool) -> list[tuple[str, str]]:
             math += rf"\cdot {SCALES[name]} "
         elif name in ("and", "or") and math.strip():
             math += SEP
-        elif name and not (m[1] or _is_word(m[2], text[: m.start()], text[i:], prose)):
-            math += m[2]
-        elif m and not name:
+        elif m and not (name and (m[1] or _is_word(m[2], text[: m.start()], text[i:], prose))):
             math += m[0]
         else:  # a word, or the end
             joined = [("word", "and")] * bool(name and math.rstrip(" ,").endswith(SEP))
@@ -298,9 +286,9 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
 # ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
 FRACTION = (
-    r"([+-]?)\s*([0-9]+(?=\s*\\))?\s*(?:\\frac\s*(?=\{\w+\}\s*\{))?\{?([0-9]+(?:\}\s*\{|\s*/\s*)0*[1-9][0-9]*"
+    r"([+-]?)\s*([0-9]+(?=\s*\\))?\s*(?:\\frac\s*(?=\{\w+\}\s*\{))?\{?("  # 7, 0.5, 7/3, 2\frac{1}{3}, 5\%
 )
-FRACTION += r"|[0-9]+\.?[0-9]*|\.[0-9]+)\}?\s*(\\%)?"
+FRACTION += r"[0-9]+(?:\}\s*\{|\s*/\s*)0*[1-9][0-9]*|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)\.?\}?\s*(\\%)?"
 BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
 LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
@@ -310,17 +298,11 @@ CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?!
 
 
 def _same_number(answer: str, gold: str) -> bool | None:
-    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1. None: no numbers."""
+    """Whether two numbers are equal: decimals to 6 places and 5 digits, 10% is 10 and 0.1. Else None."""
     a, g = (re.fullmatch(FRACTION, core) for core in (answer, gold))
     if not a or not g:
         return None
-    values = [
-        Fraction(re.sub(r"\}\s*\{|\s+", lambda m: "/" * ("}" in m[0]), m[3]).rstrip(".")) for m in (a, g)
-    ]
-    x, y = (
-        v + int(m[2] or 0) if m[1] != "-" else -v - int(m[2] or 0)
-        for v, m in zip(values, (a, g), strict=True)
-    )
+    x, y = (int(m[1] + "1") * (int(m[2] or 0) + Fraction(re.sub(r"[{}\s/]+", "/", m[3]))) for m in (a, g))
     pairs = [(x, y)] if a[4] == g[4] else [(x, y), (x / 100, y) if a[4] else (x, y / 100)]
     close = [round(x, 6) == round(y, 6) and abs(x - y) * 10**5 <= abs(y) for x, y in pairs]
     return any(x == y for x, y in pairs) or "." in a[3] + g[3] and any(close)
@@ -409,8 +391,7 @@ def _equal(found, wanted, texts: str) -> bool:
     if {isinstance(x, FiniteSet) for x in pair} == {isinstance(x, (Tuple, Interval)) for x in pair} == {0, 1}:
         if "\\{" in texts:
             return False  # one is ordered, the other a set in braces
-        if isinstance(wanted, FiniteSet):
-            found, wanted = wanted, found  # against a tuple a list is ordered too
+        found, wanted = sorted(pair, key=lambda x: isinstance(x, FiniteSet))[::-1]  # a list is ordered, then
     if not verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True):
         return False
     numbers = all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in pair)
@@ -427,11 +408,10 @@ def _equal(found, wanted, texts: str) -> bool:
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
 CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
-STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}"
-STATED_LETTER += r"|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
-STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
+STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}|(?-i:\b([A-J])\)?\**) is "
+STATED_LETTER += r"(?:the )?(?:correct|right|best|answer)|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
 LABEL = r"(?s)\(?([A-Z])(?:\s*[).:,;]|\s[-\u2013\u2014]+\s|\s(?=\(|because|since))\s*(\S.*)"
-LABEL += r"|\(?([a-z])(?:\s*[).:,]|\s[-\u2013\u2014]+\s)\s*(\S.*)"
+LABEL += r"|\(?([a-z])(?:\s*[).:]|\s[-\u2013\u2014]+\s)\s*(\S.*)"
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
@@ -454,8 +434,6 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
         return None
     letter, rest = (label[1] or label[3]).upper(), _plain(label[2] or label[4])
     other = plain.count(rest) == 1 and LETTERS[plain.index(rest)] != letter
-    if label[3] and bare[1:2] == "," and rest not in plain:
-        return None  # "a, that is"
     return letter if letter in allowed and not other else ""  # "B: the text of A" is two answers
 
 
@@ -544,7 +522,6 @@ def _ask(worker: subprocess.Popen, task: str, timeout: float) -> list | None:
 def _start() -> subprocess.Popen:
     """A worker that is ready; RuntimeError with its reason if it cannot start."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     # -P keeps this folder off its path: no data.py shadows a library's module. Ctrl-C is for the caller.
     command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
     worker = subprocess.Popen(command, **pipes, start_new_session=True)
@@ -578,9 +555,6 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
         if reply is None:
             return False, "timeouts"
     return False, "crashes"  # twice: the first worker may have died of something else
-
-
-# ---- 6. What others call.
 
 
 def _references(gold) -> list[str]:
