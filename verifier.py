@@ -11,7 +11,7 @@ One file to copy; it needs math-verify only. Three passes:
 3. Comparison. Numbers as fractions, words as words, the rest by math-verify's latex2sympy, which reads to the
    end or not at all, and its verify: in processes that can be killed, for sympy may never end (9^{9^{9^9}}).
 
->>> responses = [r"Two halves ... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
+>>> responses = [r"... </think> So \boxed{\frac{1}{2}}.", "The answer is (C)."]
 >>> check_answers(responses, ["0.5", "C"], ["math", "choice"])[0]
 [True, True]
 """
@@ -100,11 +100,11 @@ def _stated(text: str) -> tuple[str, bool]:
 # What unicodedata does not say; it knows digits, fractions, super- and subscripts, full width, Greek letters.
 CHARACTERS = {
     "-": "\u2010\u2011\u2012\u2013\u2212\u2796\ufe63\uff0d", " - ": "\u2014\u2015", "/": "∕⁄", ".": "٫",
-    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓", ",": "،",
+    r"\cdot ": "·⋅•∙∗＊‧", r"\times ": "×✕✖⨯", r"\div ": "÷➗", "+": "➕", r"\pm ": "±", r"\mp ": "∓",
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", ":": "∶",
-    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", "'": "’‘′", '"': "“”", "": "€£¥₹✅",
+    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", ",": "،",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", "'": "’‘", '"': "“”", "": "€£¥✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -157,8 +157,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (DOTS, r"\\overline{\1\2\3}"), (r"(\.[0-9]*)\(([0-9]+)\)(?![\w(])", r"\1\\overline{\2}"),  # 0.(3)
     (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m: r"\frac{%d}{%s}" % (  # 29/30
         int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
-    (r"(?<![0-9.,(\[{])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9,])", lambda m: m[1].replace(",", "")),  # 1,000
-    (r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", "")),  # 1 000
+    (r"(?<![0-9.,(\[{])[0-9]{1,3}(?:([, ])[0-9]{3})(?:\1[0-9]{3})*(?![0-9,])", lambda m: re.sub("[, ]", "", m[0])),
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
     (r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
     (r"(?<=[0-9)}])\s*\((?=[0-9.]+\))", r"\\cdot ("), (r"\)\s*(?=[0-9(])", r")\\cdot "),  # 2(3), (2)(3)
@@ -168,7 +167,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
     (rf"(?<=[0-9}}])\s*@?{RATE}\s*(?:/|@?per\b|\\cdot)\s*@?{RATE}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
     (r"\\frac\s*([0-9A-Za-z]|\\[a-z]+)(?=\s*[0-9A-Za-z{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
-    (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"), (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),  # 1or2
+    (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"), (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),
     (rf"((?<!\\)\^|{ROOT})\s*(-?{ATOM})", r"\1{\2}"),  # 2^10, \sqrt 12, x^\frac12
     (rf"(\^|{ROOT})\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", r"\1{\2}"),  # x^(1/2)
 ]]  # fmt: skip
@@ -193,9 +192,7 @@ NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma ph
 NAMES |= dict(infinity=r"\infty ", inf=r"\infty ", oo=r"\infty ", plus="+", minus="-", times=r"\times ")
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
-SMALL += (
-    " ans you two for of if sum mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
-)
+SMALL += " ans you two for of if mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
 LENGTH = r"(?:[kcmd]?m|in|ft|yd|mi|inch|inches|feet|foot|yards?|miles?|units?|\w*met(?:er|re)s?)"
 # Words that change the number before them ("5 of", "5 and a half", "5 lakh") or after them ("at least 5").
 CHANGE = r"not|nor|than|half|hal[vf]e[sd]?|thirds?|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|d)ths"
@@ -216,15 +213,13 @@ KINDS = r"@?(?:all|any|every|each|some|integers?|real|positive|natural|constants
 QUALIFIER = rf"(?s)(?<=[\w)}}\]!])[\s,;(]+(?:@?where(?:ver)?\b|@?for\s+(?:{KINDS}|[a-z]\s*=|(?={CONDITION}))"
 QUALIFIER += rf"|@?with\s+(?={CONDITION})).*|(?<=[\w)}}\]!])[\s,]*\(\s*{CONDITION}\)$"
 COMMA = r"(?s)([^<>]*(?<![A-Za-z\\])([a-z])(?![A-Za-z])[^<>]*?),\s*\2\s*(?:\\(?:in|ge|ne)(?![a-z])|>).*"
-CLAUSE = (
-    r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|not|and (?:we|it))\s.*"
-)
+CLAUSE = r"(?s)(?<=[\w)}\]!%,])(?<!\bor)(?<!\band)[\s,;(]+@?(?:because|since|as|so|which|not|and we)\s.*"
 
 
 def _is_word(word: str, before: str, after: str, prose: bool) -> bool:
     """Whether letters without a mark are a word, or a product of variables like xyz and 2ab."""
     if len(word) == 1 and word.isascii():
-        return prose and word in "aAI" and bool(re.match(r"\s+[A-Za-z]{2}", after)) and before[-1:] in " ,"
+        return bool(prose and re.match(r"[aAI]\s+[A-Za-z]{2}", word + after)) and before[-1:] in " ,"
     if len(word) > 3 or not word.isascii() or word.lower() in SMALL.split():
         return True
     joined = re.search(r"[0-9^_+*/=<>{}\\(]$" if prose else r"[0-9^_+*/=<>{}(]\s*$", before)
@@ -285,10 +280,8 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 
 
 # ---- 3. Comparison: what needs no mathematics here, the rest in worker processes.
-FRACTION = (
-    r"([+-]?)\s*([0-9]+(?=\s*\\))?\s*(?:\\frac\s*(?=\{\w+\}\s*\{))?\{?("  # 7, 0.5, 7/3, 2\frac{1}{3}, 5\%
-)
-FRACTION += r"[0-9]+(?:\}\s*\{|\s*/\s*)0*[1-9][0-9]*|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)\.?\}?\s*(\\%)?"
+FRACTION = r"([+-]?)\s*([0-9]+(?=\s*\\))?\s*(?:\\frac\s*(?=\{\w+\}\s*\{))?\{?([0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+FRACTION += r"|[0-9]+(?:\}\s*\{|\s*/\s*)0*[1-9][0-9]*)\.?\}?\s*(\\%)?"  # 7, 0.5, 7/3, 2\frac{1}{3}, 5\%
 BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
 LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
@@ -343,11 +336,10 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
 def _sympy(text: str):
     """latex2sympy's reading of all of a formula; None if there is none."""
     from latex2sympy2_extended.latex2sympy2 import latex2sympy
-    from math_verify.grader import should_treat_as_complex
     from sympy import Expr, I
 
     try:
-        x = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
+        x = latex2sympy(text, is_real=True, normalization_config=None)
     except Exception as error:  # its parser raises plain Exception, and sympy anything
         if isinstance(error, MemoryError):
             raise
@@ -364,8 +356,7 @@ def _parse(text: str, trusted: bool = False) -> list:
     chain = [part.strip() for part in re.split(RELATION, text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
     members = chain if len(chain) > 1 and not listed else []
-    # "I_{\max} = 3": the left side may be what it cannot read.
-    attempts = [text] * (not rounded) + members[-1:]
+    attempts = [text] * (not rounded) + members[-1:]  # I_{\max} = 3: it may not read the left side
     if "\\pm" in text:
         attempts.append(", ".join(chain[-1].replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+")))
     attempts = [x for x in attempts if x and not re.search(UNREADABLE, x)]
@@ -408,8 +399,9 @@ def _equal(found, wanted, texts: str) -> bool:
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
 CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
-STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}|(?-i:\b([A-J])\)?\**) is "
-STATED_LETTER += r"(?:the )?(?:correct|right|best|answer)|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
+STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}"
+STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
+STATED_LETTER += r"|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
 LABEL = r"(?s)\(?([A-Z])(?:\s*[).:,;]|\s[-\u2013\u2014]+\s|\s(?=\(|because|since))\s*(\S.*)"
 LABEL += r"|\(?([a-z])(?:\s*[).:]|\s[-\u2013\u2014]+\s)\s*(\S.*)"
 
@@ -441,8 +433,8 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     """The last box, else the last "answer is (X)", else a label or an option's text; None: none is found."""
     texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
     allowed = LETTERS[: min(len(texts) or options or len(LETTERS), len(LETTERS))]
-    text = re.sub(r"[^\S\n]+", " ", text[-100_000:])  # long runs of blanks would make the search below cubic
-    text = re.sub(r"\s*\n\s*", "\n", text).strip()
+    # Long runs of blanks would make the search below cubic.
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text[-100_000:])).strip()
     boxes = boxed_answers(text)
     letter = _letter(boxes[0], texts, allowed) if boxes and len(boxes[0]) <= MAX_ANSWER else None
     if letter is None:
@@ -558,26 +550,23 @@ def _solve(task: str, timeout: float) -> tuple[bool, str]:
 
 
 def _references(gold) -> list[str]:
-    """The accepted answers of a gold: a list, a list written as text (['1,234'] or ["25\\\\%"]), or one."""
+    """The accepted answers of a gold: one, a list, or a list as text (['1,234']); of a solution its boxes."""
     if isinstance(gold, str) and re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", gold, re.S):
         gold = [item for _, item in re.findall(r"""(['"])(.*?)\1\s*(?=,\s*['"]|\]\s*$)""", gold, re.S)]
         doubled = all("\\" not in item.replace("\\\\", "") for item in gold)
         gold = [item.replace("\\\\", "\\") for item in gold] if doubled else gold
     golds = [str(g) for g in (gold if isinstance(gold, (list, tuple)) else [gold])]
-    # A reference solution counts by its box, several in a row by all of them.
     return [((boxed_answers(g) or [g])[-1] or g)[-MAX_ANSWER:] for g in golds]
 
 
-def check_answers(
-    responses, golds, kinds, choices=None, require_think=False, timeout=5.0, workers=None,
-    think_end="</think>",
-) -> tuple[list[bool], dict]:  # fmt: skip
+def check_answers(responses, golds, kinds, choices=None, require_think=False, timeout=5.0, workers=None,
+                  think_end="</think>") -> tuple[list[bool], dict]:  # fmt: skip
     """Grades many responses -> (verdicts, counts); `timeout` is wall-clock seconds an answer. Thread-safe.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
     response its option texts, their number, or None (A-J). `think_end` closes the model's thinking part and
-    must be there if `require_think`. Counts: fast (no mathematics needed), solved, and three sorts of wrong
-    answers: timeouts, crashes, parse_failures (none found, or not readable). docs/guide.md: what is accepted.
+    must be there if `require_think`. Counts: fast (no mathematics needed), solved, and the wrong answers'
+    timeouts, crashes and parse_failures (none found, or not all of it readable).
     """
     choices = [None] * len(responses) if choices is None else choices
     sizes = (len(responses), len(golds), len(kinds), len(choices))
@@ -603,14 +592,13 @@ def check_answers(
         else:
             verdicts[i] = bool(verdict)
             counts["parse_failures" if verdict is None else "fast"] += 1
-    if hard:
-        workers = min(workers or min(8, os.cpu_count() or 1), 1 + len(hard) // 8)
-        with ThreadPoolExecutor(workers) as threads:  # each waits for one worker process
-            results = list(threads.map(lambda task: _solve(task, timeout), hard))
-        for places, (right, outcome) in zip(hard.values(), results, strict=True):
-            counts[outcome] += len(places)
-            for i in places:
-                verdicts[i] = right
+    workers = min(workers or min(8, os.cpu_count() or 1), 1 + len(hard) // 8)
+    with ThreadPoolExecutor(workers) as threads:  # each waits for one worker process
+        results = list(threads.map(lambda task: _solve(task, timeout), hard))
+    for places, (right, outcome) in zip(hard.values(), results, strict=True):
+        counts[outcome] += len(places)
+        for i in places:
+            verdicts[i] = right
     return verdicts, counts
 
 
