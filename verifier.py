@@ -1,7 +1,6 @@
 r"""Is the answer right? A response and a reference -> True or False, for mathematics and multiple choice.
 
 One file to copy; it needs math-verify only. Three passes:
-
 1. Extraction, from what follows the tag that closes the thinking part, of the first that is there: the last
    \boxed (boxes side by side are also tried as one list), the last <answer> tag, the line of the last ####,
    what follows the last "answer is" or "Answer:", the last number or formula of the last sentence with one.
@@ -20,6 +19,7 @@ import atexit
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import unicodedata
@@ -41,7 +41,6 @@ OPEN = rf"(?i:<{THINK}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\
 OPEN += r"|\Aanalysis(?=[A-Z])|<\|(?!begin_of|message|constrain)[\w ]{2,30}\|>|</s>|<end_of_turn>|<eos>"
 # Between two boxes of one answer: "\boxed{2} and y = \boxed{-2}".
 JOINT = r"(?:[\s$,;]|\\q?quad|\\[(),\[\]]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s*=)*"
-TAGGED = r"(?is)<answer>(.*?)</answer>"
 MARKED = r"(?im)####(?!\s*(?:step|part|case)\b|.*(?:answer|result)\W*$)[ \t*]*([^\n#]*[^\s#*:][^\n#]*)"
 # "The final answer to it is: 5", "**Answer**\n5"; the word for it in other languages.
 ANSWER = r"(?:\banswer|\bantwort|\bréponse|\brespuesta|\brisposta|\bresposta|答案|答)"
@@ -82,14 +81,13 @@ def boxed_answers(text: str) -> list[str]:
 
 
 def _stated(text: str) -> tuple[str, bool]:
-    """Where the answer of a response without a box stands: (text, whether it begins with the answer)."""
+    """(text, does it begin with the answer?) where it is stated, else the last sentence that may hold it."""
     text = text[-MAX_ANSWER:].strip()
-    if found := re.findall(TAGGED, text) or re.findall(MARKED, text):
+    if found := re.findall(r"(?is)<answer>(.*?)</answer>", text) or re.findall(MARKED, text):
         return found[-1].strip(), True
     text = text.rstrip("!")  # "It is 42!"
     if stated := list(re.finditer(STATED, text)):
         return re.split(SENTENCE, text[stated[-1].end() :])[0], True
-    # "I hope it is correct." is no answer: the last sentence with mathematics, unless a hedge comes after it.
     for sentence in reversed([s for s in re.split(SENTENCE, text)[-4:] if s.strip()]):
         if re.search(r"\d|\\[A-Za-z]|\$|[^\x00-\x7f]", sentence) or re.search(HEDGE, sentence):
             return sentence, False
@@ -104,7 +102,7 @@ CHARACTERS = {
     r"\sqrt ": "√", r"\sqrt[3] ": "∛", r"\sqrt[4] ": "∜", r"\infty ": "∞", r"\emptyset ": "∅", r"\ne ": "≠",
     r"\le ": "≤⩽≦", r"\ge ": "≥⩾≧", r"\approx ": "≈≃≅", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", ":": "∶",
     r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", ",": "،",
-    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", "'": "’‘", '"': "“”", "": "€£¥✅",
+    r"^\circ ": "°º˚", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\ldots ": "…⋯", "'": "’‘", '"': "“”", "": "€£✅",
 }  # fmt: skip
 CHARACTERS = str.maketrans({c: latex for latex, many in CHARACTERS.items() for c in many})
 
@@ -157,7 +155,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (DOTS, r"\\overline{\1\2\3}"), (r"(\.[0-9]*)\(([0-9]+)\)(?![\w(])", r"\1\\overline{\2}"),  # 0.(3)
     (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m: r"\frac{%d}{%s}" % (  # 29/30
         int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
-    (r"(?<![0-9.,(\[{])[0-9]{1,3}(?:([, ])[0-9]{3})(?:\1[0-9]{3})*(?![0-9,])", lambda m: re.sub("[, ]", "", m[0])),
+    (r"(?<![0-9.,([{])[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?![0-9,])", lambda m: m[0].replace(m[1], "")),
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
     (r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
     (r"(?<=[0-9)}])\s*\((?=[0-9.]+\))", r"\\cdot ("), (r"\)\s*(?=[0-9(])", r")\\cdot "),  # 2(3), (2)(3)
@@ -187,9 +185,12 @@ def _normal(text: str) -> str:
 
 
 # Words that are mathematics; those that multiply; short ones that are no products of variables.
-NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd pi infty alpha beta gamma"
-NAMES = {name: f"\\{name} " for name in f"{NAMES} delta theta lambda mu sigma phi omega".split()}
-NAMES |= dict(infinity=r"\infty ", inf=r"\infty ", oo=r"\infty ", plus="+", minus="-", times=r"\times ")
+NAMES = (
+    "sin cos tan cot sec csc arcsin arccos arctan log ln exp gcd pi alpha beta gamma theta lambda phi omega"
+)
+NAMES = {x: f"\\{x} " for x in NAMES.split()} | dict(
+    infinity=r"\infty ", plus="+", minus="-", times=r"\times "
+)
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
 SMALL += " ans you two for of if mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
@@ -286,7 +287,6 @@ BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
 LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
 # What latex2sympy would misread: numbers side by side are added, a prime is dropped.
 UNREADABLE = r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@`\"]|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
-RELATION = r"(?<![<>!:\\])=|\\approx(?![a-z])"  # in a chain, 2/3 = 4/6 \approx 0.67
 CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*"
 
 
@@ -336,7 +336,7 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
 def _sympy(text: str):
     """latex2sympy's reading of all of a formula; None if there is none."""
     from latex2sympy2_extended.latex2sympy2 import latex2sympy
-    from sympy import Expr, I
+    from sympy import Expr, I, Symbol
 
     try:
         x = latex2sympy(text, is_real=True, normalization_config=None)
@@ -344,8 +344,7 @@ def _sympy(text: str):
         if isinstance(error, MemoryError):
             raise
         return None
-    i = {s: I for s in getattr(x, "free_symbols", ()) if s.name == "i"}
-    return x.subs(i) if i and isinstance(x, Expr) else x
+    return x.subs(Symbol("i", real=True), I) if isinstance(x, Expr) else x
 
 
 @lru_cache(maxsize=1000)  # a group's answers share their reference
@@ -353,7 +352,7 @@ def _parse(text: str, trusted: bool = False) -> list:
     """The readings of a formula, [] if none. Only a reference is trusted with a chain that differs, 1 = 2."""
     from math_verify import verify
 
-    chain = [part.strip() for part in re.split(RELATION, text)]
+    chain = [part.strip() for part in re.split(r"(?<![<>!:\\])=|\\approx(?![a-z])", text)]
     rounded, listed = "\\approx" in text, re.search(r"[,;]", re.sub(r"\([^()]*\)|\{[^{}]*\}", "", text))
     members = chain if len(chain) > 1 and not listed else []
     attempts = [text] * (not rounded) + members[-1:]  # I_{\max} = 3: it may not read the left side
@@ -402,8 +401,7 @@ CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)
 STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}"
 STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
 STATED_LETTER += r"|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
-LABEL = r"(?s)\(?([A-Z])(?:\s*[).:,;]|\s[-\u2013\u2014]+\s|\s(?=\(|because|since))\s*(\S.*)"
-LABEL += r"|\(?([a-z])(?:\s*[).:]|\s[-\u2013\u2014]+\s)\s*(\S.*)"
+LABEL = r"(?s)\(?([A-Za-z])(?:\s*[).:]|(?<=[A-Z])(?:\s*[,;]|\s(?=\(|because|since))|\s[-–—]+\s)\s*(\S.*)"
 
 
 def _letter(text: str, options: list[str], allowed: str) -> str | None:
@@ -424,7 +422,7 @@ def _letter(text: str, options: list[str], allowed: str) -> str | None:
         return ""  # a list of options
     if not (label := re.match(LABEL, bare)):
         return None
-    letter, rest = (label[1] or label[3]).upper(), _plain(label[2] or label[4])
+    letter, rest = label[1].upper(), _plain(label[2])
     other = plain.count(rest) == 1 and LETTERS[plain.index(rest)] != letter
     return letter if letter in allowed and not other else ""  # "B: the text of A" is two answers
 
@@ -433,8 +431,7 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
     """The last box, else the last "answer is (X)", else a label or an option's text; None: none is found."""
     texts = [] if options is None or isinstance(options, int) else [str(o) for o in options[: len(LETTERS)]]
     allowed = LETTERS[: min(len(texts) or options or len(LETTERS), len(LETTERS))]
-    # Long runs of blanks would make the search below cubic.
-    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text[-100_000:])).strip()
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text[-100_000:])).strip()  # blanks cost time
     boxes = boxed_answers(text)
     letter = _letter(boxes[0], texts, allowed) if boxes and len(boxes[0]) <= MAX_ANSWER else None
     if letter is None:
@@ -464,7 +461,6 @@ os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kill
 
 def _serve() -> None:
     """A worker process, until standard input closes."""
-    import resource
 
     def limit(what: int, value: int) -> None:
         hard = resource.getrlimit(what)[1]  # the administrator's: it cannot be raised
@@ -512,12 +508,11 @@ def _ask(worker: subprocess.Popen, task: str, timeout: float) -> list | None:
 
 
 def _start() -> subprocess.Popen:
-    """A worker that is ready; RuntimeError with its reason if it cannot start."""
+    """A worker that has imported sympy, before any clock; RuntimeError with its reason if it cannot."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     # -P keeps this folder off its path: no data.py shadows a library's module. Ctrl-C is for the caller.
     command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
     worker = subprocess.Popen(command, **pipes, start_new_session=True)
-    # The first task imports sympy and builds the grammar, before any clock.
     reply = _ask(worker, json.dumps({"pairs": [["\\frac{x}{2}", "0.5x"]], "seconds": 120}), 120)
     if not reply or not reply[0]:
         close_workers(worker)
@@ -564,9 +559,8 @@ def check_answers(responses, golds, kinds, choices=None, require_think=False, ti
     """Grades many responses -> (verdicts, counts); `timeout` is wall-clock seconds an answer. Thread-safe.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
-    response its option texts, their number, or None (A-J). `think_end` closes the model's thinking part and
-    must be there if `require_think`. Counts: fast (no mathematics needed), solved, and the wrong answers'
-    timeouts, crashes and parse_failures (none found, or not all of it readable).
+    response its option texts, their number, or None (A-J). `think_end` ends the model's thinking part, and must
+    be there if `require_think`. Counts: fast, solved (by a worker), timeouts, crashes, parse_failures.
     """
     choices = [None] * len(responses) if choices is None else choices
     sizes = (len(responses), len(golds), len(kinds), len(choices))
