@@ -20,7 +20,6 @@ import json
 import os
 import re
 import resource
-import subprocess
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from multiprocessing.connection import wait
+from subprocess import DEVNULL, PIPE, Popen
 
 MAX_ANSWER = 2000  # characters of an answer that are parsed; a longer box is a parse failure
 WORKER_MEMORY = 2 << 30  # bytes of address space that a worker may take
@@ -185,12 +185,9 @@ def _normal(text: str) -> str:
 
 
 # Words that are mathematics; those that multiply; short ones that are no products of variables.
-NAMES = (
-    "sin cos tan cot sec csc arcsin arccos arctan log ln exp gcd pi alpha beta gamma theta lambda phi omega"
-)
-NAMES = {x: f"\\{x} " for x in NAMES.split()} | dict(
-    infinity=r"\infty ", plus="+", minus="-", times=r"\times "
-)
+NAMES = "sin cos tan cot sec csc arcsin arccos arctan log ln exp gcd pi alpha beta gamma theta lambda phi"
+NAMES = {x: f"\\{x} " for x in NAMES.split()} | {"plus": "+", "minus": "-", "times": r"\times "}
+NAMES |= {"infinity": r"\infty ", "inf": r"\infty ", "lcm": r"\operatorname{lcm}"}
 SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 SMALL = "the is it so we get are was be as at by to in on an my his her its has had have that this then thus"
 SMALL += " ans you two for of if mm cm dm km ft mi yd kg mg lb oz ml hr min sec ms mph mol rad usd day men"
@@ -284,9 +281,7 @@ def _read(text: str, prose: bool = False, first: bool = False) -> tuple[str, str
 FRACTION = r"([+-]?)\s*([0-9]+(?=\s*\\))?\s*(?:\\frac\s*(?=\{\w+\}\s*\{))?\{?([0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 FRACTION += r"|[0-9]+(?:\}\s*\{|\s*/\s*)0*[1-9][0-9]*)\.?\}?\s*(\\%)?"  # 7, 0.5, 7/3, 2\frac{1}{3}, 5\%
 BASED = r"([0-9A-Z.]+)_\s*\{?(-?[0-9]+)\}?"  # 52_8: latex2sympy drops the base
-LONE_UNIT = r"(?<=[0-9}])(?:\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$"  # 5 m, 5 m^2
-# What latex2sympy would misread: numbers side by side are added, a prime is dropped.
-UNREADABLE = r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@`\"]|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"
+UNREADABLE = r"(?<![_0-9])[0-9]+\s+[0-9.]|[0-9]\.[0-9]*\.|[?'#@`\"]|\\[lc]?dots|(?:[-+=]|\\pm)\s*$"  # 1 2, f'
 CHAINED = r"(?:[\d\s.,+*/^!|(){}\[\]-]|\\[,;!%]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]|\s*\())*"
 
 
@@ -322,7 +317,7 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
         return False  # 10 cm^2 is not 10 cm
     a, g = found[0], wanted[0]
     if not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", g):
-        a = re.sub(LONE_UNIT, "", a)  # the reference has no such variable
+        a = re.sub(r"(?<=[0-9}])(\s+[mgsLlhNJWVAKHCF]|\s*[kcm]?m\^\{?[23]\}?)$", "", a)  # 5 m, 5 m^2
     if a.replace(" ", "") == g.replace(" ", ""):
         return True
     if (same := _same_number(a, g)) is not None:
@@ -455,7 +450,7 @@ def _choice(text: str, golds: list[str], options) -> bool | None:
 
 
 # ---- 5. The workers: one JSON line in, one out, under limits of memory and time.
-_IDLE: list[subprocess.Popen] = []  # workers, started when the first hard answer comes, then kept
+_IDLE: list[Popen] = []  # workers, started when the first hard answer comes, then kept
 os.register_at_fork(after_in_child=_IDLE.clear)  # a child neither uses nor kills its parent's
 
 
@@ -487,14 +482,14 @@ def _serve() -> None:
 
 
 @atexit.register
-def close_workers(*workers: subprocess.Popen) -> None:
+def close_workers(*workers: Popen) -> None:
     """Ends these worker processes, by default all idle ones; the next hard answer starts new ones."""
     for worker in workers or [_IDLE.pop() for _ in _IDLE[:]]:
         worker.kill()
         worker.communicate()
 
 
-def _ask(worker: subprocess.Popen, task: str, timeout: float) -> list | None:
+def _ask(worker: Popen, task: str, timeout: float) -> list | None:
     """A worker's reply, [] if it has died, None if it is late."""
     try:
         worker.stdin.write(task.encode() + b"\n")
@@ -507,12 +502,11 @@ def _ask(worker: subprocess.Popen, task: str, timeout: float) -> list | None:
     return json.loads(reply) if reply.endswith(b"\n") else []
 
 
-def _start() -> subprocess.Popen:
+def _start() -> Popen:
     """A worker that has imported sympy, before any clock; RuntimeError with its reason if it cannot."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     # -P keeps this folder off its path: no data.py shadows a library's module. Ctrl-C is for the caller.
     command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
-    worker = subprocess.Popen(command, **pipes, start_new_session=True)
+    worker = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
     reply = _ask(worker, json.dumps({"pairs": [["\\frac{x}{2}", "0.5x"]], "seconds": 120}), 120)
     if not reply or not reply[0]:
         close_workers(worker)
@@ -559,8 +553,8 @@ def check_answers(responses, golds, kinds, choices=None, require_think=False, ti
     """Grades many responses -> (verdicts, counts); `timeout` is wall-clock seconds an answer. Thread-safe.
 
     A gold is a string or a list of which any may match; a kind is "math" or "choice"; `choices` has for each
-    response its option texts, their number, or None (A-J). `think_end` ends the model's thinking part, and must
-    be there if `require_think`. Counts: fast, solved (by a worker), timeouts, crashes, parse_failures.
+    response its option texts, their number, or None (A-J). `think_end` ends the model's thinking part, and is
+    demanded if `require_think`. Counts: fast, solved (by a worker), timeouts, crashes, parse_failures.
     """
     choices = [None] * len(responses) if choices is None else choices
     sizes = (len(responses), len(golds), len(kinds), len(choices))
