@@ -144,7 +144,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"\*\*|`|(?m:^\s*(?:#+\s|[-*>→⇒∴•]+\s+(?=[A-Za-z]{3})|[-=]>|[→⇒∴]))|\\?\$", ""),  # **5**, - 5, $5$, \$5
     (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
     (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
-    (r"\{\\rm\s+", r"\\text{"), (r"\\(?:math..|text)\s*\{\s*([ei])\s*\}|\\math..\s*\{(\w)\}", r"{\1\2}"),
+    (r"\{\\rm\s+", r"\\text{"), (r"\\(?:text|mathrm)\s*\{([ei])\}|\\math(?:rm|bf|it)\{(\w)\}", r"{\1\2}"),  # \mathbf{v}
     (FONT, lambda m: re.sub(r"(?<![\\\w@])(?=[^\W\d_])", "@", f" {m[1]} ")),  # \text{ cm} is @cm, a word
     (r"_\{\s*@(\w+)\s*\}", r"_{\1}"), (r"\s*\{\s*,\s*\}\s*", ","),  # x_{\text{max}}, 1{,}000
     (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s*@?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
@@ -153,14 +153,14 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\varnothing", r"\\emptyset"),
     (r"\\ast(?![a-z])", "*"), (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\+/?-(?=\s*[\w\\(])", r"\\pm "),
     (DOTS, r"\\overline{\1\2\3}"), (r"(\.[0-9]*)\(([0-9]+)\)(?![\w(])", r"\1\\overline{\2}"),  # 0.(3)
-    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m: r"\frac{%d}{%s}" % (  # 29/30
-        int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
+    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?", lambda m:  # 0.9\overline{6} is 87/90
+     rf"\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0)}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}"),
     (r"(?<![0-9.,([{])[0-9]{1,3}([, ])[0-9]{3}(?:\1[0-9]{3})*(?![0-9,])", lambda m: m[0].replace(m[1], "")),
     (r"(?<=[0-9])[eE]([+-]?[0-9]+)(?!\w)", r"\\cdot 10^{\1}"),  # 1.5e3
     (r"(?<![0-9./])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 2 2/3
     (r"(?<=[0-9)}])\s*\((?=[0-9.]+\))", r"\\cdot ("), (r"\)\s*(?=[0-9(])", r")\\cdot "),  # 2(3), (2)(3)
     (r"\^\s*\{?@?\s*\\?circ(?![a-z])\s*\}?|\\degree|(?<![A-Za-z@])@?deg(?:rees?)?\b", ""),  # 30^\circ
-    (r"(?<=[0-9n])\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),  # the 5th
+    (r"(?:(?<=[0-9])|(?<=\bn))\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),
     (r"^\s*\\?[A-Za-z]+\s+@?(?:is|equals|are)\s+(?=[-+0-9\\(])", ""),  # x is 4
     (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
     (rf"(?<=[0-9}}])\s*@?{RATE}\s*(?:/|@?per\b|\\cdot)\s*@?{RATE}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
