@@ -131,7 +131,7 @@ def _ascii(text: str) -> str:
 
 
 FONT = r"\\(?:text(?:bf|it|rm|normal|up)?|[mh]box|operatorname\*?|math(?:rm|it|bf|sf|normal))\s*\{([^{}]*)\}"
-RATE = r"(?:[mgsLlhNJWVAKHCF]|km|cm|mm|kg|ft|mi|mol|min|hr|sec)(?:\^\{?-?[0-9]\}?)?"
+RATE = r"@?(?:[mgsLlhNJWVAKHCF]|km|cm|mm|kg|ft|mi|mol|min|hr|sec)(\s*\^\s*\{?-?[0-9]\}?)?"
 BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # four deep
 ROOT = r"\\sqrt\s*(?:\[[^\[\]]*\])?"
 ATOM = rf"(?:[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:frac|binom)\s*(?:{BRACES}){{2}}|\\sqrt\s*{BRACES}|\\[A-Za-z]+)"
@@ -144,7 +144,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"\*\*|`|(?m:^\s*(?:#+\s|[-*>→⇒∴•]+\s+(?=[A-Za-z]{3})|[-=]>|[→⇒∴]))|\\?\$", ""),  # **5**, - 5, $5$, \$5
     (r"(,?)(?<!\\)\\(?:!\s*|[()\[\]]|(?:m?left|m?right|[bB]igg?[lr]?|displaystyle)(?![a-z])\.?)", r"\1"),
     (r"(?<!\\)\\(?:[,;:> ]|thinspace)|[~\s]+", " "), (r"\s*\\q?quad(?![a-z])\s*", ", "),  # 5\,cm
-    (r"\{\\rm\s+", r"\\text{"), (r"\\(?:text|mathrm)\s*\{([ei])\}|\\math(?:rm|bf|it)\{(\w)\}", r"{\1\2}"),  # \mathbf{v}
+    (r"\{\\rm\s+", r"\\text{"), (r"\\(?:text|mathrm)\s*\{([ei])\}|\\math(?:rm|bf|it)\{(\w)\}", r"{\1\2}"),
     (FONT, lambda m: re.sub(r"(?<![\\\w@])(?=[^\W\d_])", "@", f" {m[1]} ")),  # \text{ cm} is @cm, a word
     (r"_\{\s*@(\w+)\s*\}", r"_{\1}"), (r"\s*\{\s*,\s*\}\s*", ","),  # x_{\text{max}}, 1{,}000
     (r"\\%|%|\s*(?<![A-Za-z])@?(?:per\s*@?cent(?:age)?|pct)\b(?!\s*@?points)", r"\\% "),  # 5 percent
@@ -163,7 +163,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # applied in this ord
     (r"(?:(?<=[0-9])|(?<=\bn))\s*\^?\{?\s*@?(?:st|nd|rd|th)\b\s*\}?", ""), (r"^\s*f\(x\)\s*=", "y ="),
     (r"^\s*\\?[A-Za-z]+\s+@?(?:is|equals|are)\s+(?=[-+0-9\\(])", ""),  # x is 4
     (r"(?:\b|@)(?:negative|minus)\s+(?=[0-9\\])", "-"),  # minus 5
-    (rf"(?<=[0-9}}])\s*@?{RATE}\s*(?:/|@?per\b|\\cdot)\s*@?{RATE}(?![A-Za-z0-9])", " @unit "),  # 5 m/s
+    (rf"(?<=[0-9}}])\s*{RATE}\s*(?:/|@?per\b|\\cdot)\s*{RATE}(?![A-Za-z0-9])", r" @unit\2 "),  # 5 m/s
     (r"\\frac\s*([0-9A-Za-z]|\\[a-z]+)(?=\s*[0-9A-Za-z{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
     (rf"(\\frac\s*{BRACES})\s*([0-9A-Za-z]|\\pi)", r"\1{\2}"), (r"(?<=[0-9)}])(and|or)(?=[\w(\\])", r" \1 "),
     (rf"((?<!\\)\^|{ROOT})\s*(-?{ATOM})", r"\1{\2}"),  # 2^10, \sqrt 12, x^\frac12
@@ -203,7 +203,7 @@ BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|p
 HEDGE = r"(?i)\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b"
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
 TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|.|\n"
-POWER = re.compile(r"\s*\^\s*\{?(-?[0-9])\}?|\s*/\s*@?[A-Za-z]+")  # behind a unit
+POWER = re.compile(r"\s*\^\s*\{?(-?[0-9])\}?|\s*/\s*(?:@\w+|(?:hr?|s|hour|min|sec|second)\b)")  # of a unit
 SEP = "\x01"  # "and" or "or" between two answers
 # What may be cut off behind a formula: a condition; and, where the answer comes first, an explanation.
 CONDITION = r"[a-z]\s*(?:\\(?:in|ge|le|ne)(?![a-z])|[<>]).*"
@@ -322,8 +322,8 @@ def _quick(answer: str, gold: str, prose: bool, first: bool):
         return True
     if (same := _same_number(a, g)) is not None:
         return same
-    if (x := re.fullmatch(BASED, a)) and (y := re.fullmatch(BASED, g)):
-        return x.groups() == y.groups()
+    if re.search(r"[0-9}]_(?!\{?10\b)", a):  # a base that only one of the two has
+        return re.sub(BASED, r"\1_\2", a) == re.sub(BASED, r"\1_\2", g)
     # A decimal comma is one where the reference has a decimal point.
     return bool(re.fullmatch(r"[+-]?[0-9]+, [0-9]+", a) and a.replace(", ", ".") == g) or (a, g)
 
@@ -377,15 +377,16 @@ def _equal(found, wanted, texts: str) -> bool:
         if "\\{" in texts:
             return False  # one is ordered, the other a set in braces
         found, wanted = sorted(pair, key=lambda x: isinstance(x, FiniteSet))[::-1]  # a list is ordered, then
-    if not verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True):
-        return False
-    numbers = all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in pair)
-    if found == wanted or not numbers:  # UnevaluatedExpr: a percentage
-        return True
-    # math-verify takes 2^-2013 and 3^-2013 both for 0, and 2e-7 and 4e-7 too.
-    gap = (found - wanted).doit()
-    tolerance = 0 if gap.is_Rational else 1e-5 if any(x.has(Float) for x in pair) else 1e-12
-    return bool(abs(gap.evalf(15)) <= tolerance * abs(wanted.evalf(15)))
+    # math-verify takes 2^-2013 and 3^-2013 both for 0, and 2e-7 and 4e-7 too; UnevaluatedExpr: a percentage.
+    if (
+        all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in pair)
+        and found != wanted
+    ):
+        gap = (found - wanted).doit()
+        tolerance = 0 if gap.is_Rational else 1e-5 if any(x.has(Float) for x in pair) else 1e-12
+        if not abs(gap.evalf(15)) <= tolerance * abs(wanted.evalf(15)):
+            return False
+    return verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True)
 
 
 # ---- 4. Multiple choice: letters and the options' own texts; no worker is needed.
