@@ -564,16 +564,22 @@ def test_missing_library_is_said(tmp_path):
     assert "did not start" in done.stderr and "No module named math_verify" in done.stderr
 
 
-@pytest.mark.slow
+def processor_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_ten_thousand_answers_in_ten_seconds():
-    """On two cores; one surd in twenty needs a worker."""
+    """Processor time of the caller and its workers, so that a busy machine does not count."""
+    verifier.close_workers()
     verifier.start_workers(2)
     forms = ["\\boxed{%d}", "So she has %d apples left.", "The answer is $\\frac{%d}{7}$.", "#### %d.5"]
     responses = [forms[i % 4] % i if i % 20 else rf"\boxed{{{i % 40 + 2}\sqrt{{3}}}}" for i in range(10_000)]
-    start = time.perf_counter()
+    pids = [os.getpid()] + [worker.pid for worker in verifier._IDLE]
+    start = sum(map(processor_seconds, pids))
     got, counts = check_answers(responses, [str(i) for i in range(10_000)], ["math"] * 10_000, workers=2)
-    assert time.perf_counter() - start < 10
-    assert sum(got) == 4500 and counts["timeouts"] == counts["crashes"] == 0
+    assert sum(map(processor_seconds, pids)) - start < 10
+    assert sum(got) == 4500 and counts["solved"] == 500 and counts["timeouts"] == counts["crashes"] == 0
 
 
 def test_blanks_cost_nothing():
