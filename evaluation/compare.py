@@ -17,7 +17,7 @@ from collections.abc import Callable
 import data
 from data import BadInput
 from evaluation import metrics, plots, report
-from evaluation.samples import check_writable, name_folders, read_samples, write_json
+from evaluation.samples import check_writable, name_folders, read_samples, run, write_json
 
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 
@@ -131,23 +131,21 @@ def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) ->
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+def command(argv: list[str] | None) -> None:
     about = "Finished evaluations against each other: paired differences, violins on the same axes."
     parser = argparse.ArgumentParser("-m evaluation.compare", description=about, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
     parser.add_argument("--out", required=True, help="folder for table, pictures and report")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    try:
-        args = data.one_line_errors(parser).parse_args(argv)
-        check_writable(args.out)
-        if os.path.exists(os.path.join(args.out, "results.json")):
-            raise BadInput(f"--out {args.out} holds an evaluation: name another folder")
-        compare(args.folders, args.out, args.seed)
-    except BadInput as error:
-        print(f"evaluation.compare: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = data.one_line_errors(parser).parse_args(argv)
+    check_writable(args.out)
+    if os.path.exists(os.path.join(args.out, "results.json")):
+        raise BadInput(f"--out {args.out} holds an evaluation: name another folder")
+    compare(args.folders, args.out, args.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("evaluation.compare", command, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ tops       the shortest right answers as rows for supervised training (TOPS)
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +14,6 @@ import data
 from data import BadInput
 from evaluate import is_toy
 from evaluation.samples import read_samples, write_json
-
-if TYPE_CHECKING:  # loaded late
-    import torch
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the same parts under the same names
 
@@ -76,7 +72,7 @@ def thinking_means(model, groups: tuple[list, list]) -> tuple:
     return torch.stack([residuals for _, residuals in means]), means[1][0]
 
 
-def remove_direction(weight: "torch.Tensor", direction: "torch.Tensor") -> "torch.Tensor":
+def remove_direction(weight, direction):
     """W - (W v) v^T for the unit vector v along `direction`; W is [d_head, d], its columns the output."""
     v = direction / direction.norm()
     return weight - (weight @ v)[:, None] * v
@@ -129,8 +125,7 @@ def thinkedit(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.out)
     about = {"model": args.model, "long": n_long, "short": n_short, "layer_head_contribution": edited}
     write_json(os.path.join(args.out, "thinkedit.json"), about)
-    where = ", ".join(f"{layer}.{head}" for layer, head, _ in edited)
-    print(f"thinkedit: {n_long} long, {n_short} short responses; {len(edited)} heads: {where}")
+    print(f"thinkedit: {n_long} long, {n_short} short responses; {len(edited)} heads edited")
 
 
 def tops(args: argparse.Namespace) -> None:
