@@ -275,7 +275,8 @@ def finish(table: dict, about: dict, out: str, browser: report.Browser, log: Cal
     if over_sets := metrics.mean_over_sets(datasets, draws):
         results["mean"] = jsonable({"sets": list(datasets), "budgets": over_sets})
     clear(out)
-    pictures = plots.draw(results["datasets"], metrics.lengths_of(table), out, about.get("trained_budgets"))
+    lengths = {name: metrics.lengths_of(part) for name, part in table.items()}
+    pictures = plots.draw(results["datasets"], lengths, out, about.get("trained_budgets"))
     results["pictures"] = [os.path.basename(path) for paths in pictures.values() for path in paths]
     report.write_report(results, pictures, browser, out)
     write_json(os.path.join(out, "results.json"), results)

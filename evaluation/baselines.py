@@ -153,9 +153,7 @@ class Baseline:
             row["injected"] += 1 + len(self.final)
             row["forced"] = True
 
-    def respond(
-        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
-    ) -> list[list[dict]]:
+    def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As engines.respond: responses as fields of samples, with those of this module."""
         found, sampling = [], {"temperature": temperature, "top_p": top_p}
         for budget, group in itertools.groupby(requests, key=lambda request: request["budget"]):
@@ -279,13 +277,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a model is opened; turn the methods into a list."""
     least = {"n": 1, "max_tokens": 1, "answer_tokens": 1, "seed": 0, "limit": 1, "heads": 1}
-    for name, low in (least | {"long": 0, "short": 1, "keep": 0, "temperature": 0}).items():
+    for name, low in (least | {"long": 0, "short": 1, "temperature": 0}).items():
         value = getattr(args, name, None)
         # Written so that nan, which compares false with everything, is refused as well.
         if value is not None and not low <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {low} or more")
     for name in ("top_p", "keep"):
-        if getattr(args, name, 0) > 1 or name == "top_p" and not getattr(args, name, 1) > 0:
+        if not 0 <= getattr(args, name, 0) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} ({getattr(args, name)}) is a share from 0 to 1")
     if args.command == "thinkedit" and not args.short <= args.long:
         raise BadInput(f"--short ({args.short}) must not be above --long ({args.long})")

@@ -25,8 +25,8 @@ def merge(args: argparse.Namespace) -> None:
     """
     import torch
 
-    models = ((args.base, "--base"), (args.tuned, "--tuned"))
-    base, tuned = (data.load_pretrained(name, "AutoModelForCausalLM", flag) for name, flag in models)
+    base = data.load_pretrained(args.base, "AutoModelForCausalLM", "--base")
+    tuned = data.load_pretrained(args.tuned, "AutoModelForCausalLM", "--tuned")
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     if {name: p.shape for name, p in before.items()} != {name: p.shape for name, p in after.items()}:
         raise BadInput(f"--base {args.base} and --tuned {args.tuned} are different models")
@@ -134,12 +134,8 @@ def tops(args: argparse.Namespace) -> None:
     for s in read_samples(args.samples, ("id", "problem", "response", "length", "correct")):
         key = s.get("source"), s["problem"]
         problems.add(key)
-        if (
-            s["correct"]
-            and s["length"] is not None
-            and s["length"] < best.get(key, {"length": 1 << 40})["length"]
-        ):
-            best[key] = s
+        if s["correct"] and s["length"] is not None:
+            best[key] = min(best.get(key, s), s, key=lambda s: s["length"])
     if not best:
         raise BadInput(f"--samples {args.samples} has no right response of known length: nothing was written")
     rows = []
@@ -150,11 +146,8 @@ def tops(args: argparse.Namespace) -> None:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": s["response"]}]
         row = {key: s.get(key) for key in ("id", "problem", "answer", "source", "length")}
         row |= {"kind": kind, "prompt": prompt, "budget": None, "mode": None, "messages": turns}
-        rows.append(
-            row | {"effort": s.get("budget")} | ({"choices": s["choices"]} if s.get("choices") else {})
-        )
+        row |= {"effort": s.get("budget")} | ({"choices": s["choices"]} if s.get("choices") else {})
+        rows.append(row)
     data.write_rows(rows, args.out)
-    mean = np.mean([row["length"] for row in rows])
-    print(
-        f"tops: {len(rows)} of {len(problems)} problems have a right response, mean length {mean:.1f} tokens"
-    )
+    told = f"mean length {np.mean([row['length'] for row in rows]):.1f} tokens"
+    print(f"tops: {len(rows)} of {len(problems)} problems have a right response, {told}")

@@ -143,9 +143,7 @@ class Server:
         if self.model not in names:
             raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
 
-    def respond(
-        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
-    ) -> list[list[dict]]:
+    def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As the function respond above; `concurrency` requests are under way at once."""
         asked = [(r, seed * 100_003 + i * n + k) for i, r in enumerate(requests) for k in range(n)]
         failed = []
@@ -183,7 +181,6 @@ class Server:
             answer = create(model=self.model, messages=messages, extra_body=self.extra, **options)
         except self.openai.BadRequestError as error:
             # OpenAI's newer models know the cap by its newer name only; many servers know the old one only.
-            # What this request used counts: another thread may have changed the name meanwhile.
             if "max_tokens" not in options or "max_completion_tokens" not in str(error):
                 raise
             self.cap_name = "max_completion_tokens"

@@ -129,10 +129,7 @@ def yapindex(scores: dict[str, list]) -> float:
     return float(np.mean([np.median(values) for values in scores.values()]))
 
 
-def length_controlled_winrate(
-    len_baseline: ArrayLike, len_model: ArrayLike, gamma: ArrayLike,
-    theta: float, phi: float, psi: float, std: float,
-) -> dict:  # fmt: skip
+def length_controlled_winrate(len_baseline, len_model, gamma, theta, phi, psi, std) -> dict:
     """Win rates in percent under AlpacaEval's model, as it is and with its length term left out.
 
     P(model preferred) = sigmoid(theta + phi tanh((len_baseline - len_model) / std) + psi gamma), lengths in
@@ -256,20 +253,10 @@ def in_order(cells: dict) -> dict:
     return dict(sorted(cells.items(), key=lambda item: item[0] or math.inf))
 
 
-def known_lengths(cell: dict) -> np.ndarray:
-    """Lengths (tokens) of the samples whose length is known."""
-    length = np.array(cell["length"])
-    return length[length >= 0]
-
-
-def lengths_of(table: dict) -> dict:
-    """{data set: {budget: known lengths}}; a budget without any has no place on a length axis."""
-    found = {name: {} for name in table}
-    for name, part in table.items():
-        for budget, cell in in_order(part["cells"]).items():
-            length = known_lengths(cell)
-            found[name] |= {budget: length} if len(length) else {}
-    return found
+def lengths_of(part: dict) -> dict[int | None, np.ndarray]:
+    """{budget: known lengths} of a data set; a budget without any has no place on a length axis."""
+    found = {b: np.array(cell["length"]) for b, cell in in_order(part["cells"]).items()}
+    return {b: x[x >= 0] for b, x in found.items() if (x >= 0).any()}
 
 
 def columns_of(cell: dict, problems: int) -> dict[str, tuple]:
@@ -317,7 +304,7 @@ def vote_columns(c: dict, problems: int) -> dict[str, tuple]:
 
 def summarise_cell(cell: dict, problems: int, seed: int) -> tuple[dict, dict]:
     """(all figures of one cell, their bootstrap draws); nan where a figure has no meaning or is not known."""
-    columns, length = columns_of(cell, problems), known_lengths(cell)
+    columns, length = columns_of(cell, problems), np.array(cell["length"])
     value = {name: float(ratio(top.sum(), bottom.sum())) for name, (top, bottom) in columns.items()}
     right, n = columns["accuracy"]
     out = {"n": len(cell["correct"]), "problems": int((n > 0).sum())}
@@ -326,7 +313,7 @@ def summarise_cell(cell: dict, problems: int, seed: int) -> tuple[dict, dict]:
     for kind in ("pass", "maj"):
         found = {name.partition("@")[2]: v for name, v in value.items() if name.startswith(f"{kind}@")}
         out |= {f"{kind}_at_k": found} if found else {}
-    out["median_length"] = np.median(length) if len(length) else math.nan
+    out["median_length"] = np.median(length[length >= 0]) if (length >= 0).any() else math.nan
     drawn = bootstrap(columns, seed) if out["problems"] > 1 else {}
     intervals = {name: interval(x) for name, x in drawn.items()}
     out |= {"ci": {k: ends for k, ends in intervals.items() if np.isfinite(ends).all()}} if drawn else {}
@@ -351,7 +338,7 @@ def summarise(table: dict, seed: int = 0) -> tuple[dict, dict]:
         # One seed for all budgets of a set: their draws hold the same problems, so differences are paired.
         both = {b: summarise_cell(cell, problems, seed + at) for b, cell in cells.items()}
         asked = [b for b in cells if b is not None]
-        lengths = {b: known_lengths(cells[b]) for b in asked}
+        lengths = {b: x for b, x in lengths_of(part).items() if b is not None}
         requested = [b for b, x in lengths.items() for _ in x]
         # Lengths above 0 have a logarithm; the comparison is false for nan as well.
         curve = [figures for b, (figures, _) in both.items() if b and figures["mean_length"] > 0]

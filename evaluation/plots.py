@@ -198,7 +198,7 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
     low, high = ax.get_ylim()
-    ax.set_ylim(max(-2, min(low, min(heights) - 8)), min(101, max(high, max(heights) + 8)))
+    ax.set_ylim(max(-2, min(low, min(heights) - 8)), min(102, max(high, max(heights) + 8)))
     ax.margins(x=0.09)  # room for the labels
     ax.grid(axis="y", color="0.9")
     legend(ax)
