@@ -199,7 +199,7 @@ AFTER = rf"(?:and|over|of|choose|point|base|divided|if|unless)\b|(?:\S+ ){{0,3}}
 AFTER += r"|thousands?|(?:m|b|tr)illions?|dozens?|lakhs?|crores?|repeating|recurring)\b|[万亿千百半不或]"
 BEFORE = rf"(?:^|.*\s)(?:{CHANGE}|least|most|between|under|above|below|over|almost|nearly|twice|thrice|double"
 BEFORE += r"|no|triple|times|root|without|square|cube|reciprocal|inverse|multiple)(?: of)?(?: the| a| about)?"
-BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of|to|in|over|(?:divided )?by|through|per|{LENGTH}|hours?|dollars?"
+BETWEEN = rf"(?:.* )?(?:and|or)|(?:out )?of(?: the)?|to|in|(?:divided )?by|through|{LENGTH}|hours?|dollars?"
 HEDGE = r"(?i)\b(?:not|never|n?either|nor|maybe|perhaps|unsure|guess(?:ing)?|cannot|\w+n't|or)\b"
 TOKEN = r"\\(?:begin|end)\{\w+\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|operatorname|vec|hat|bar)\s*\{[^{}]*\}"
 TOKEN += r"|_\{\w+\}|\\(?:[A-Za-z]+|.)|(@?)([^\W\d_]+)(?:'[a-z]{1,2}\b)?|[0-9][0-9.,]*(?<![.,])|\s+|.|\n"
@@ -393,7 +393,7 @@ def _equal(found, wanted, texts: str) -> bool:
 # "The answer is (C)", "I would pick B", "option B is correct", "it's B." at the end; no "A or B" or "(A)(B)".
 LETTER = r"[\s$*\"']*(?:option\s|choice\s)?(?:\\text(?:bf)?\{|\(|\[|\*)*\s*([A-J])(?![A-Za-z'])"
 LETTER += r"(?!\)?\s*(?:or|and|,|/)\s*\(?(?-i:[A-HJ])\b|\)\s*\(|\W{0,3}\s?is\s(?:not|wrong|inc))"
-CHOSEN = r"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*(?:is|:)?"
+CHOSEN = rf"(?<!not )(?<!n't )\b(?:pick|say|choose|select|go(?:ing)? (?:with|for)|option|choice)\s*{IS}?"
 STATED_LETTER = rf"(?i){ANSWER}[*_]*\s*{IS}\s*[:：]?{LETTER}|{CHOSEN}{LETTER}"
 STATED_LETTER += r"|(?-i:\b([A-J])\)?\**) is (?:the )?(?:correct|right|best|answer)"
 STATED_LETTER += r"|\bit(?:'s| is| (?:must|should|has to) be)\s+\(?([A-J])\)?[.!\s]*$"
