@@ -81,9 +81,9 @@ class ChunkedHead:
     """The output layer `weight` [V, d] over hidden states [T, d], of which it takes a slice after the other:
 
     for part in head.parts():
-        logp = head.logps(part, target)                 float32 [t], nats; target [t]
-        entropy = head.backward(part, target, g)        g = dloss/dlogp [t]; float32 [t], nats
-    head.finish()                                       on from the hidden states, through the model
+        logp, entropy = head.logps(part, target)    float32 [t], nats; target [t]
+        head.backward(part, target, g)              g = dloss/dlogp [t]; must follow logps() of the same part
+    head.finish()                                   on from the hidden states, through the model
     """
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: float):
@@ -99,50 +99,53 @@ class ChunkedHead:
     def parts(self) -> list[slice]:
         return [slice(i, i + self.size) for i in range(0, max(1, len(self.hidden)), self.size)]
 
-    @torch.no_grad()
-    def logps(self, part: slice, target: torch.Tensor) -> torch.Tensor:
-        """Log-probs of `target` [t]."""
+    def softmax(self, part: slice, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(p [t, V], z [t, V], log-probs [t] of `target`)"""
         h = self.hidden[part]
         z = torch.mm(h, self.weight.T, out=self.logits[: len(h)]).float()
         # Divided in float32, after the product: in any type the same with and without gradient.
-        self.z = z.div_(self.temperature) if self.temperature != 1 else z
+        z = z.div_(self.temperature) if self.temperature != 1 else z
         p = torch.softmax(z, -1, out=self.p[: len(h)])
-        # logsumexp without another pass over the exponentials: the top's p = e^z / sum is never 0.
-        self.logp = z.gather(-1, target[:, None])[:, 0] - (z.amax(-1) - p.amax(-1).log())
-        return self.logp.clone()
-
-    def all_logps(self, target: torch.Tensor) -> torch.Tensor:
-        """Log-probs [T] of `target` [T], without gradient."""
-        return torch.cat([self.logps(part, target[part]) for part in self.parts()])
+        norm = z.amax(-1) - p.amax(-1).log()  # logsumexp without exponentials: p at the top is never 0
+        return p, z, z.gather(-1, target[:, None])[:, 0] - norm
 
     @torch.no_grad()
-    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """Adds the gradient of a loss with dloss/dlogp = g; entropies [t]. Follows logps() of its part."""
-        h, p = self.hidden[part], self.p[: len(target)]
+    def all_logps(self, target: torch.Tensor) -> torch.Tensor:
+        """Log-probs [T] of `target` [T], without gradient."""
+        return torch.cat([self.softmax(part, target[part])[2] for part in self.parts()])
+
+    @torch.no_grad()
+    def logps(self, part: slice, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of `target` [t] and entropies [t]."""
+        p, z, logp = self.softmax(part, target)
+        mean = torch.bmm(p[:, None], z[:, :, None])[
+            :, 0, 0
+        ]  # of z under p, without a table of their products
+        return logp, z.gather(-1, target[:, None])[:, 0] - logp - mean
+
+    @torch.no_grad()
+    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor, learn_weight: bool = True) -> None:
+        """Adds the gradient of a loss with dloss/dlogp = g to d_hidden [T, d] and d_weight [V, d]."""
+        h, p, slope = self.hidden[part], self.p[: len(target)], (-g / self.temperature)[:, None]
         if self.d_hidden is None:
             self.d_hidden = torch.empty_like(self.hidden)
-            if self.parameter.requires_grad:  # in float32, for many chunks add up in it
-                if (held := self.parameter.grad) is None:
-                    held = torch.zeros_like(self.weight, dtype=torch.float32)
-                self.d_weight = held.float()
+            if learn_weight and self.parameter.requires_grad:  # in float32, for many chunks add up in it
+                self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32)
         # p - onehot in float32, then rounded: for a token of p = 0.9999 the difference is all that matters.
         p[torch.arange(len(target), device=p.device), target] -= 1
-        rounded, slope = p.to(h.dtype), (-g / self.temperature)[:, None]
-        mean = rounded @ self.weight
-        self.d_hidden[part] = slope * mean
+        p = p.to(h.dtype)
+        self.d_hidden[part] = slope * (p @ self.weight)
         if self.d_weight is not None and h.dtype == torch.float32:
             self.d_weight.addmm_(p.T, slope * h)
         elif self.d_weight is not None:
-            self.d_weight += rounded.T @ (slope * h).to(h.dtype)
-        # sum (p - onehot) z: in float32 one row of the product at hand, which is too rough in bfloat16.
-        exact = h.dtype == torch.float32
-        rest = (mean * h).sum(-1) / self.temperature if exact else torch.linalg.vecdot(p, self.z)
-        return -self.logp - rest
+            self.d_weight += p.T @ (slope * h).to(h.dtype)
 
     def finish(self) -> None:
         """Hands the gradients on: to the weight's, and from the hidden states back through the model."""
-        if self.d_weight is not None:
-            self.parameter.grad = self.d_weight.to(self.parameter.dtype)
+        if self.d_weight is not None:  # autograd would keep a copy
+            held, new = self.parameter.grad, self.d_weight.to(self.parameter.dtype)
+            self.parameter.grad = new if held is None else held.add_(new)
+            self.d_weight = None
         self.output.backward(self.d_hidden)
 
 
@@ -153,15 +156,15 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
     return hidden.bfloat16() if bf16 else hidden
 
 
-def output_head(model, t: dict, args) -> ChunkedHead:
-    """The output layer over the hidden states [T, d] from which the response tokens are predicted.
+def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
+    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
     # A sharded model is called as a module: that gathers its weights.
     hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
-    hidden = hidden[t["row"], t["column"]]
-    return ChunkedHead(hidden, model.get_output_embeddings().weight, args.temperature)
+    hidden, weight = hidden[t["row"], t["column"]], model.get_output_embeddings().weight
+    return hidden, weight, ChunkedHead(hidden, weight, args.temperature)
 
 
 # -----------------------------------------------------------------------------
