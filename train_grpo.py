@@ -579,7 +579,7 @@ def newest_checkpoint(args):
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, BadInput) as error:
             if "allocate" in str(error):  # out of memory is no damage
                 raise
-            damaged = f"--resume: {folder} is damaged ({str(error).splitlines()[0][:120]})"
+            damaged = f"--resume: {folder} is damaged ({repr(error)[:120]})"
             print0(f"{damaged}: skipped")
     if damaged:
         raise BadInput(f"{damaged}, and nothing before it is whole: start again with --overwrite")

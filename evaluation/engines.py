@@ -24,9 +24,6 @@ RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), 
 # the text where that is a special token. Other servers refuse what they do not know.
 VLLM = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
 TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
-# What servers call the end of a response, and a cut at the cap. Any other word is a failure of the request.
-ENDS, CUTS = ("stop", "eos", "end_turn", "tool_calls"), ("length", "max_tokens")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # In this process
@@ -43,9 +40,8 @@ def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
         return trainer.VLLM(path, tokenizer, stops, max_model_len, dtype, seed, 0.85, 512)
     from toy.hf_sampler import HFSampler
 
-    model = trainer.net.load_model(path, argparse.Namespace(dtype=dtype, lora=0), frozen=True).to(
-        trainer.DEVICE
-    )
+    options = argparse.Namespace(dtype=dtype, lora=0)
+    model = trainer.net.load_model(path, options, frozen=True).to(trainer.DEVICE)
     return HFSampler(model, tokenizer, stop_ids(model.generation_config, tokenizer), max_model_len)
 
 
@@ -77,14 +73,7 @@ def thinking_length(ids: np.ndarray, tokenizer, think_end: str = "</think>") -> 
 
 
 def respond(
-    sampler,
-    tokenizer,
-    requests: list[dict],
-    n: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    think_end: str,
+    sampler, tokenizer, requests: list[dict], n, temperature, top_p, seed, think_end
 ) -> list[list[dict]]:
     """For every request n {"response", "length", "finish_reason"} and, where known, "thinking_length".
 
@@ -142,19 +131,6 @@ def hash_weights(model: str) -> str:
 # Servers
 
 
-def words_of(content: object) -> tuple[str, str]:
-    """(text, thinking) of a message's content: a text, a list of parts, or null."""
-    if isinstance(content, str):
-        return content, ""
-    text = thinking = ""
-    for part in content if isinstance(content, list) else ():
-        part = part if isinstance(part, dict) else {"text": part}
-        # Some servers send the thinking as a part of its own, in which there may be parts again.
-        thinking += "".join(words_of(part.get("thinking")))
-        text += part["text"] if isinstance(part.get("text"), str) else ""
-    return text, thinking
-
-
 class Server:
     """A server in the place of a sampler: asked in text, without a tokenizer here; it counts the tokens."""
 
@@ -191,9 +167,7 @@ class Server:
         self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
     ) -> list[list[dict]]:
         """As the function respond above; `concurrency` requests are under way at once."""
-        asked = [
-            (request, seed * 100_003 + i * n + k) for i, request in enumerate(requests) for k in range(n)
-        ]
+        asked = [(r, seed * 100_003 + i * n + k) for i, r in enumerate(requests) for k in range(n)]
         failed = []
 
         def ask(job):
@@ -233,20 +207,20 @@ class Server:
                 raise
             self.cap_name = "max_completion_tokens"
             return self.ask(request, seed, temperature, top_p, think_end)
-        choices = getattr(answer, "choices", None)
-        message = getattr(choices[0], "message", None) if choices else None
-        reason = str(getattr(choices[0], "finish_reason", None)) if choices else None
-        if message is None or reason.lower() not in ENDS + CUTS:
-            return {"error": f"finish_reason {reason}" if choices else "an answer without choices"}
-        # A server that parses the thinking sends it apart, under one of two names or as a part.
-        extra, (text, part) = message.model_extra or {}, words_of(message.content)
-        thinking = words_of(extra.get("reasoning_content") or extra.get("reasoning"))[0] or part
-        cut = reason.lower() in CUTS
-        # Cut off in the thinking, nothing closed it.
-        text = f"{thinking}{'' if cut and not text else think_end}{text}" if thinking else text
+        choice = answer.choices[0] if answer.choices else None
+        if choice is None or choice.message is None or choice.finish_reason not in ("stop", "length"):
+            return {
+                "error": f"finish_reason {choice.finish_reason}" if choice else "an answer without choices"
+            }
+        # A server that parses the thinking sends it apart, under one of two names.
+        extra, text = choice.message.model_extra or {}, choice.message.content or ""
+        if thinking := extra.get("reasoning_content") or extra.get("reasoning"):
+            # Cut off in the thinking, nothing closed it.
+            cut_there = choice.finish_reason == "length" and not text
+            text = thinking + ("" if cut_there else think_end) + text
         usage = getattr(answer, "usage", None)
         out = {"response": text, "length": getattr(usage, "completion_tokens", None)}
-        out["finish_reason"] = "length" if cut else "stop"
+        out["finish_reason"] = choice.finish_reason
         details = getattr(usage, "completion_tokens_details", None)
         if tokens := getattr(details, "reasoning_tokens", None):
             out["thinking_length"] = tokens

@@ -57,6 +57,7 @@ def before_and_after(out: str) -> str:
             old = before.get(name, {"budgets": {}})["budgets"].get(budget)
             if old is None:
                 continue
-            error = f"{old['abs_error']:7.1%} -> {new['abs_error']:6.1%}" if "abs_error" in new else " " * 17
+            known = None not in (old["abs_error"], new["abs_error"])  # without a budget there is no error
+            error = f"{old['abs_error']:7.1%} -> {new['abs_error']:6.1%}" if known else " " * 17
             lines.append(f"{budget:>18}   {error}           {old['accuracy']:6.1%} -> {new['accuracy']:6.1%}")
     return "\n".join([*lines, f"pictures, samples and the report: {folders[1]}"])

@@ -5,6 +5,7 @@ import torch
 
 import train_grpo
 from data import BadInput
+from scaling.model import without_adapters
 
 
 def check_memory(model, reference, optimizer, longest: int, args) -> None:
@@ -16,16 +17,17 @@ def check_memory(model, reference, optimizer, longest: int, args) -> None:
     fresh, rates = not optimizer.state, [group["lr"] for group in optimizer.param_groups]
     r = {"prompt_ids": [0] * (longest - args.max_tokens), "ids": np.zeros(args.max_tokens, np.int32)}
     r |= {"logps": np.zeros(args.max_tokens, np.float32), "advantage": 0.0, "weight": 0.0}
+    r["mask"] = np.zeros(args.max_tokens, np.float32)
     batch = [dict(r) for _ in range(train_grpo.WORLD * max(1, args.micro_tokens // longest))]
     try:
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
         if fresh:  # gradients of 0 at a learning rate of 0: the moments are made, the weights stay
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
             optimizer.step()
         if args.kl_coef:
-            with train_grpo.as_starting_model(reference, args):
+            with without_adapters(reference):
                 train_grpo.add_logps(reference, batch, "ref_logps", args)
         for micro in train_grpo.micro_batches(batch, args.micro_tokens):
             train_grpo.backward(model, micro, args)

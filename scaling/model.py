@@ -3,9 +3,9 @@
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -19,8 +19,11 @@ from data import BadInput
 # What is trained
 
 
-def load_model(path: str, args, frozen: bool = False):
-    """A causal language model in CPU memory. Weights that learn are float32, others of the compute type."""
+def load_model(path: str, args, frozen: bool = False, empty: bool = False):
+    """A causal language model in CPU memory; learning weights are float32, others of the compute type.
+
+    empty: without contents, for shard() to fill.
+    """
     import transformers
     from safetensors import SafetensorError
 
@@ -28,6 +31,7 @@ def load_model(path: str, args, frozen: bool = False):
     dtype = torch.bfloat16 if args.dtype == "bfloat16" and (frozen or args.lora) else torch.float32
     try:  # neither a pickle nor classes of its own: a model folder runs no code here
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        options |= {"device_map": "meta"} if empty else {}
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None
@@ -41,14 +45,17 @@ def build(args, model=None, with_reference: bool = False, device="cpu"):
 
     reference: the starting model, frozen; with adapters the model itself, see without_adapters(); or None.
     """
-    model = model or load_model(args.model, args)
+    empty = args.fsdp and dist.get_rank() > 0  # one process reads the weights and hands out shards
+    model = model or load_model(args.model, args, empty=empty)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.lora:
         add_lora(model, args.lora, args.seed)
-    reference = model if args.lora else load_model(args.model, args, frozen=True) if with_reference else None
-    for m in {id(m): m for m in (model, reference) if m is not None}.values():
-        shard(m, args.dtype == "bfloat16", device) if args.fsdp else m.to(device)
+    reference = model if args.lora else None
+    shard(model, args.dtype == "bfloat16", device) if args.fsdp else model.to(device)
+    if with_reference and not args.lora:  # after the model is in its place: not both whole in one memory
+        reference = load_model(args.model, args, frozen=True, empty=empty)
+        shard(reference, args.dtype == "bfloat16", device) if args.fsdp else reference.to(device)
     learned = [p for p in model.parameters() if p.requires_grad]
     if args.optim == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -71,19 +78,17 @@ LOGITS = {"cpu": 2**24, "cuda": 2**27}  # of one chunk: 64 MiB and 512 MiB in fl
 
 
 class ChunkedHead:
-    """The output layer over hidden states [T, d] with weight [V, d].
+    """The output layer `weight` [V, d] over hidden states [T, d], of which it takes a slice after the other:
 
-    for part in head.parts():                        slices of [T]
-        logp, entropy = head.logps(part, target)     float32 [t], nats
-        head.backward(part, g)                       g = dloss/dlogp [t]; must follow logps() of the same part
+    for part in head.parts():
+        logp = head.logps(part, target)                 float32 [t], nats; target [t]
+        entropy = head.backward(part, target, g)        g = dloss/dlogp [t]; float32 [t], nats
+    head.finish()                                       on from the hidden states, through the model
     """
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: float):
-        self.hidden, self.weight, self.temperature = (
-            hidden.detach(),
-            weight.detach().to(hidden.dtype),
-            temperature,
-        )
+        self.output, self.parameter, self.temperature = hidden, weight, temperature
+        self.hidden, self.weight = hidden.detach(), weight.detach().to(hidden.dtype)
         self.size = max(1, LOGITS[hidden.device.type] // len(weight))
         rows = min(self.size, len(hidden))
         # Allocated once: on a CPU fresh pages for every chunk would cost a tenth of the time.
@@ -95,39 +100,50 @@ class ChunkedHead:
         return [slice(i, i + self.size) for i in range(0, max(1, len(self.hidden)), self.size)]
 
     @torch.no_grad()
-    def logps(self, part: slice, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of `target` [t] and entropies [t]."""
+    def logps(self, part: slice, target: torch.Tensor) -> torch.Tensor:
+        """Log-probs of `target` [t]."""
         h = self.hidden[part]
-        z = torch.mm(h, self.weight.T, out=self.logits[: len(h)])
-        # Divided in float32, after the product: the same numbers with and without gradient, in any type of h.
-        z = z.float().div_(self.temperature)
+        z = torch.mm(h, self.weight.T, out=self.logits[: len(h)]).float()
+        # Divided in float32, after the product: in any type the same with and without gradient.
+        self.z = z.div_(self.temperature) if self.temperature != 1 else z
         p = torch.softmax(z, -1, out=self.p[: len(h)])
-        top, at = z.max(-1, keepdim=True)
-        norm = (top - p.gather(-1, at).log())[:, 0]  # logsumexp without another pass; p at the top is never 0
-        logp = z.gather(-1, target[:, None])[:, 0] - norm
-        return logp, norm - torch.linalg.vecdot(p, z)
+        # logsumexp without another pass over the exponentials: the top's p = e^z / sum is never 0.
+        self.logp = z.gather(-1, target[:, None])[:, 0] - (z.amax(-1) - p.amax(-1).log())
+        return self.logp.clone()
 
     def all_logps(self, target: torch.Tensor) -> torch.Tensor:
         """Log-probs [T] of `target` [T], without gradient."""
-        return torch.cat([self.logps(part, target[part])[0] for part in self.parts()])
+        return torch.cat([self.logps(part, target[part]) for part in self.parts()])
 
     @torch.no_grad()
-    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor, learn_weight: bool = True) -> None:
-        """Adds the gradient of a loss with dloss/dlogp = g to d_hidden [T, d] and d_weight [V, d]."""
-        h = self.hidden[part]
+    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """Adds the gradient of a loss with dloss/dlogp = g; entropies [t]. Follows logps() of its part."""
+        h, p = self.hidden[part], self.p[: len(target)]
         if self.d_hidden is None:
             self.d_hidden = torch.empty_like(self.hidden)
-            # float32: many chunks add up in it.
-            self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32) if learn_weight else None
-        # p - onehot in float32 before it is rounded: of a token of p = 0.9999 only the difference matters.
-        p = self.p[: len(h)]
-        p[torch.arange(len(h), device=p.device), target] -= 1
-        p, g = p.to(h.dtype), (-g / self.temperature)[:, None]
-        self.d_hidden[part] = g * (p @ self.weight)
+            if self.parameter.requires_grad:  # in float32, for many chunks add up in it
+                if (held := self.parameter.grad) is None:
+                    held = torch.zeros_like(self.weight, dtype=torch.float32)
+                self.d_weight = held.float()
+        # p - onehot in float32, then rounded: for a token of p = 0.9999 the difference is all that matters.
+        p[torch.arange(len(target), device=p.device), target] -= 1
+        rounded, slope = p.to(h.dtype), (-g / self.temperature)[:, None]
+        mean = rounded @ self.weight
+        self.d_hidden[part] = slope * mean
         if self.d_weight is not None and h.dtype == torch.float32:
-            self.d_weight.addmm_(p.T, g * h)
+            self.d_weight.addmm_(p.T, slope * h)
         elif self.d_weight is not None:
-            self.d_weight += p.T @ (g * h).to(h.dtype)
+            self.d_weight += rounded.T @ (slope * h).to(h.dtype)
+        # sum (p - onehot) z: in float32 one row of the product at hand, which is too rough in bfloat16.
+        exact = h.dtype == torch.float32
+        rest = (mean * h).sum(-1) / self.temperature if exact else torch.linalg.vecdot(p, self.z)
+        return -self.logp - rest
+
+    def finish(self) -> None:
+        """Hands the gradients on: to the weight's, and from the hidden states back through the model."""
+        if self.d_weight is not None:
+            self.parameter.grad = self.d_weight.to(self.parameter.dtype)
+        self.output.backward(self.d_hidden)
 
 
 def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
@@ -137,15 +153,15 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
     return hidden.bfloat16() if bf16 else hidden
 
 
-def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
-    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
+def output_head(model, t: dict, args) -> ChunkedHead:
+    """The output layer over the hidden states [T, d] from which the response tokens are predicted.
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
     # A sharded model is called as a module: that gathers its weights.
     hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
-    hidden, weight = hidden[t["row"], t["column"]], model.get_output_embeddings().weight
-    return hidden, weight, ChunkedHead(hidden, weight, args.temperature)
+    hidden = hidden[t["row"], t["column"]]
+    return ChunkedHead(hidden, model.get_output_embeddings().weight, args.temperature)
 
 
 # -----------------------------------------------------------------------------
@@ -184,14 +200,25 @@ def without_adapters(model):
 
 
 def shard(model, bf16: bool, device) -> None:
-    """Spreads float32 weights, gradients and optimizer over the processes (FSDP2); bf16: to compute in."""
+    """Spreads float32 weights, gradients and optimizer over the processes (FSDP2); bf16: to compute in.
+
+    The first process holds the model; on the others it may be without contents.
+    """
+    contents = model.state_dict() if dist.get_rank() == 0 else {}
+    if model.device.type == "meta":
+        model.to_empty(device="cpu")  # room that costs memory only where it is written to
+        model.tie_weights()
     # FSDP gathers weights around a module's forward(), and training calls the decoder: so that is forward().
     model.forward = lambda ids: hidden_states(model, ids, bf16)
-    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, contents, options=options)
+    for buffer in model.buffers():  # those of rotary embeddings are in no state
+        dist.broadcast(buffer, 0)
 
 
 def is_plain(model) -> bool:
@@ -199,54 +226,51 @@ def is_plain(model) -> bool:
     return not isinstance(model, FSDPModule) and not hasattr(model, "peft_config")
 
 
+def whole(p: torch.Tensor) -> torch.Tensor:
+    """A parameter in one piece, gathered where it is sharded."""
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def reshard(model) -> None:
+    """After a pass without gradient the root still holds gathered weights, rounded to the compute type."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole_weights(model):
     """(name, weight) of every parameter of the plain architecture: adapters merged, shards gathered.
 
     One tensor at a time, so that no process needs room for a second model. All processes call it together.
     """
-    if is_plain(model):
-        yield from model.named_parameters()
-        return
-    if isinstance(model, FSDPModule):
-        # After a pass without gradient the root still holds gathered weights, rounded to the compute type.
-        model.reshard()
-
-    def whole(p):
-        return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
-
+    reshard(model)
     modules = dict(model.named_modules())
     for name, p in model.named_parameters():
-        owner = modules[name.rpartition(".")[0].removesuffix(".base_layer")]
         if ".lora_" in name:
             continue
         weight = whole(p)
         if name.endswith(".base_layer.weight"):
+            owner = modules[name.removesuffix(".base_layer.weight")]
             a, b = (whole(getattr(owner, side)[ADAPTER].weight) for side in ("lora_A", "lora_B"))
             weight = (weight + owner.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight
 
 
-# Gathered in the memory of the first process alone.
-GATHERED = {"full_state_dict": True, "cpu_offload": True}
-
-
 def trained_state(model, optimizer) -> dict:
     """{"optimizer", "adapter"}: what a checkpoint holds beside weights, in memory of the first process."""
-    if is_plain(model):
-        return {"optimizer": optimizer.state_dict()}
-    adapter = get_model_state_dict(model, options=StateDictOptions(**GATHERED, ignore_frozen_params=True))
-    return {
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**GATHERED)),
-        "adapter": {name: p for name, p in adapter.items() if ".lora_" in name},
-    }
+    reshard(model)
+    adapter = {name: whole(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    if not isinstance(model, FSDPModule):  # bitsandbytes unwraps its state in its own methods alone
+        return {"optimizer": optimizer.state_dict(), "adapter": adapter}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {"optimizer": get_optimizer_state_dict(model, optimizer, options=options), "adapter": adapter}
 
 
 def load_trained_state(model, optimizer, saved: dict) -> None:
     """What trained_state() gave; every process reads it and keeps its own shards."""
-    if is_plain(model):
-        optimizer.load_state_dict(saved["optimizer"])
-        return
     options = StateDictOptions(full_state_dict=True, strict=False)
     if saved["adapter"]:
         set_model_state_dict(model, saved["adapter"], options=options)
-    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+    if isinstance(model, FSDPModule):
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+    else:
+        optimizer.load_state_dict(saved["optimizer"])

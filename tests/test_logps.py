@@ -5,17 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling import logps
-from scaling.logps import ChunkedHead
+from scaling import model as net
+from scaling.model import ChunkedHead
 
 
 def chunked(hidden, weight, target, slope, temperature, size):
     """(log-probs, entropies) of ChunkedHead in chunks of `size` tokens; gradients in the leaves' .grad."""
-    old, logps.LOGITS["cpu"] = logps.LOGITS["cpu"], size * len(weight)
+    old, net.LOGITS["cpu"] = net.LOGITS["cpu"], size * len(weight)
     try:
         head = ChunkedHead(hidden, weight, temperature)
     finally:
-        logps.LOGITS["cpu"] = old
+        net.LOGITS["cpu"] = old
     found = []
     for part in head.parts():
         logp = head.logps(part, target[part])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import methods
 import train_grpo
-from train_grpo import micro_batches, policy_loss, sequence_ratio, to_tensors, token_weights
+from train_grpo import micro_batches, policy_loss, to_tensors, token_weights
 
 
 def arguments(*flags):
@@ -104,13 +104,21 @@ def test_importance_weight_by_hand():
     assert policy_loss(old, t, arguments())[1]["logp_gap"].item() == 2  # of the tokens that have a loss
 
 
-def test_sequence_ratio_by_hand():
-    logp, old = torch.tensor([0.3, 0.1, 0.5, 7.0]), torch.zeros(4)
-    t = {"ids": torch.zeros(2, 5), "row": torch.tensor([0, 0, 1, 1]), "old_logp": old}
-    t["mask"] = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the last token was forced
-    close(sequence_ratio(logp, t), [math.exp(0.2)] * 2 + [math.exp(0.5)] * 2)
-    far = sequence_ratio(logp + 89, t)  # a mean gap of 89 overflows float32
-    assert torch.isfinite(far).all()
+def test_sequence_ratio_by_hand(tiny):
+    """GSPO's ratio is exp of the mean over the tokens with a loss; the loss of a response is -ratio A."""
+    model, args = load(tiny), arguments("--ratio", "sequence")
+    for moved, expected in (([9.0, 0.2, -0.1], math.exp(0.05)), ([0, 0.9, 0.9], 1.2), ([0, 89.0, 89.0], 1.2)):
+        r = {"prompt_ids": [7, 8], "ids": np.array([5, 6, 9], np.int32), "logps": np.zeros(3, np.float32)}
+        r |= {
+            "mask": np.array([0, 1, 1], np.float32),
+            "advantage": 1.0,
+            "weight": 0.5,
+        }  # the first was forced
+        train_grpo.add_logps(model, [r], "old_logps", args)
+        r["old_logps"] = r["old_logps"] - np.array(moved, np.float32)
+        sums = train_grpo.backward(model, [r], args)
+        assert sums["loss"].item() == pytest.approx(-expected, abs=1e-5)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_extreme_log_ratios_stay_finite():
@@ -205,10 +213,9 @@ def test_loss_and_gradient_are_trls(flags, theirs, kl, tis, seed):
     flat = padded.detach()[row, column].requires_grad_()
     weight = torch.from_numpy(token_weights(lengths.tolist(), args.loss_reduction, args.max_tokens))
     t = tokens(flat, advantage[row], old[row, column], sampler_logp=sampler[row, column], weight=weight[row])
-    t |= {"ref_logp": ref[row, column] if kl else None, "row": row, "ids": torch.zeros(6, 20)}
+    t["ref_logp"] = ref[row, column] if kl else None
     if args.ratio == "sequence":
-        single = {k: v.float() if k in ("old_logp", "mask") else v for k, v in t.items()}
-        t["sequence_ratio"] = sequence_ratio(flat.detach().float(), single)
+        t["sequence_ratio"] = ((padded.detach() - old) * mask).sum(1).div(lengths).exp()[row]
     loss, _ = policy_loss(flat, t, args)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
@@ -231,7 +238,8 @@ def random_batch(n=7, seed=0, vocabulary=500):
         r |= {"ids": rng.integers(5, vocabulary, length).astype(np.int32), "advantage": float(rng.normal())}
         r |= {"logps": rng.normal(-6, 0.1, length).astype(np.float32), "correct": i % 2, "truncated": 0}
         batch.append(r)
-    batch[0]["mask"] = (np.arange(len(batch[0]["ids"])) >= 2).astype(np.float32)
+        batch[-1]["mask"] = np.ones(length, np.float32)
+    batch[0]["mask"][:2] = 0
     return batch
 
 
@@ -266,14 +274,14 @@ def test_update_does_not_depend_on_micro_batches(tiny, flags):
 def test_gradient_is_that_of_the_plain_model(tiny):
     """Without chunks, micro-batches and flat rows: the sum of w A log p over response tokens, by autograd."""
     model, batch, args = load(tiny), random_batch(), arguments("--temperature", "0.7")
-    weights = token_weights([train_grpo.mask_of(r).sum() for r in batch], "token_mean", 64)
+    weights = token_weights([r["mask"].sum() for r in batch], "token_mean", 64)
     loss = 0.0
     for r, weight in zip(batch, weights, strict=True):
         r["weight"] = weight
         ids = torch.tensor([*r["prompt_ids"], *r["ids"]])
         logp = (model(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
         logp = logp[len(r["prompt_ids"]) - 1 :].gather(-1, torch.from_numpy(r["ids"]).long()[:, None])[:, 0]
-        loss = loss - (weight * r["advantage"] * logp * torch.from_numpy(train_grpo.mask_of(r))).sum()
+        loss = loss - (weight * r["advantage"] * logp * torch.from_numpy(r["mask"])).sum()
     loss.backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -309,7 +317,7 @@ def test_tensors_by_hand():
     a = {"prompt_ids": [7, 8], "ids": np.array([1, 2], np.int32), "logps": np.array([-1, -2], np.float32)}
     b = {"prompt_ids": [9], "ids": np.array([3], np.int32), "logps": np.array([np.nan], np.float32)}
     a |= {"advantage": 0.5, "weight": 0.25, "mask": np.array([0, 1], np.float32)}
-    b |= {"advantage": np.array([-1.0]), "weight": 0.125}
+    b |= {"advantage": np.array([-1.0]), "weight": 0.125, "mask": np.ones(1, np.float32)}
     t = to_tensors([a, b])
     assert t["ids"].tolist() == [[7, 8, 1, 2], [9, 3, 0, 0]]
     assert t["row"].tolist() == [0, 0, 1] and t["column"].tolist() == [1, 2, 0]  # predicted one place before

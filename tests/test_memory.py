@@ -4,23 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_loss import arguments, load, random_batch
+from test_loss import arguments, random_batch
 
 import methods
 import train_grpo
 from data import BadInput
+from scaling import model as net
 from scaling.memory import check_memory
-from scaling.sharded import add_lora
 
 
 def made(path, *flags):
-    args = arguments("--micro-tokens", "200", "--kl-coef", "0.1", "--lr", "1e-3", *flags)
-    model = load(path)
-    if args.lora:
-        torch.manual_seed(0)
-        add_lora(model, args.lora)
-    reference = model if args.lora else load(path).requires_grad_(False)
-    return model, reference, train_grpo.make_optimizer(model, args), args
+    args = arguments("--micro-tokens", "200", "--kl-coef", "0.1", "--lr", "1e-3", "--model", path, *flags)
+    return *net.build(args, None, True), args
 
 
 def updated(model, reference, optimizer, args, seed):

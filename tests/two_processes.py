@@ -15,51 +15,32 @@ from test_loss import arguments, random_batch  # noqa: E402
 
 import methods  # noqa: E402
 import train_grpo  # noqa: E402
-from scaling import sharded  # noqa: E402
-
-
-def build(path, args):
-    """(model, optimizer) as main() makes them; in a sharded run only the first process reads the weights."""
-    import transformers
-
-    options = {"device_map": "meta"} if args.fsdp and train_grpo.RANK else {}
-    frozen_type = torch.bfloat16 if args.lora and args.dtype == "bfloat16" else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=frozen_type, **options).train()
-    if args.lora:
-        torch.manual_seed(0)
-        sharded.add_lora(model, args.lora)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    bf16 = args.dtype == "bfloat16"
-    if args.fsdp:
-        sharded.shard(model, lambda m, ids: train_grpo.hidden_states(m, ids, bf16), bf16, torch.device("cpu"))
-    return model, train_grpo.make_optimizer(model, args)
+from scaling import model as net  # noqa: E402
 
 
 def whole(model):
-    return {name: weight.clone() for name, weight in train_grpo.whole_weights(model)}
+    return {name: weight.clone() for name, weight in net.whole_weights(model)}
 
 
 def reference_logps(model, args, batch):
     """Log-probs under the starting model of what is this process's share."""
     for r in batch:
         r["weight"] = 0.0
-    with train_grpo.as_starting_model(model, args):
+    with net.without_adapters(model):
         train_grpo.add_logps(model, batch, "ref_logps", args)
     return [(tuple(r["ids"]), r["ref_logps"]) for r in batch if "ref_logps" in r]
 
 
 def main(path, out, flags):
     args = arguments("--minibatches", "2", "--lr", "1e-3", "--micro-tokens", "64", "--kl-coef", "0.1", *flags)
-    model, optimizer = build(path, args)
+    args.model = path
+    model, reference, optimizer = net.build(args, None, True, train_grpo.DEVICE)
     method, found = methods.Method(args, None), {"first": None, "losses": [], "norms": []}
-    reference = model if args.lora else build(path, args)[0].requires_grad_(False)
     start = reference_logps(reference, args, random_batch(seed=9))
     # One step without moments: what is near 0 stays near 0.
     plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     stats = train_grpo.update(model, reference, plain, random_batch(seed=8), method, args)
     found |= {"first": whole(model), "first_loss": stats["loss"], "first_norm": stats["grad_norm"]}
-    saved = None
     for k in range(4):
         # The last batch has fewer responses than there are processes: one of them has none of its own.
         batch = random_batch(1 if k == 3 else 7, seed=k)
@@ -67,24 +48,19 @@ def main(path, out, flags):
         found["losses"].append(stats["loss"])
         found["norms"].append(stats["grad_norm"])
         if k == 1:  # a checkpoint in the middle
-            masters = {n: sharded.whole(p).clone() for n, p in model.named_parameters()}
+            found["masters"] = {n: net.whole(p).clone() for n, p in model.named_parameters()}
             again = reference_logps(reference, args, random_batch(seed=9))
             assert all((a[1] == b[1]).all() for a, b in zip(start, again, strict=True))
             again = [r | {"weight": 0.0} for r in random_batch(seed=9)]
             train_grpo.add_logps(model, again, "old_logps", args)  # a pass without gradient
-            state = {"step": 2}
-            train_grpo.save_checkpoint(out + ".run", 2, model, Nothing(), optimizer, state, args)
-            found["masters"] = masters
+            train_grpo.save_checkpoint(out + ".run", 2, model, Nothing(), optimizer, {"step": 2}, args)
     found["weights"] = whole(model)
     # Another process's life: from the checkpoint on.
     folder = os.path.join(out + ".run", "checkpoint-2")
     saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-    model, optimizer = build(path if args.lora else folder, args)
-    if args.fsdp or args.lora:
-        sharded.load_trained_state(model, optimizer, saved)
-    else:
-        optimizer.load_state_dict(saved["optimizer"])
-    reference = model if args.lora else reference
+    again = net.load_model(path if args.lora else folder, args)
+    model, reference, optimizer = net.build(args, again, True, train_grpo.DEVICE)
+    net.load_trained_state(model, optimizer, saved)
     for k in (2, 3):
         batch = random_batch(1 if k == 3 else 7, seed=k)
         train_grpo.update(model, reference, optimizer, batch, method, args)
