@@ -30,7 +30,7 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, run, sum_counts, write_json
 from toy import task as toy
 from verifier import check_answers
 
@@ -134,21 +134,20 @@ def evaluate(
     tokenizer=None, context: int | None = None, wording: str = "l1", temperature: float = 0.6,
     top_p: float = 0.95, max_tokens: int | None = None, seed: int = 0, require_think: bool = False,
     think_end: str = "</think>", trained_budgets: list[int] | None = None, model: str | None = None,
-    weights: str | None = None, about: dict | None = None, log: Callable = print, state=None,
+    about: dict | None = None, log: Callable = print, state=None,
     resume: bool = False,
 ) -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over,
     or, with `resume`, gone on with. With `state` (accelerate's PartialState) its processes share the work;
-    the first one writes and returns. `context` is the model's, in tokens, `weights` a hash of the model;
-    `about` goes into the results.
+    the first one writes and returns. `context` is the model's, in tokens; `about` goes into the results.
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     start, per_batch = time.monotonic(), max(1, getattr(sampler, "batch", BATCH) // n)  # problems
     # The whole plan comes first: what does not fit is found before an hour of sampling, not after it.
     requests = list(plan(problems, budgets, mode, wording, tokenizer, context, max_tokens))
-    settings = {"model": model, "weights": weights, "sampler": sampler.name, "mode": mode, "wording": wording}
+    settings = {"model": model, "sampler": sampler.name, "mode": mode, "wording": wording}
     settings |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     settings |= {"require_think": require_think, "think_end": think_end, "asked": budgets, "batch": per_batch}
     settings |= {"template": getattr(tokenizer, "chat_template", None)}
@@ -276,7 +275,8 @@ def finish(table: dict, about: dict, out: str, browser: report.Browser, log: Cal
     if over_sets := metrics.mean_over_sets(datasets, draws):
         results["mean"] = jsonable({"sets": list(datasets), "budgets": over_sets})
     clear(out)
-    pictures = plots.draw(results["datasets"], metrics.lengths_of(table), out, about.get("trained_budgets"))
+    lengths = {name: metrics.lengths_of(part) for name, part in table.items()}
+    pictures = plots.draw(results["datasets"], lengths, out, about.get("trained_budgets"))
     results["pictures"] = [os.path.basename(path) for paths in pictures.values() for path in paths]
     report.write_report(results, pictures, browser, out)
     write_json(os.path.join(out, "results.json"), results)
@@ -466,16 +466,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, help="share of the probability that is browser in sampling (default 0.95)")
     add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
     add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the sampling, the bootstrap and the toy's problems (default 0)",
-    )
+    add("--seed", type=int, default=0, help="of sampling, bootstrap and the toy's problems (default 0)")
     add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
-    add(
-        "--concurrency", type=int, default=16, help="with --base-url: requests under way at once (default 16)"
-    )
+    add("--concurrency", type=int, default=16, help="with --base-url: requests at once (default 16)")
 
     add = parser.add_argument_group("what counts").add_argument
     add("--regrade", action="store_true", help="with --samples: check the answers anew")
@@ -492,7 +485,7 @@ def evaluate_model(args: argparse.Namespace) -> dict:
     wording = args.wording or "l1"
     if is_toy(problems) and (args.protocol or not args.wording):
         wording = "tulu"
-    tokenizer = context = weights = None
+    tokenizer = context = None
     if args.base_url:
         sampler = engines.Server(args.base_url, args.api_model, args.concurrency)
         sampler.check()
@@ -504,32 +497,29 @@ def evaluate_model(args: argparse.Namespace) -> dict:
         # No longer than needed: an engine sets memory aside for it.
         longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)
         sampler = engines.open_sampler(args.model, args.sampler or "auto", longest, args.seed)
-        context, weights = longest, engines.hash_weights(args.model)
+        context = longest
     return evaluate(
         sampler, problems, args.budgets, args.mode, args.n, args.out, tokenizer=tokenizer, context=context,
         wording=wording, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
         seed=args.seed, require_think=args.require_think, think_end=args.think_end or "</think>",
         model=args.model or args.api_model, trained_budgets=args.trained_budgets, resume=args.resume,
-        weights=weights,
     )  # fmt: skip
 
 
+def command(argv: list[str] | None) -> None:
+    args = parse_args(argv)
+    check_args(args)
+    if args.samples:
+        from_samples(
+            args.samples, args.out, regrade=args.regrade, require_think=bool(args.require_think),
+            think_end=args.think_end, trained_budgets=args.trained_budgets,
+        )  # fmt: skip
+    else:
+        evaluate_model(args)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        args = parse_args(argv)
-        check_args(args)
-        if args.samples:
-            from_samples(
-                args.samples, args.out, regrade=args.regrade, require_think=bool(args.require_think),
-                think_end=args.think_end, trained_budgets=args.trained_budgets,
-            )  # fmt: skip
-        else:
-            evaluate_model(args)
-    except BadInput as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("evaluate.py", command, argv)
 
 
 if __name__ == "__main__":

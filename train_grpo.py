@@ -469,7 +469,7 @@ def add_logps(model, batch, name, args):
     """r[name] [L]: log-probs of the response's tokens under `model` as it is now, in this process's share."""
     for micro in micro_batches(batch, args.micro_tokens):
         t = to_tensors(micro)
-        flat = net.output_head(model, t, args)[2].all_logps(t["target"]).cpu().numpy()
+        flat = net.output_head(model, t, args).all_logps(t["target"]).cpu().numpy()
         ends = np.cumsum([len(r["ids"]) for r in micro])
         for r, logps in zip(micro, np.split(flat, ends[:-1]), strict=True):
             r[name] = logps
@@ -478,20 +478,18 @@ def add_logps(model, batch, name, args):
 def backward(model, micro, args):
     """Adds the gradient of a micro-batch's loss to p.grad; sums of its diagnostics."""
     t, sums = to_tensors(micro), Counter(real=sum(map(size, micro)))
-    hidden, weight, head = net.output_head(model, t, args)
+    head = net.output_head(model, t, args)
     if args.ratio == "sequence" and t["old_logp"] is not None:  # of whole responses: the head runs once more
         t["sequence_ratio"] = sequence_ratio(head.all_logps(t["target"]), t, len(micro))
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
         of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
-        logp, entropy = head.logps(part, of_part["target"])
-        loss, stats = policy_loss(logp.requires_grad_(), of_part, args)
+        logp = head.logps(part, of_part["target"]).requires_grad_()
+        loss, stats = policy_loss(logp, of_part, args)
         loss.backward()
-        head.backward(part, of_part["target"], logp.grad, weight.requires_grad)
+        entropy = head.backward(part, of_part["target"], logp.grad)
         stats |= {"entropy": (entropy * of_part["mask"]).sum(), "tokens": of_part["mask"].sum()}
         sums.update({k: v.detach().double() for k, v in stats.items()})
-    # From the hidden states on through the model. Micro-batches add up in p.grad.
-    learns = [(hidden, head.d_hidden), (weight, head.d_weight)][: 1 + weight.requires_grad]
-    torch.autograd.backward([x for x, _ in learns], [d.to(x.dtype) for x, d in learns])
+    head.finish()  # from the hidden states on through the model; micro-batches add up in p.grad
     return sums | {"padded": t["ids"].numel()}
 
 

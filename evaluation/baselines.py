@@ -29,7 +29,7 @@ import data
 import evaluate
 from data import BadInput
 from evaluation import edits, engines, report
-from evaluation.samples import check_writable
+from evaluation.samples import check_writable, run
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
 OPEN_CAP = 8192  # tokens of an uncontrolled response
@@ -153,9 +153,7 @@ class Baseline:
             row["injected"] += 1 + len(self.final)
             row["forced"] = True
 
-    def respond(
-        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
-    ) -> list[list[dict]]:
+    def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As engines.respond: responses as fields of samples, with those of this module."""
         found, sampling = [], {"temperature": temperature, "top_p": top_p}
         for budget, group in itertools.groupby(requests, key=lambda request: request["budget"]):
@@ -167,33 +165,24 @@ class Baseline:
         return found
 
 
-def calibrate(mean_length, budget: int, tries: int = 10, tolerance: float = 0.02) -> dict:
-    """The k whose mean_length(k) (tokens; falls as k grows) is nearest to `budget`, by bisection of log k.
-
-    From -8 to 8; ends within `tolerance` of the budget: {"k", "mean_length", "tries"}.
-    """
-    seen, low, high = [], -8.0, 8.0
-    while len(seen) < tries and not (seen and abs(seen[-1][1] - budget) <= tolerance * budget):
-        x = (low + high) / 2
-        seen.append((math.exp(x), mean_length(math.exp(x))))
-        low, high = (x, high) if seen[-1][1] > budget else (low, x)
-    k, length = min(seen, key=lambda pair: abs(pair[1] - budget))
-    return {"k": k, "mean_length": length, "tries": len(seen)}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The sweep
 
 
-def fit_scale(baseline: Baseline, prompts: list[list[int]], budget: int, sampling: dict) -> dict:
-    """calibrate() on these prompts, 4 responses each, drawn with the same seed for every k."""
+def fit_scale(baseline: Baseline, prompts: list, budget: int, sampling: dict, tries: int = 10) -> tuple:
+    """(k, mean length): the k that makes the mean length of 4 responses to each prompt nearest to `budget`.
 
-    def mean_length(k: float) -> float:
-        baseline.scales[budget] = k
-        found = baseline.generate(prompts, 4, budget, **sampling)
-        return float(np.mean([len(response["ids"]) for group in found for response in group]))
-
-    return calibrate(mean_length, budget)
+    The length falls as k grows: bisection of log k from -8 to 8, every k with the same seed, to 2%.
+    """
+    seen, low, high = [], -8.0, 8.0
+    while len(seen) < tries and not (seen and abs(seen[-1][1] - budget) <= 0.02 * budget):
+        x = (low + high) / 2
+        baseline.scales[budget] = math.exp(x)
+        made = baseline.generate(prompts, 4, budget, **sampling)
+        seen.append((math.exp(x), float(np.mean([len(r["ids"]) for group in made for r in group]))))
+        low, high = (x, high) if seen[-1][1] > budget else (low, x)
+    baseline.scales[budget], length = min(seen, key=lambda pair: abs(pair[1] - budget))
+    return baseline.scales[budget], length
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -218,10 +207,9 @@ def sweep(args: argparse.Namespace) -> None:
     for method, baseline in made.items():
         baseline.sampler, baseline.name, about = sampler, sampler.name, {"baseline": method} | options
         for budget in budgets if method == "stop_scale" else ():
-            fit = fit_scale(baseline, prompts[:FITTED], budget, sampling)
-            baseline.scales[budget] = fit["k"]
-            about.setdefault("scales", {})[str(budget)] = fit
-            print(f"stop_scale at {budget}: k {fit['k']:.3g}, mean length {fit['mean_length']:.1f}")
+            k, length = fit_scale(baseline, prompts[:FITTED], budget, sampling)
+            about.setdefault("scales", {})[str(budget)] = k
+            print(f"stop_scale at {budget}: k {k:.3g}, mean length {length:.1f}")
         results = evaluate.evaluate(
             baseline, problems, budgets if method != "none" else [None], "none", args.n,
             os.path.join(args.out, method), tokenizer=tokenizer, context=context, wording=wording,
@@ -260,9 +248,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy (default 0.6)")
     add("--top-p", type=float, default=0.95, help="share of the probability that is kept (default 0.95)")
     add("--max-tokens", type=int, help="cap of none (default 8192 tokens) and stop_scale (2 x budget)")
-    add(
-        "--answer-tokens", type=int, default=512, help="s1, truncate: cap of the answer (default 512; L1: 20)"
-    )
+    add("--answer-tokens", type=int, default=512, help="s1, truncate: the answer's cap (default 512; L1: 20)")
     add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
@@ -291,13 +277,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a model is opened; turn the methods into a list."""
     least = {"n": 1, "max_tokens": 1, "answer_tokens": 1, "seed": 0, "limit": 1, "heads": 1}
-    for name, low in (least | {"long": 0, "short": 1, "keep": 0, "temperature": 0}).items():
+    for name, low in (least | {"long": 0, "short": 1, "temperature": 0}).items():
         value = getattr(args, name, None)
         # Written so that nan, which compares false with everything, is refused as well.
         if value is not None and not low <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {low} or more")
     for name in ("top_p", "keep"):
-        if getattr(args, name, 0) > 1 or name == "top_p" and not getattr(args, name, 1) > 0:
+        if not 0 <= getattr(args, name, 0) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} ({getattr(args, name)}) is a share from 0 to 1")
     if args.command == "thinkedit" and not args.short <= args.long:
         raise BadInput(f"--short ({args.short}) must not be above --long ({args.long})")
@@ -316,17 +302,15 @@ def check_args(args: argparse.Namespace) -> None:
                 raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+def command(argv: list[str] | None) -> None:
+    args = parse_args(argv)
+    check_args(args)
     commands = {"sweep": sweep, "merge": edits.merge, "thinkedit": edits.thinkedit, "tops": edits.tops}
-    try:
-        args = parse_args(argv)
-        check_args(args)
-        commands[args.command](args)
-    except BadInput as error:
-        print(f"evaluation.baselines: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    commands[args.command](args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("evaluation.baselines", command, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import data
 from data import BadInput
 from evaluation import metrics, plots, report
-from evaluation.samples import check_writable, name_folders, read_samples, write_json
+from evaluation.samples import check_writable, name_folders, read_samples, run, write_json
 
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 
@@ -39,10 +39,11 @@ def compare_cells(parts: dict, cells: dict, seed: int) -> dict:
 
     On the problems that all of them have; the bootstrap draws are the same for all.
     """
-    asked = {
-        m: [list(parts[m]["ids"])[row] for row in sorted(set(cell["problem"]))] for m, cell in cells.items()
-    }
-    shared = sorted(set.intersection(*map(set, asked.values())), key=str)
+    asked = []
+    for label, cell in cells.items():
+        there = set(cell["problem"])
+        asked.append({i for i, row in parts[label]["ids"].items() if row in there})
+    shared = sorted(set.intersection(*asked), key=str)
     figures, drawn = {}, {}
     for label, cell in cells.items():
         rows = [parts[label]["ids"][i] for i in shared]
@@ -75,7 +76,7 @@ def compare_set(parts: dict, seed: int) -> dict:
     for budget in metrics.in_order(budgets or {None: 0}):
         cells = {m: part["cells"].get(None if m in alone else budget) for m, part in parts.items()}
         cells = {label: cell for label, cell in cells.items() if cell}
-        if len(cells) > 1:
+        if len(cells) > 1 and next(iter(parts)) in cells:
             out[metrics.label(budget)] = compare_cells(parts, cells, seed)
     return out
 
@@ -120,8 +121,7 @@ def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) ->
         text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"
         log(f"\n{name}: differences are to {next(iter(models))}, on the same problems\n{text}")
         sections.append((name, "", [summary, rows], []))
-    lengths = {label: metrics.lengths_of(table) for label, table in tables.items()}
-    lengths = {name: {label: of[name] for label, of in lengths.items()} for name in curves}
+    lengths = {name: {m: metrics.lengths_of(t[name]) for m, t in tables.items()} for name in curves}
     pictures = plots.draw_models(curves, lengths, out)
     sections.insert(0, ("Lengths, accuracy", "", [], pictures))
     result["pictures"] = [os.path.basename(p) for p in pictures]
@@ -131,23 +131,21 @@ def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) ->
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+def command(argv: list[str] | None) -> None:
     about = "Finished evaluations against each other: paired differences, violins on the same axes."
     parser = argparse.ArgumentParser("-m evaluation.compare", description=about, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
     parser.add_argument("--out", required=True, help="folder for table, pictures and report")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    try:
-        args = data.one_line_errors(parser).parse_args(argv)
-        check_writable(args.out)
-        if os.path.exists(os.path.join(args.out, "results.json")):
-            raise BadInput(f"--out {args.out} holds an evaluation: name another folder")
-        compare(args.folders, args.out, args.seed)
-    except BadInput as error:
-        print(f"evaluation.compare: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = data.one_line_errors(parser).parse_args(argv)
+    check_writable(args.out)
+    if os.path.exists(os.path.join(args.out, "results.json")):
+        raise BadInput(f"--out {args.out} holds an evaluation: name another folder")
+    compare(args.folders, args.out, args.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("evaluation.compare", command, argv)
 
 
 if __name__ == "__main__":

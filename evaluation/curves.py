@@ -14,7 +14,7 @@ import numpy as np
 import data
 from data import BadInput
 from evaluation import plots
-from evaluation.samples import check_writable, name_folders
+from evaluation.samples import check_writable, name_folders, run
 
 COLOURS = ("#1f3f5f", "#8a4b08", "#3a7d44", "#7b3f8c", "#c0392b", "#2a9d8f", "#6b6b6b", "#b8860b")
 
@@ -90,38 +90,29 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
             ax.set_xlabel("steps")
 
 
-def watch(folders: list[str], out: str | None = None) -> str:
-    """Draw the curves of these runs, say where each stands; the path of the picture."""
-    named = name_folders(folders)
+def command(argv: list[str] | None) -> None:
+    """Draw the curves of these runs, say where each stands."""
+    about = "Learning curves of runs, also of those that still train."
+    parser = argparse.ArgumentParser("-m evaluation.curves", description=about, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="--out folders of runs, or LABEL=FOLDER")
+    parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
+    args = data.one_line_errors(parser).parse_args(argv)
+    named = name_folders(args.runs)
+    out = args.out or next(iter(named.values()))
+    check_writable(out)
     runs = {label: read_metrics(folder) for label, folder in named.items()}
     for label, steps in runs.items():
         last = steps[-1]
         told = f", length error {last['abs_error']:.1%}" if "abs_error" in last else ""
         where = f"step {last['step'] + 1}, reward {last['reward']:+.3f}"
         print(f"{label}: {where}, accuracy {last['accuracy']:.1%}{told}")
-    path = os.path.join(out or next(iter(named.values())), "curves.png")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    draw(runs, path)
-    print(f"learning curves in {path}")
-    return path
+    os.makedirs(out, exist_ok=True)
+    draw(runs, os.path.join(out, "curves.png"))
+    print(f"learning curves in {os.path.join(out, 'curves.png')}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    about = "Learning curves of runs, also of those that still train."
-    parser = argparse.ArgumentParser("-m evaluation.curves", description=about, allow_abbrev=False)
-    parser.add_argument(
-        "runs", nargs="+", metavar="FOLDER", help="--out folders of runs: FOLDER or LABEL=FOLDER"
-    )
-    parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
-    try:
-        args = data.one_line_errors(parser).parse_args(argv)
-        check_writable(args.out or args.runs[0].rpartition("=")[2])
-        watch(args.runs, args.out)
-    except BadInput as error:
-        print(f"evaluation.curves: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("evaluation.curves", command, argv)
 
 
 if __name__ == "__main__":

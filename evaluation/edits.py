@@ -7,7 +7,6 @@ tops       the shortest right answers as rows for supervised training (TOPS)
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +14,6 @@ import data
 from data import BadInput
 from evaluate import is_toy
 from evaluation.samples import read_samples, write_json
-
-if TYPE_CHECKING:  # loaded late
-    import torch
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the same parts under the same names
 
@@ -29,8 +25,8 @@ def merge(args: argparse.Namespace) -> None:
     """
     import torch
 
-    models = ((args.base, "--base"), (args.tuned, "--tuned"))
-    base, tuned = (data.load_pretrained(name, "AutoModelForCausalLM", flag) for name, flag in models)
+    base = data.load_pretrained(args.base, "AutoModelForCausalLM", "--base")
+    tuned = data.load_pretrained(args.tuned, "AutoModelForCausalLM", "--tuned")
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     if {name: p.shape for name, p in before.items()} != {name: p.shape for name, p in after.items()}:
         raise BadInput(f"--base {args.base} and --tuned {args.tuned} are different models")
@@ -76,7 +72,7 @@ def thinking_means(model, groups: tuple[list, list]) -> tuple:
     return torch.stack([residuals for _, residuals in means]), means[1][0]
 
 
-def remove_direction(weight: "torch.Tensor", direction: "torch.Tensor") -> "torch.Tensor":
+def remove_direction(weight, direction):
     """W - (W v) v^T for the unit vector v along `direction`; W is [d_head, d], its columns the output."""
     v = direction / direction.norm()
     return weight - (weight @ v)[:, None] * v
@@ -129,8 +125,7 @@ def thinkedit(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.out)
     about = {"model": args.model, "long": n_long, "short": n_short, "layer_head_contribution": edited}
     write_json(os.path.join(args.out, "thinkedit.json"), about)
-    where = ", ".join(f"{layer}.{head}" for layer, head, _ in edited)
-    print(f"thinkedit: {n_long} long, {n_short} short responses; {len(edited)} heads: {where}")
+    print(f"thinkedit: {n_long} long, {n_short} short responses; {len(edited)} heads edited")
 
 
 def tops(args: argparse.Namespace) -> None:
@@ -139,12 +134,8 @@ def tops(args: argparse.Namespace) -> None:
     for s in read_samples(args.samples, ("id", "problem", "response", "length", "correct")):
         key = s.get("source"), s["problem"]
         problems.add(key)
-        if (
-            s["correct"]
-            and s["length"] is not None
-            and s["length"] < best.get(key, {"length": 1 << 40})["length"]
-        ):
-            best[key] = s
+        if s["correct"] and s["length"] is not None:
+            best[key] = min(best.get(key, s), s, key=lambda s: s["length"])
     if not best:
         raise BadInput(f"--samples {args.samples} has no right response of known length: nothing was written")
     rows = []
@@ -155,11 +146,8 @@ def tops(args: argparse.Namespace) -> None:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": s["response"]}]
         row = {key: s.get(key) for key in ("id", "problem", "answer", "source", "length")}
         row |= {"kind": kind, "prompt": prompt, "budget": None, "mode": None, "messages": turns}
-        rows.append(
-            row | {"effort": s.get("budget")} | ({"choices": s["choices"]} if s.get("choices") else {})
-        )
+        row |= {"effort": s.get("budget")} | ({"choices": s["choices"]} if s.get("choices") else {})
+        rows.append(row)
     data.write_rows(rows, args.out)
-    mean = np.mean([row["length"] for row in rows])
-    print(
-        f"tops: {len(rows)} of {len(problems)} problems have a right response, mean length {mean:.1f} tokens"
-    )
+    told = f"mean length {np.mean([row['length'] for row in rows]):.1f} tokens"
+    print(f"tops: {len(rows)} of {len(problems)} problems have a right response, {told}")

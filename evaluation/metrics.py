@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 
 from verifier import boxed_answers
 
-QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 DRAWS = 1000  # bootstrap resamples
 OVERTHINKING = 1000  # tokens of thinking at which a right answer is worth nothing (2508.13141)
 
@@ -87,8 +86,8 @@ def majority_at_k(answers: list, correct: list, k: int) -> float:
     return sum(correct[at + i] for at, i in won if i is not None) / len(won)
 
 
-def trimmed_quantiles(values: ArrayLike, probs: ArrayLike = QUANTILES) -> list[float]:
-    """Quantiles with linear interpolation; the outer two of the default are where the violins are cut."""
+def trimmed_quantiles(values: ArrayLike, probs: ArrayLike = (0.05, 0.25, 0.5, 0.75, 0.95)) -> list[float]:
+    """Quantiles with linear interpolation."""
     return np.quantile(np.asarray(values, float), probs).tolist()
 
 
@@ -130,10 +129,7 @@ def yapindex(scores: dict[str, list]) -> float:
     return float(np.mean([np.median(values) for values in scores.values()]))
 
 
-def length_controlled_winrate(
-    len_baseline: ArrayLike, len_model: ArrayLike, gamma: ArrayLike,
-    theta: float, phi: float, psi: float, std: float,
-) -> dict:  # fmt: skip
+def length_controlled_winrate(len_baseline, len_model, gamma, theta, phi, psi, std) -> dict:
     """Win rates in percent under AlpacaEval's model, as it is and with its length term left out.
 
     P(model preferred) = sigmoid(theta + phi tanh((len_baseline - len_model) / std) + psi gamma), lengths in
@@ -244,8 +240,7 @@ def add(table: dict, sample: dict, think_end: str = "</think>") -> None:
 # 4. Table -> figures
 
 FIGURES = ("accuracy", "mean_length", "signed_error", "abs_error", "within_10", "over_budget")
-FIGURES += ("over_budget_500", "truncated", "thinking_length", "solution_length", "length_score")
-FIGURES += ("overthinking_auc",)
+FIGURES += ("over_budget_500", "truncated", "thinking_length", "length_score", "overthinking_auc")
 
 
 def label(budget: int | None) -> str:
@@ -258,19 +253,10 @@ def in_order(cells: dict) -> dict:
     return dict(sorted(cells.items(), key=lambda item: item[0] or math.inf))
 
 
-def known_lengths(cell: dict) -> np.ndarray:
-    """Lengths (tokens) of the samples whose length is known."""
-    length = np.array(cell["length"])
-    return length[length >= 0]
-
-
-def lengths_of(table: dict) -> dict:
-    """{data set: {budget: known lengths}}; a budget without any has no place on a length axis."""
-    sets = {name: in_order(part["cells"]) for name, part in table.items()}
-    return {
-        name: {b: x for b, cell in cells.items() if len(x := known_lengths(cell))}
-        for name, cells in sets.items()
-    }
+def lengths_of(part: dict) -> dict[int | None, np.ndarray]:
+    """{budget: known lengths} of a data set; a budget without any has no place on a length axis."""
+    found = {b: np.array(cell["length"]) for b, cell in in_order(part["cells"]).items()}
+    return {b: x[x >= 0] for b, x in found.items() if (x >= 0).any()}
 
 
 def columns_of(cell: dict, problems: int) -> dict[str, tuple]:
@@ -289,17 +275,13 @@ def columns_of(cell: dict, problems: int) -> dict[str, tuple]:
         "over_budget_500": (length > budget + 500, asked),
         "truncated": (c["truncated"] == 1, c["truncated"] >= 0),
         "thinking_length": (thinking, thought),
-        "solution_length": (length - thinking, thought),
         "length_score": (length_score(length, budget, c["at_most"] == 1), asked),
         "overthinking_auc": (overthinking(c["correct"], thinking), known),
     }
-    sums = {
-        name: (
-            np.bincount(c["problem"], np.where(where, value, 0), problems),
-            np.bincount(c["problem"], where, problems),
-        )
-        for name, (value, where) in values.items()
-    }
+    sums = {}
+    for name, (value, where) in values.items():
+        both = np.where(where, value, 0), where
+        sums[name] = tuple(np.bincount(c["problem"], weights, problems) for weights in both)
     return sums | vote_columns(c, problems)
 
 
@@ -322,7 +304,7 @@ def vote_columns(c: dict, problems: int) -> dict[str, tuple]:
 
 def summarise_cell(cell: dict, problems: int, seed: int) -> tuple[dict, dict]:
     """(all figures of one cell, their bootstrap draws); nan where a figure has no meaning or is not known."""
-    columns, length = columns_of(cell, problems), known_lengths(cell)
+    columns, length = columns_of(cell, problems), np.array(cell["length"])
     value = {name: float(ratio(top.sum(), bottom.sum())) for name, (top, bottom) in columns.items()}
     right, n = columns["accuracy"]
     out = {"n": len(cell["correct"]), "problems": int((n > 0).sum())}
@@ -331,10 +313,7 @@ def summarise_cell(cell: dict, problems: int, seed: int) -> tuple[dict, dict]:
     for kind in ("pass", "maj"):
         found = {name.partition("@")[2]: v for name, v in value.items() if name.startswith(f"{kind}@")}
         out |= {f"{kind}_at_k": found} if found else {}
-    out |= {"median_length": math.nan, "length_quantiles": math.nan}
-    if len(length):
-        quantiles = dict(zip(map(str, QUANTILES), trimmed_quantiles(length), strict=True))
-        out |= {"median_length": quantiles["0.5"], "length_quantiles": quantiles}
+    out["median_length"] = np.median(length[length >= 0]) if (length >= 0).any() else math.nan
     drawn = bootstrap(columns, seed) if out["problems"] > 1 else {}
     intervals = {name: interval(x) for name, x in drawn.items()}
     out |= {"ci": {k: ends for k, ends in intervals.items() if np.isfinite(ends).all()}} if drawn else {}
@@ -359,19 +338,18 @@ def summarise(table: dict, seed: int = 0) -> tuple[dict, dict]:
         # One seed for all budgets of a set: their draws hold the same problems, so differences are paired.
         both = {b: summarise_cell(cell, problems, seed + at) for b, cell in cells.items()}
         asked = [b for b in cells if b is not None]
-        lengths = {b: known_lengths(cells[b]) for b in asked}
+        lengths = {b: x for b, x in lengths_of(part).items() if b is not None}
         requested = [b for b, x in lengths.items() for _ in x]
         # Lengths above 0 have a logarithm; the comparison is false for nan as well.
-        points = [both[b][0] for b in asked if both[b][0]["mean_length"] > 0]
+        curve = [figures for b, (figures, _) in both.items() if b and figures["mean_length"] > 0]
+        points = [[figures[key] for figures in curve] for key in ("mean_length", "accuracy")]
         datasets[name] = {
             "mode": " and ".join(sorted(part["modes"])) or None,
             "problems": problems,
             "budgets": {label(b): figures for b, (figures, _) in both.items()},
             "mean": mean_of([both[b] for b in asked]),
             "correlation": correlation(requested, np.concatenate([[], *lengths.values()])),
-            "accuracy_by_log_length": log_linear_fit(
-                [c["mean_length"] for c in points], [c["accuracy"] for c in points]
-            ),
+            "accuracy_by_log_length": log_linear_fit(*points),
         }
         draws[name] = {label(b): drawn for b, (_, drawn) in both.items()}
     return datasets, draws

@@ -45,21 +45,18 @@ def draw(datasets: dict, lengths: dict, out: str, trained: list[int] | None = No
     """Pictures of a results.json's data sets; `lengths`: {data set: {budget: tokens}}. PNG paths by set."""
     paths = {name: [] for name in datasets}
     for name, part in datasets.items():
-        known = lengths[name]
-        asked = {b: x for b, x in known.items() if b is not None}
         figures = {b: c for b, c in part["budgets"].items() if c["mean_length"] is not None}
-        title = f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}"
-        drawings = {
-            "violins": (draw_violins, asked, known),
-            "accuracy": (draw_accuracy, known, {"": figures}),
-        }
-        drawings["error"] = (draw_error, asked, figures)
-        for kind, (function, needed, shown) in drawings.items():
-            if needed:
-                paths[name].append(path_of(out, kind, name, datasets))
-                with canvas(paths[name][-1]) as ax:
-                    function(ax, shown, trained)
-                    set_title(ax, title)
+        asked = set(lengths[name]) - {None}  # without a budget there is still an accuracy at a length
+        kinds = [("violins", draw_violins, asked and lengths[name])]
+        kinds += [("accuracy", draw_accuracy, figures and {"": figures})]
+        kinds += [("error", draw_error, asked and figures)]
+        for kind, function, shown in kinds:
+            if not shown:
+                continue
+            paths[name].append(path_of(out, kind, name, datasets))
+            with canvas(paths[name][-1]) as ax:
+                function(ax, shown, trained)
+                set_title(ax, f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}")
     return paths
 
 
@@ -76,15 +73,6 @@ def set_title(ax, text: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # Pieces that several pictures share
-
-
-def density(values: np.ndarray, least: float, points: int = 120) -> tuple[np.ndarray, np.ndarray]:
-    """(grid, height scaled to 1): Gaussian kernel estimate cut at both ends, bandwidth Scott's or `least`."""
-    grid, width = np.linspace(values.min(), values.max(), points), values.std() * len(values) ** -0.2
-    # A thousand quantiles stand for the values: the cost does not grow with their number.
-    values, width = np.quantile(values, np.linspace(0, 1, 1000)), max(width, least)
-    height = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2).sum(1)
-    return grid, height / height.max()
 
 
 def plain_ticks(axis, values: Sequence[float]) -> None:
@@ -137,7 +125,6 @@ def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] |
     to, back = (np.log2, np.exp2) if log else (np.asarray, np.asarray)
     # Violins nearly touch where budgets are closest; a lone one gets a fair share of the axis.
     half = 0.38 * (min(np.diff(to(asked))) if len(asked) > 1 else 0.4 * asked[0])  # of a violin's width
-    least, most = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
     low, high = float(back(to(asked[0]) - 1.5 * half)), float(back(to(asked[-1]) + 1.5 * half))
     low = low if log else min(0, low)
     line = np.array([low, high])
@@ -147,7 +134,17 @@ def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] |
     ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
     known = is_trained(drawn, trained) | (not trained)
     for budget, filled in zip(drawn, known, strict=True):
-        violin(ax, budget, lengths[budget], cut[budget], half, to, back, LIGHT if filled else "white")
+        least, median, most = cut[budget]
+        left, right = back(to(budget) - half), back(to(budget) + half)
+        kept = lengths[budget][(lengths[budget] >= least) & (lengths[budget] <= most)]
+        # Of two different lengths the cut would leave none.
+        kept = kept if len(kept) else lengths[budget]
+        (body,) = ax.violinplot(kept, [budget], widths=right - left, showextrema=False)["bodies"]
+        body.set(facecolor=LIGHT if filled else "white", edgecolor=DARK, lw=1, alpha=1, zorder=4)
+        ax.plot([left, right], [median, median], color="black", lw=2.4, zorder=6)
+        style = dict(fontsize=9, zorder=7, bbox=dict(fc="white", ec="none", alpha=0.7, pad=0.5))
+        above = dict(xytext=(0, 5), textcoords="offset points", ha="center")
+        ax.annotate(f"{median:.0f}", (budget, most), **above, **style)
     if not known.all():
         ax.fill_between([], [], fc="white", ec=DARK, label="budget not trained")
     ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
@@ -161,25 +158,9 @@ def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] |
     plain_ticks(ax.xaxis, asked)
     ax.set(xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%")
     ax.set_xlim(low, high)
-    ax.set_ylim(min(low, max(0.5, 0.9 * least)) if log else 0, 1.08 * max(most, asked[-1]))
+    ends = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
+    ax.set_ylim(min(low, max(0.5, 0.9 * ends[0])) if log else 0, 1.08 * max(ends[1], asked[-1]))
     legend(ax)
-
-
-def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back, color: str) -> None:
-    """One violin with its median; `half` its half width on the axis, `to` and `back` the axis' scale."""
-    low, median, high = cut
-    kept = length[(length >= low) & (length <= high)]
-    kept = kept if len(kept) else length  # of two different lengths the cut would leave none
-    # Lengths are whole numbers: a kernel narrower than half a token would show that and nothing else.
-    narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
-    grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
-    left, right = to(budget) - half * height, to(budget) + half * height
-    ax.fill_betweenx(back(grid), back(left), back(right), fc=color, ec=DARK, lw=1, zorder=4)
-    ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
-    ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
-    above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, zorder=7)
-    above["bbox"] = dict(fc="white", ec="none", alpha=0.7, pad=0.5)  # readable on top of a line
-    ax.annotate(f"{median:.0f}", (budget, high), **above)
 
 
 def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
@@ -197,13 +178,12 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
         color, marker, prefix = colors[i % 4], markers[i % 8], f"{name}, " if name else ""
         ax.plot([x[b] for b in along], [y[b] for b in along], color=color, lw=1.3, ls=lines[i % 4])
         known = is_trained([int(b) for b in along], trained) | (not trained)
+        filled = {b for b, is_one in zip(along, known, strict=True) if is_one}
         groups = {
-            (marker, color, name or ("trained budgets" if trained else "budgets")): known,
-            (marker, "white", prefix + "other budgets"): ~known,
+            (marker, color, name or ("trained budgets" if trained else "budgets")): filled,
+            (marker, "white", f"{prefix}other budgets"): set(along) - filled,
+            ("D", "white", f"{prefix}no budget"): set(figures) - set(along),
         }
-        groups = {kind: [b for b, is_one in zip(along, which, strict=True) if is_one]
-                  for kind, which in groups.items()}  # fmt: skip
-        groups["D", "white", prefix + "no budget"] = [b for b in figures if b == "none"]
         for (shape, face, told), group in groups.items():
             if group:
                 bars = np.transpose([error_bar(figures[b], "accuracy") for b in group])
@@ -218,7 +198,7 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
     low, high = ax.get_ylim()
-    ax.set_ylim(max(-2, min(low, min(heights) - 8)), min(101, max(high, max(heights) + 8)))
+    ax.set_ylim(max(-2, min(low, min(heights) - 8)), min(102, max(high, max(heights) + 8)))
     ax.margins(x=0.09)  # room for the labels
     ax.grid(axis="y", color="0.9")
     legend(ax)

@@ -25,9 +25,9 @@ COLUMNS |= {
     "cut off": "truncated",
 }
 # The report's further columns; pass@k and maj@k follow.
-MORE = {"median": "median_length", "thinking": "thinking_length", "solution": "solution_length"}
-MORE |= {"over by 500": "over_budget_500", "LIFEBench score": "length_score", "AUC OAA": "overthinking_auc"}
-TOKENS = ("mean_length", "median_length", "thinking_length", "solution_length", "length_score")
+MORE = {"median": "median_length", "thinking": "thinking_length", "over by 500": "over_budget_500"}
+MORE |= {"LIFEBench score": "length_score", "AUC OAA": "overthinking_auc"}
+TOKENS = ("mean_length", "median_length", "thinking_length", "length_score")
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables: rows of texts, the first one the heading
@@ -52,9 +52,8 @@ def table_rows(lines: dict, columns: dict = COLUMNS, intervals: bool = False) ->
     rows = [["budget", "n", *columns]]
     for label, figures in lines.items():
         ci = figures.get("ci", {}) if intervals else {}
-        texts = [
-            show(figures.get(k), ci.get(k), "{:.1f}" if k in TOKENS else "{:.1%}") for k in columns.values()
-        ]
+        forms = {k: "{:.1f}" if k in TOKENS else "{:.1%}" for k in columns.values()}
+        texts = [show(figures.get(k), ci.get(k), form) for k, form in forms.items()]
         rows.append([label, str(figures.get("n", "")), *texts])
     return rows
 
@@ -63,10 +62,9 @@ def lines_of(part: dict) -> dict:
     """{label: figures} of a data set's table: a line per budget, then the means; pass@k as figures."""
     lines = {}
     for budget, figures in part["budgets"].items():
-        votes = {
-            f"{kind}@{k}": v for kind in ("pass", "maj") for k, v in figures.get(f"{kind}_at_k", {}).items()
-        }
-        lines[budget] = figures | votes
+        lines[budget] = dict(figures)
+        for kind in ("pass", "maj"):
+            lines[budget] |= {f"{kind}@{k}": v for k, v in figures.get(f"{kind}_at_k", {}).items()}
     mean = part["mean"] if len(lines) > 1 and part["mean"]["abs_error"] is not None else None
     return lines | ({"mean": mean} if mean else {})
 
@@ -85,10 +83,8 @@ def summary_rows(models: dict) -> list[list[str]]:
     rows = [["asked for", *models]]
     for budget in sorted(budgets, key=lambda b: math.inf if b == "none" else int(b)):
         cells = [figures.get(budget) for figures in models.values()]
-        texts = [
-            f"{show(c['accuracy'])} at {show(c['mean_length'], form='{:.0f}')}" if c else "" for c in cells
-        ]
-        rows.append([budget, *texts])
+        pairs = [c and (show(c["accuracy"]), show(c["mean_length"], form="{:.0f}")) for c in cells]
+        rows.append([budget, *(" at ".join(pair) if pair else "" for pair in pairs)])
     return rows
 
 
@@ -122,9 +118,7 @@ class Browser:
     def samples(self) -> list[dict]:
         """In the order of data set, problem, budget and sample number."""
         rows = [entry for entries in self.rows.values() for entry in entries]
-        return sorted(
-            rows, key=lambda s: (s["source"], str(s["id"]), s["budget"] or 1 << 40, s["sample"] or 0)
-        )
+        return sorted(rows, key=lambda s: (s["source"], str(s["id"]), s["budget"] or 2**40, s["sample"] or 0))
 
 
 def html_table(rows: list[list[str]]) -> str:
@@ -151,10 +145,8 @@ def write(path: str, title: str, facts: dict, sections: list, samples: list, tot
     for heading, note, tables, pictures in sections:
         # Pictures first: what a reader looks for; behind them the first table, the others folded.
         first, *others = [*map(html_table, tables), ""]
-        parts.append(
-            f"<h2>{html.escape(heading)}</h2><div class=pics>{''.join(map(html_picture, pictures))}</div>"
-        )
-        parts.append(f"{first}<p>{html.escape(note)}</p>")
+        shown = f"<div class=pics>{''.join(map(html_picture, pictures))}</div>{first}"
+        parts.append(f"<h2>{html.escape(heading)}</h2>{shown}<p>{html.escape(note)}</p>")
         if any(others):
             parts.append(f"<details><summary>More figures</summary>{''.join(others)}</details>")
     with open(TEMPLATE, encoding="utf-8") as f:

@@ -8,8 +8,9 @@ import gzip
 import itertools
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from data import BadInput
 from evaluation.metrics import jsonable
@@ -94,20 +95,27 @@ def check_writable(folder: str) -> None:
 
 
 def name_folders(specs: list[str]) -> dict[str, str]:
-    """{label: folder} of "label=folder" or folders, named by their last part or in full if two share it."""
-    split = [("", spec) if os.path.isdir(spec) else spec.rpartition("=")[::2] for spec in specs]
-    ends = [os.path.basename(os.path.abspath(folder)) for _, folder in split]
+    """{label: folder} of "label=folder", or of folders: by their last part, in full where that is taken."""
     found = {}
-    for (label, folder), end in zip(split, ends, strict=True):
-        label = label or (end if ends.count(end) == 1 else folder)
+    for spec in specs:
+        label, _, folder = ("", "", spec) if os.path.isdir(spec) else spec.rpartition("=")
         if not os.path.isdir(folder):
             raise BadInput(f"{folder}: no such folder; name finished runs, or LABEL=FOLDER")
-        if label in found:
-            raise BadInput(f"the command names {label!r} twice: give labels of your own, LABEL=FOLDER")
-        found[label] = folder
+        label = label or os.path.basename(os.path.abspath(folder))
+        found[folder if label in found else label] = folder
     return found
 
 
 def sum_counts(counts: list[dict]) -> dict:
     """Counters added up, name by name."""
     return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
+
+
+def run(name: str, command: Callable[[list | None], object], argv: list[str] | None) -> int:
+    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
+    try:
+        command(argv)
+    except BadInput as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
