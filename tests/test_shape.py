@@ -27,6 +27,7 @@ NEEDED = {
     ("train_grpo", "integrations"),
     ("data", "integrations"), ("data", "toy"),  # --export; the preset "toy"
     ("evaluate", "evaluation"), ("evaluate", "toy"),
+    ("docs", "methods"),  # link_lines.py writes the table of methods
     ("toy", "scaling"),  # the sampler of a sharded model gathers its weights
     ("evaluation", "toy"), ("evaluation", "scaling"),  # the transformers sampler, a finished model
 }  # fmt: skip
