@@ -486,10 +486,10 @@ def backward(model, micro, args):
         t["sequence_ratio"] = sequence_ratio(head.all_logps(t["target"]), t, len(micro))
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
         of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
-        logp = head.logps(part, of_part["target"]).requires_grad_()
-        loss, stats = policy_loss(logp, of_part, args)
+        logp, entropy = head.logps(part, of_part["target"])
+        loss, stats = policy_loss(logp.requires_grad_(), of_part, args)
         loss.backward()
-        entropy = head.backward(part, of_part["target"], logp.grad)
+        head.backward(part, of_part["target"], logp.grad)
         stats |= {"entropy": (entropy * of_part["mask"]).sum(), "tokens": of_part["mask"].sum()}
         sums.update({k: v.detach().double() for k, v in stats.items()})
     head.finish()  # from the hidden states on through the model; micro-batches add up in p.grad

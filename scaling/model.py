@@ -156,15 +156,15 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
     return hidden.bfloat16() if bf16 else hidden
 
 
-def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
-    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
+def output_head(model, t: dict, args) -> ChunkedHead:
+    """The output layer over the hidden states [T, d] from which the response tokens are predicted.
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
     # A sharded model is called as a module: that gathers its weights.
     hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
-    hidden, weight = hidden[t["row"], t["column"]], model.get_output_embeddings().weight
-    return hidden, weight, ChunkedHead(hidden, weight, args.temperature)
+    weight = model.get_output_embeddings().weight
+    return ChunkedHead(hidden[t["row"], t["column"]], weight, args.temperature)
 
 
 # -----------------------------------------------------------------------------
