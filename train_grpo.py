@@ -128,7 +128,10 @@ def build_parser():
 
 def parse_args(argv=None):
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # BadInput, or a recipe's open quotation mark
+        raise BadInput(str(error)) from None
     if not (args.model or args.data or args.resume):  # the laptop's default
         argv = ["@" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes/toy.args"), *argv]
         args = parser.parse_args(argv)
@@ -749,8 +752,7 @@ def load_rows(args):
         rows = data.annotate(rows, args.budgets, mode, args.wording, 1, args.seed)
     if not all(row.get("prompt") for row in rows):
         raise BadInput(f"--data ({args.data}) has rows without a prompt: use data.py, or give --budgets")
-    asking = [row for row in rows if row.get("budget")]
-    if asking and (highest := max(row["budget"] for row in asking)) > args.max_tokens:
+    if (highest := max((row.get("budget") or 0 for row in rows), default=0)) > args.max_tokens:
         raise BadInput(f"--max-tokens ({args.max_tokens}) is below a budget in --data ({highest}): raise it")
     return rows
 
