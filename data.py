@@ -251,8 +251,7 @@ def read_prompt(row):
     if clean_text(prompt) is None:
         return {}
     asked, budget, mode = ASKED.search(prompt), clean_answer(row.get("budget")), row.get("mode") or "none"
-    text = prompt[: asked.start()] if asked else prompt
-    found = {"problem": row["problem"] or STEPS_TAIL.sub("", text), "turns": turns}
+    found = {"problem": row["problem"] or STEPS_TAIL.sub("", ASKED.sub("", prompt)), "turns": turns}
     if asked and asked[2] == "-1":  # L1's "Think for -1 tokens." means no budget: such a prompt is not kept
         return found
     if asked and budget is None:
@@ -290,8 +289,7 @@ def from_messages(row):
         return json.loads(row["row"])  # --export open-instruct keeps the whole row
     golds, names = row.get("ground_truth"), row.get("dataset")
     if golds is None:
-        last = row["messages"][-1]["content"] if row["messages"] else None
-        return {"solution": last} | row | {"prompt": list(row["messages"])}
+        return {"solution": row["messages"][-1]["content"]} | row | {"prompt": list(row["messages"])}
     # The old encoding joins both in one string: "42<sep>1234" with dataset "MATH,max_length".
     if isinstance(golds, str) and "<sep>" in golds:
         golds, names = golds.split("<sep>"), str(names).split(",")
@@ -565,15 +563,18 @@ def open_source(name, split):
         # GSM8K by name is its test split: say what is read before anybody trains on it.
         print(f"data.py: {hub_id}, split {split or default_split}", file=sys.stderr)
         records, columns = read_hub(hub_id, configs, split or default_split)
-        if preset == "mmlu_1000":  # the rows that L1 drew: the first of numpy's old shuffle with seed 42
-            records = list(records)
-            records = [records[i] for i in np.random.RandomState(42).permutation(len(records))[:1000]]
-        return records, columns, layout, preset
+        return (draw_1000(records) if preset == "mmlu_1000" else records), columns, layout, preset
     hub = re.fullmatch(r"[\w-][^/]*/[^/]+", name) and not re.search(SUFFIX, name.lower())
     if not hub and not os.path.isdir(name):
         raise BadInput(f"{name}: no such file, and not one of the named sets ({', '.join(PRESETS)})")
     hub_id, _, config = name.partition(":")
     return *read_hub(hub_id, (config,) if config else (), split), None, stem
+
+
+def draw_1000(records):
+    """The rows of MMLU that L1 drew: the first 1,000 of numpy's old shuffle with seed 42."""
+    records = list(records)
+    return [records[i] for i in np.random.RandomState(42).permutation(len(records))[:1000]]
 
 
 def find_layout(columns, layout, name, need_answer=True):
