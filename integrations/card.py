@@ -1,10 +1,10 @@
 """The model card of a trained checkpoint (README.md in its folder), and the way to the hub.
 
-    python -m integrations.card out/run/checkpoint-500 --eval out/math500     its table from another evaluation
+    python -m integrations.card out/run/checkpoint-500 --eval out/run/eval     the card, and its table
     python -m integrations.card out/run/checkpoint-500 --push-to-hub ME/NAME
 
-Training writes the card into its last checkpoint, and with --push-to-hub uploads that. The card says how to
-ask the model for a length, how well it obeys, and how it was made. The trainer's state stays here.
+The card says how to ask the model for a length, how well it obeys, and how it was made. The trainer's state
+stays here. A card that is there is kept: only its table is written anew.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import shlex
 import shutil
 import sys
 
+import train_grpo
 from data import BadInput, first_line, one_line_errors
 
-STATE = ["trainer_state.pt", "checksums.json"]  # of use to --resume only
+STATE = ["trainer_state.pt"]  # of use to --resume only
 BEGIN, END = "<!-- length control -->", "<!-- end of length control -->"
 NO_BUDGETS = "(The prompts of this run asked for no length.)"
 CARD = """---
@@ -51,14 +52,6 @@ Not measured yet.
 ```sh
 {command}
 ```
-
-<details><summary>all settings</summary>
-
-```json
-{settings}
-```
-
-</details>
 """
 COLUMNS = {  # of the table: figure in results.json, heading
     "n": "samples", "accuracy": "accuracy", "mean_length": "mean length", "abs_error": "mean error",
@@ -129,6 +122,30 @@ def show(key: str, value: float | None) -> str:
     return f"{value:.0f}" if key in ("n", "mean_length") else f"{value:.1%}"
 
 
+def command_line(args: dict) -> str:
+    """The command that makes a run with these flags: those that are not the default."""
+    words, defaults = ["python", "train_grpo.py"], vars(train_grpo.build_parser().parse_args([]))
+    for name, value in args.items():
+        if value in ({}, defaults.get(name)):
+            continue
+        pairs = (
+            [f"{k}={json.dumps(v)}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
+        )
+        words += [f"--{name.replace('_', '-')}", *(pairs if value is not True else [])]
+    return shlex.join(words)
+
+
+def run_of(folder: str) -> tuple[dict, list[dict]]:
+    """(flags, training rows) of the run that a checkpoint belongs to."""
+    path = os.path.join(os.path.dirname(os.path.abspath(folder)), "args.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            args = json.load(f)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} is no checkpoint of a run ({error}): name OUT/checkpoint-N") from None
+    return args, train_grpo.load_rows(argparse.Namespace(**args))
+
+
 def write_card(folder: str, args: dict, rows: list[dict]) -> None:
     """README.md of a checkpoint, without a table yet; `args`: the run's flags, `rows`: its training rows."""
     from huggingface_hub import ModelCardData
@@ -139,14 +156,12 @@ def write_card(folder: str, args: dict, rows: list[dict]) -> None:
         library_name="transformers", pipeline_tag="text-generation", base_model=base if on_hub else None,
         tags=["length-control", "reasoning", "grpo", "nanoL1"],
     )  # fmt: skip
-    used = {k: v for k, v in sorted(args.items()) if v not in (None, False, {}, [], "")}
     fields = {
         "about": about.to_yaml().strip(), "name": name, "steps": args["steps"], "reward": args["reward"],
         "base": f"`{base if on_hub else os.path.basename(base)}`" if base else "A toy model that adds digits",
         "advantage": args["advantage"], "budgets": budgets_text(rows), "temperature": args["temperature"],
         "prompts": "\n\nor\n\n".join(f"```\n{text}\n```" for text in templates(rows)) or NO_BUDGETS,
-        "command": "python train_grpo.py " + shlex.join(used.pop("command", [])), "begin": BEGIN, "end": END,
-        "settings": json.dumps(used, indent=1),
+        "command": command_line(args), "begin": BEGIN, "end": END,
     }  # fmt: skip
     text = CARD.format(**fields)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
@@ -192,32 +207,25 @@ def push(folder: str, repo: str, log=print) -> None:
     log(f"uploaded: {done.commit_url}")
 
 
-def finish(folder: str, args: dict, rows: list[dict], evaluation: str | None, repo: str | None, log) -> None:
-    """The end of a training run: card, its table where something was evaluated, and the upload."""
-    write_card(folder, args, rows)
-    if evaluation and os.path.exists(os.path.join(evaluation, "results.json")):
-        fill_in(folder, evaluation)
-    if repo:
-        push(folder, repo, log)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    parser = argparse.ArgumentParser("card.py", description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder of a checkpoint that training has written a card into")
+    parser = argparse.ArgumentParser(
+        "integrations.card", description=__doc__.split("\n", 1)[0], allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", help="folder of a checkpoint: OUT/checkpoint-N")
     parser.add_argument("--eval", help="folder of a finished evaluation of it: table and pictures")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the hub")
     try:
         args = one_line_errors(parser).parse_args(argv)
         check_login(args.push_to_hub)
         if not os.path.exists(os.path.join(args.checkpoint, "README.md")):
-            raise BadInput(f"{args.checkpoint} holds no README.md: name the last checkpoint of a run")
+            write_card(args.checkpoint, *run_of(args.checkpoint))
         if args.eval:
             fill_in(args.checkpoint, args.eval)
         if args.push_to_hub:
             push(args.checkpoint, args.push_to_hub)
     except BadInput as error:
-        print(f"card.py: error: {error}", file=sys.stderr)
+        print(f"integrations.card: error: {error}", file=sys.stderr)
         return 2
     return 0
 
