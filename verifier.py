@@ -367,12 +367,12 @@ def _parse(text: str, trusted: bool = False) -> list:
     return found + [x for _, x in numbers if len(numbers) > 1]  # a rounding may be what is asked for
 
 
-def _equal(found, wanted, texts: str) -> bool:
+def _equal(pair: tuple, texts: str) -> bool:
     """math-verify's verdict, made stricter for tuples against sets and for numbers near zero."""
     from math_verify import verify
     from sympy import Expr, FiniteSet, Float, Interval, Tuple, UnevaluatedExpr
 
-    pair = (found, wanted)
+    pair = found, wanted = [x.args[0] if isinstance(x, FiniteSet) and len(x) == 1 else x for x in pair]
     if {isinstance(x, FiniteSet) for x in pair} == {isinstance(x, (Tuple, Interval)) for x in pair} == {0, 1}:
         if "\\{" in texts:
             return False  # one is ordered, the other a set in braces
@@ -473,7 +473,7 @@ def _serve() -> None:
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + task["seconds"]) + 2)
         try:
             readings = [(_parse(a), _parse(g, trusted=True), a + g) for a, g in task["pairs"]]
-            right = any(_equal(x, w, t) for found, wanted, t in readings for w in wanted for x in found)
+            right = any(_equal((x, w), t) for found, wanted, t in readings for w in wanted for x in found)
             reply = [right, any(found and wanted for found, wanted, _ in readings), ""]
         except MemoryError:
             return  # its state is unknown: the caller counts a crash and starts a fresh worker

@@ -32,7 +32,6 @@ from evaluation import edits, engines, report
 from evaluation.samples import check_writable, run
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
-OPEN_CAP = 8192  # tokens of an uncontrolled response
 WAITS = 100  # stops that s1 overrides at most, per response (L1's choice)
 FITTED = 16  # problems whose lengths, not answers, stop_scale's k is fitted on, 4 responses each
 # The first that the tokenizer can write; the toy's cannot write the published texts.
@@ -64,8 +63,6 @@ def first_writable(tokenizer, texts: tuple[str, ...]) -> list[int]:
 class Baseline:
     """One method in a sampler's place: evaluate() asks it for responses at a budget that no prompt states."""
 
-    batch = 1024  # responses sampled between two writes
-
     def __init__(self, method: str, sampler, tokenizer, room: int, answer_tokens=512, max_tokens=None):
         """`room`: what the longest prompt leaves of the context (tokens)."""
         self.method, self.sampler, self.tokenizer, self.room = method, sampler, tokenizer, room
@@ -80,7 +77,7 @@ class Baseline:
     def caps(self, budget: int | None) -> tuple[int, int]:
         """(tokens of thinking, of the whole response) at most; BadInput where they do not fit."""
         if self.method in ("none", "stop_scale"):
-            cap = self.max_tokens or (OPEN_CAP if self.method == "none" else 2 * budget)
+            cap = self.max_tokens or (evaluate.OPEN_CAP if self.method == "none" else 2 * budget)
             return min(cap, self.room), min(cap, self.room)
         # As published, the budget is the thinking's; `</think>`, final text and answer come on top.
         least = 0 if self.method == "cut" else len(self.final) + 2
@@ -219,8 +216,8 @@ def sweep(args: argparse.Namespace) -> None:
             summaries.setdefault(name, {})[method] = part["budgets"]
         print(f"{method}: written to {os.path.join(args.out, method)}")
     for name, methods in summaries.items():
-        rows = report.summary_rows(methods)
-        print(f"\n{name}: accuracy at mean length (tokens)\n{report.plain_table(rows)}")
+        table = report.plain_table(report.summary_rows(methods))
+        print(f"\n{name}: accuracy at mean length (tokens)\n{table}")
     print(f"\npaired: python -m evaluation.compare {args.out}/* --out {args.out.rstrip('/')}_compared")
 
 

@@ -75,7 +75,7 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
             named += [(label, first, name) for name, label in details[key]]
             for i, (label, steps, name) in enumerate(named):
                 x, y = series(steps, name)
-                y = y * (100 if title.endswith("%") or "%" in title else 1)
+                y = y * (100 if "%" in title else 1)
                 style = dict(color=COLOURS[i % len(COLOURS)], marker="o" if len(x) == 1 else None)
                 ax.plot(x, smooth(y, len(y) // 40), lw=1.7, label=label, **style)
                 if not others:
@@ -104,11 +104,11 @@ def command(argv: list[str] | None) -> None:
     for label, steps in runs.items():
         last = steps[-1]
         told = f", length error {last['abs_error']:.1%}" if "abs_error" in last else ""
-        where = f"step {last['step'] + 1}, reward {last['reward']:+.3f}"
-        print(f"{label}: {where}, accuracy {last['accuracy']:.1%}{told}")
+        told = f"reward {last['reward']:+.3f}, accuracy {last['accuracy']:.1%}{told}"
+        print(f"{label}: step {last['step'] + 1}, {told}")
     os.makedirs(out, exist_ok=True)
-    draw(runs, os.path.join(out, "curves.png"))
-    print(f"learning curves in {os.path.join(out, 'curves.png')}")
+    draw(runs, f"{out}/curves.png")
+    print(f"learning curves in {out}/curves.png")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -215,8 +215,7 @@ def spoken_answer(sample: dict, think_end: str = "</think>") -> str | None:
 
 def add(table: dict, sample: dict, think_end: str = "</think>") -> None:
     """Append one sample to the table; -1 stands for what is not known."""
-    empty = {"ids": {}, "texts": {}, "modes": set(), "cells": {}}
-    part = table.setdefault(sample["source"], empty)
+    part = table.setdefault(sample["source"], {"ids": {}, "texts": {}, "modes": set(), "cells": {}})
     length, finish = sample["length"], sample["finish_reason"]
     answer = spoken_answer(sample, think_end) if isinstance(sample.get("response"), str) else None
     row = {
@@ -338,8 +337,7 @@ def summarise(table: dict, seed: int = 0) -> tuple[dict, dict]:
         # One seed for all budgets of a set: their draws hold the same problems, so differences are paired.
         both = {b: summarise_cell(cell, problems, seed + at) for b, cell in cells.items()}
         asked = [b for b in cells if b is not None]
-        lengths = {b: x for b, x in lengths_of(part).items() if b is not None}
-        requested = [b for b, x in lengths.items() for _ in x]
+        pairs = [(b, n) for b, lengths in lengths_of(part).items() if b for n in lengths.tolist()]
         # Lengths above 0 have a logarithm; the comparison is false for nan as well.
         curve = [figures for b, (figures, _) in both.items() if b and figures["mean_length"] > 0]
         points = [[figures[key] for figures in curve] for key in ("mean_length", "accuracy")]
@@ -348,7 +346,7 @@ def summarise(table: dict, seed: int = 0) -> tuple[dict, dict]:
             "problems": problems,
             "budgets": {label(b): figures for b, (figures, _) in both.items()},
             "mean": mean_of([both[b] for b in asked]),
-            "correlation": correlation(requested, np.concatenate([[], *lengths.values()])),
+            "correlation": correlation(*zip(*pairs, strict=True)) if pairs else math.nan,
             "accuracy_by_log_length": log_linear_fit(*points),
         }
         draws[name] = {label(b): drawn for b, (_, drawn) in both.items()}

@@ -16,6 +16,8 @@ from data import BadInput
 from evaluation.metrics import jsonable
 
 NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")  # of a sample, for results
+TYPES = dict.fromkeys(("source", "problem", "prompt", "response"), str)
+TYPES |= {"id": (str, int), "answer": (str, list), "kind": (str, type(None))}
 
 
 def check_sample(sample: object, need: Iterable[str]) -> dict:
@@ -34,9 +36,9 @@ def check_sample(sample: object, need: Iterable[str]) -> dict:
         sample |= {} if value is None else {key: int(value)}
     if "correct" in need and sample["correct"] not in (0, 1):
         raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
-    texts = [key for key in ("id", "source", "problem", "prompt", "response") if key in need]
-    if wrong := [k for k in texts if not isinstance(sample[k], (str, int) if k == "id" else str)]:
-        raise BadInput(f"{wrong[0]} must be a text")
+    for key in [*need, "kind", "source"]:
+        if key in sample and not isinstance(sample[key], TYPES.get(key, object)):
+            raise BadInput(f"{key} is {str(sample[key])[:50]!r}; evaluate.py writes none such")
     return sample
 
 

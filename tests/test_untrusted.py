@@ -225,10 +225,6 @@ MODELS = {
     ),
     "a tokenizer of text": (lambda folder, mark: (folder / "tokenizer.json").write_text("[1]"), "tokenizer"),
     "a tokenizer cut off": (lambda folder, mark: os.truncate(folder / "tokenizer.json", 300), "tokenizer"),
-    "no end token": (
-        lambda folder, mark: change_json(folder / "tokenizer_config.json", eos_token=None),
-        "eos_token",
-    ),
 }
 
 
