@@ -184,7 +184,7 @@ def annotate(problems, budgets, mode, wording="l1", copies=1, seed=0):
     """Problems -> Rows: `copies` rows a problem, each with its own budget; one seed, one result."""
     dist = parse_budgets(budgets) if isinstance(budgets, str) else budgets
     if mode not in MODES or (mode == "none") != (dist["name"] == "none"):
-        told = f"a mode is one of {', '.join(MODES)}, and none goes with budgets none only"
+        told = f"modes are {', '.join(MODES)}, and none goes with budgets none only"
         raise BadInput(f"mode {mode} does not go with budgets {dist['name']}: {told}")
     rng = np.random.default_rng(seed)
     drawn = draw_budgets(dist, len(problems) * copies, rng)
@@ -251,8 +251,7 @@ def read_prompt(row):
     if clean_text(prompt) is None:
         return {}
     asked, budget, mode = ASKED.search(prompt), clean_answer(row.get("budget")), row.get("mode") or "none"
-    text = prompt[: asked.start()] if asked else prompt
-    found = {"problem": row["problem"] or STEPS_TAIL.sub("", text), "turns": turns}
+    found = {"problem": row["problem"] or STEPS_TAIL.sub("", ASKED.sub("", prompt)), "turns": turns}
     if asked and asked[2] == "-1":  # L1's "Think for -1 tokens." means no budget: such a prompt is not kept
         return found
     if asked and budget is None:
@@ -290,8 +289,7 @@ def from_messages(row):
         return json.loads(row["row"])  # --export open-instruct keeps the whole row
     golds, names = row.get("ground_truth"), row.get("dataset")
     if golds is None:
-        last = row["messages"][-1]["content"] if row["messages"] else None
-        return {"solution": last} | row | {"prompt": list(row["messages"])}
+        return {"solution": row["messages"][-1]["content"]} | row | {"prompt": list(row["messages"])}
     # The old encoding joins both in one string: "42<sep>1234" with dataset "MATH,max_length".
     if isinstance(golds, str) and "<sep>" in golds:
         golds, names = golds.split("<sep>"), str(names).split(",")
@@ -354,8 +352,8 @@ ALIASES = {  # a field's other names, where a record has no value for it
     "level": ("difficulty",),
     "subject": ("type", "domain"),  # Omni-MATH's domain is a list
 }
-# Options with a column each, the letter in place of {}; bare letters count from three columns on.
-OPTION_COLUMNS = ("option_{}", "option{}", "option {}", "choice_{}", "op{}", "{}")
+# What columns with an option each are called; bare letters count from three columns on.
+OPTION_COLUMNS = [[stem + x for x in LETTERS.lower()] for stem in ("option_", "option", "choice_", "op", "")]
 KINDS = {"": "math", "math": "math", "voc": "math", "choice": "choice"}  # `kind`, or verl's `ability`
 
 
@@ -385,11 +383,10 @@ def find_choices(row):
     """(option texts, their labels) of a record, ([], []) where it has none; Skip where they cannot be read.
     A list, {label: text}, ARC's {"text": [...], "label": [...]}, or columns option_a, option_b, ..."""
     value = row["choices"]
-    for form in OPTION_COLUMNS:
-        named = [(x, row.get(form.format(x.lower()))) for x in LETTERS]
-        found = dict(itertools.takewhile(lambda item: item[1] not in (None, ""), named))
-        if value is None and len(found) >= (3 if form == "{}" else 2):
-            value = found
+    for names in OPTION_COLUMNS:
+        if value is None and names[0] in row:
+            found = {x: row[n] for x, n in zip(LETTERS, names, strict=True) if row.get(n) not in (None, "")}
+            value = found if len(found) >= (3 if names[0] == "a" else 2) else None
     if value is None:
         if any(re.match(r"(option|choice)s?[ _]?\w?$", key) and row[key] for key in row):
             raise Skip("options that are not read: name them choices, or option_a, option_b, ...")
@@ -535,18 +532,15 @@ def read_hub(hub_id, configs, split):
     """A dataset of the Hugging Face hub, or a local folder laid out like one: (rows, columns)."""
     import datasets
 
-    parts, saved = [], ("state.json", "dataset_dict.json")
+    parts, names = [], ("state.json", "dataset_dict.json")
+    saved = any(os.path.exists(os.path.join(hub_id, name)) for name in names)  # by save_to_disk
     for config in configs or (None,):
         try:
-            if any(os.path.exists(os.path.join(hub_id, name)) for name in saved):  # what save_to_disk wrote
-                found = datasets.load_from_disk(hub_id)
-            else:
-                found = datasets.load_dataset(hub_id, config)
+            found = datasets.load_from_disk(hub_id) if saved else datasets.load_dataset(hub_id, config)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise BadInput(f"dataset {hub_id} ({config}) could not be loaded: {first_line(error)}") from error
         splits = found if isinstance(found, dict) else {"train": found}
-        # Without a wish: training data, or whatever there is when it is the only split.
-        wanted = split or (next(iter(splits)) if len(splits) == 1 else "train")
+        wanted = split or (next(iter(splits)) if len(splits) == 1 else "train")  # without a wish
         if wanted not in splits:
             raise BadInput(f"dataset {hub_id} has the splits {', '.join(splits)}: choose one with --split")
         parts.append(splits[wanted])
@@ -569,15 +563,18 @@ def open_source(name, split):
         # GSM8K by name is its test split: say what is read before anybody trains on it.
         print(f"data.py: {hub_id}, split {split or default_split}", file=sys.stderr)
         records, columns = read_hub(hub_id, configs, split or default_split)
-        if preset == "mmlu_1000":  # the rows that L1 drew: the first of numpy's old shuffle with seed 42
-            records = list(records)
-            records = [records[i] for i in np.random.RandomState(42).permutation(len(records))[:1000]]
-        return records, columns, layout, preset
+        return (draw_1000(records) if preset == "mmlu_1000" else records), columns, layout, preset
     hub = re.fullmatch(r"[\w-][^/]*/[^/]+", name) and not re.search(SUFFIX, name.lower())
     if not hub and not os.path.isdir(name):
         raise BadInput(f"{name}: no such file, and not one of the named sets ({', '.join(PRESETS)})")
     hub_id, _, config = name.partition(":")
     return *read_hub(hub_id, (config,) if config else (), split), None, stem
+
+
+def draw_1000(records):
+    """The rows of MMLU that L1 drew: the first 1,000 of numpy's old shuffle with seed 42."""
+    records = list(records)
+    return [records[i] for i in np.random.RandomState(42).permutation(len(records))[:1000]]
 
 
 def find_layout(columns, layout, name, need_answer=True):
@@ -696,7 +693,7 @@ def select(problems, excluded, limit, counts):
     return kept
 
 
-def summary(rows, counts, lengths, unit):
+def summary(rows, counts, lengths, tokenizer):
     """What was read, what was dropped and why, and what the rows ask for."""
     lines = [f"read {counts['read']} rows, wrote {len(rows)}"]
     lines += [f"  dropped {n}: {reason}" for reason, n in counts.most_common() if reason != "read"]
@@ -705,7 +702,8 @@ def summary(rows, counts, lengths, unit):
     for field in ("mode", "kind"):
         found = Counter(row[field] or "none" for row in rows)
         lines.append(f"{field}: " + ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
-    lines.append(f"prompt length: mean {np.mean(lengths):.1f}, longest {max(lengths)} {unit}")
+    longest = f"{max(lengths)} {'tokens' if tokenizer else 'characters'}"
+    lines.append(f"prompt length: mean {np.mean(lengths):.1f}, longest {longest}")
     if budgets := [row["budget"] for row in rows if row["budget"] is not None]:
         lines.append(f"budget (tokens): mean {np.mean(budgets):.1f}, from {min(budgets)} to {max(budgets)}")
     return "\n".join(lines)
@@ -714,18 +712,21 @@ def summary(rows, counts, lengths, unit):
 def parse_args(argv):
     """The flags as given; check_args fills in what depends on another flag."""
     parser = argparse.ArgumentParser("data.py", epilog=f"Presets: {', '.join(PRESETS)}.", allow_abbrev=False)
-    parser.description, add = __doc__.split("\n")[0], parser.add_argument
+    parser.description = __doc__.split("\n")[0]
+    add = parser.add_argument_group("what is read").add_argument
     add("input", help="files, presets, hub ids (owner/name[:config]) or folders, comma-separated")
     add("--split", help="split of a hub dataset (default: the preset's own, else train)")
     add("--columns", nargs="+", default=[], metavar="FIELD=COLUMN", help="as problem=frage answer=loesung")
     add("--limit", type=int, help="keep the first N problems")
     add("--exclude", help="drop the problems of these files (comma-separated; equal but for white space)")
+    add = parser.add_argument_group("what is asked for").add_argument
     add("--budgets", help=f"how they are drawn, in tokens: {EXAMPLES} (default: the first; ends included)")
     add("--mode", choices=MODES, help="exact (default), max, both (a coin for each row) or none")
     add("--wording", choices=SENTENCES, default="l1", help="how the budget is asked for (default l1)")
     add("--sentence", dest="wording", help='another wording: "Use at most {N} tokens."')
     add("--copies", type=int, default=1, help="rows per problem, each with its own budget (default 1)")
     add("--seed", type=int, default=0, help="one seed, one file, byte for byte (default 0)")
+    add = parser.add_argument_group("what is written").add_argument
     add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
     add("--export", choices=EXPORTS, help="write the columns of another trainer (default: of this one)")
     add("--max-prompt-tokens", type=int, help="drop rows whose prompt, chat template included, is longer")
@@ -781,8 +782,7 @@ def build(args, dist):
 
         written = export(rows, args.export)
     write_rows(written, args.out)
-    told = summary(rows, +counts, lengths, "tokens" if tokenizer else "characters")
-    return f"{told}\nwritten to {args.out}"
+    return f"{summary(rows, +counts, lengths, tokenizer)}\nwritten to {args.out}"
 
 
 def main(argv=None):

@@ -9,8 +9,8 @@
 
 For every budget the prompt is rebuilt from the problem, n responses are sampled, checked, and appended to
 samples.jsonl as they come; --resume goes on after a crash. Then follow results.json (all figures of
-evaluation/metrics.py, with intervals), problems.jsonl (the same per problem), pictures, and report.html with
-a browser of single samples. samples.jsonl alone is enough to make them again. Training calls evaluate().
+evaluation/metrics.py, with intervals), pictures, and report.html with a browser of single samples;
+samples.jsonl alone is enough to make them again. Training calls evaluate().
 """
 
 import argparse
@@ -30,7 +30,7 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, run, sum_counts, write_json
 from toy import task as toy
 from verifier import check_answers
 
@@ -74,9 +74,9 @@ def plan(
             if tokenizer is None:
                 yield request | {"max_tokens": cap}
                 continue
-            ids = np.array(
-                data.encode_prompt(tokenizer, prompt, problem.get("turns")), np.int32
-            )  # an eighth of a list's memory
+            turns = problem.get("turns")
+            # An eighth of a list's memory.
+            ids = np.array(data.encode_prompt(tokenizer, prompt, turns), np.int32)
             room = context - len(ids)
             # A default cap gives way to the context; a budget or a cap that was asked for does not.
             wanted = max(1, stated or 0, max_tokens or 0)
@@ -134,34 +134,33 @@ def evaluate(
     tokenizer=None, context: int | None = None, wording: str = "l1", temperature: float = 0.6,
     top_p: float = 0.95, max_tokens: int | None = None, seed: int = 0, require_think: bool = False,
     think_end: str = "</think>", trained_budgets: list[int] | None = None, model: str | None = None,
-    weights: str | None = None, about: dict | None = None, log: Callable = print, state=None,
+    about: dict | None = None, log: Callable = print, state=None,
     resume: bool = False,
 ) -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over,
     or, with `resume`, gone on with. With `state` (accelerate's PartialState) its processes share the work;
-    the first one writes and returns. `context` is the model's, in tokens, `weights` a hash of the model;
-    `about` goes into the results.
+    the first one writes and returns. `context` is the model's, in tokens; `about` goes into the results.
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     start, per_batch = time.monotonic(), max(1, getattr(sampler, "batch", BATCH) // n)  # problems
     # The whole plan comes first: what does not fit is found before an hour of sampling, not after it.
     requests = list(plan(problems, budgets, mode, wording, tokenizer, context, max_tokens))
-    settings = {"model": model, "weights": weights, "sampler": sampler.name, "mode": mode, "wording": wording}
+    settings = {"model": model, "sampler": sampler.name, "mode": mode, "wording": wording}
     settings |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     settings |= {"require_think": require_think, "think_end": think_end, "asked": budgets, "batch": per_batch}
     settings |= {"template": getattr(tokenizer, "chat_template", None)}
     settings |= {"data": hash_data(problems)} | (about or {})
     if resume and (finished := finished_results(out, settings, log)):
         return finished
-    done, table, kept = {"samples": 0, "batches": 0, "verify": {}}, {}, []
+    done, table, browser = {"samples": 0, "batches": 0, "verify": {}}, {}, report.Browser()
     if rank == 0:
         done = go_on(out, settings, done) if resume else start_anew(out, done)
     path = os.path.join(out, "samples.jsonl") if rank == 0 else os.devnull
     todo = list(batches(requests, per_batch))[done["batches"] :]
     if done["samples"]:
-        tally(read_samples(path, flag="--resume"), table, kept, think_end)
+        tally(read_samples(path, flag="--resume"), table, browser, think_end)
         # Where a server failed a request, its sample is missing: that one is asked for again.
         have = {(s["budget"], s["source"], s["id"], s["sample"]) for s in read_samples(path)}
         tried = [r | {"only": k} for r in requests[: done["batches"] * per_batch] for k in range(n)]
@@ -182,7 +181,7 @@ def evaluate(
             done["samples"] += len(samples)
             done["batches"] += "only" not in batch[0]
             done["verify"] = sum_counts([done["verify"], *counts])
-            tally(samples, table, kept, think_end)
+            tally(samples, table, browser, think_end)
             if rank == 0:
                 append(f, samples)
                 write_json(os.path.join(out, UNFINISHED), done | {"settings": settings})
@@ -191,18 +190,18 @@ def evaluate(
     about = settings | {"base_url": getattr(sampler, "url", None), "trained_budgets": trained_budgets}
     about |= {"count": "response", "verify": done["verify"]}
     about |= {"missing": len(requests) * n - done["samples"] or None}
-    return finish(table, about, out, kept, log) if rank == 0 else {}
+    return finish(table, about, out, browser, log) if rank == 0 else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples on disk, crashes and how to go on
 
 
-def tally(samples: Iterable[dict], table: dict, kept: list, think_end: str = "</think>") -> None:
+def tally(samples: Iterable[dict], table: dict, browser: report.Browser, think_end: str = "</think>") -> None:
     """Samples into the table of figures and, some of them, into the report's browser."""
     for sample in samples:
         metrics.add(table, sample, think_end)
-        report.pick(kept, sample)
+        browser.add(sample)
 
 
 def same_settings(old: dict, new: dict, out: str) -> None:
@@ -262,52 +261,35 @@ def read_results(path: str) -> dict:
 def clear(out: str, more: tuple = ()) -> None:
     """Remove an earlier evaluation's results and pictures, which would pass for those of the new samples."""
     pictures = read_results(os.path.join(out, "results.json")).get("pictures", [])
-    for name in (*pictures, "results.json", "report.html", "problems.jsonl", *more):
+    for name in (*pictures, "results.json", "report.html", *more):
         path = os.path.join(out, os.path.basename(name))
         if os.path.exists(path):
             os.remove(path)
 
 
-def finish(table: dict, about: dict, out: str, kept: list, log: Callable = print) -> dict:
+def finish(table: dict, about: dict, out: str, browser: report.Browser, log: Callable = print) -> dict:
     """Summarise, draw, write results.json and the rest to `out`, print the tables; returns the results."""
     os.makedirs(out, exist_ok=True)
-    trained = about.get("trained_budgets")
-    datasets, draws = metrics.summarise(table, trained, about.get("seed") or 0)
-    results = jsonable(
-        about | {"exceed_limit": metrics.EXCEED, "versions": engines.versions(), "datasets": datasets}
-    )
+    datasets, draws = metrics.summarise(table, about.get("seed") or 0)
+    results = jsonable(about | {"versions": engines.versions(), "datasets": datasets})
     if over_sets := metrics.mean_over_sets(datasets, draws):
         results["mean"] = jsonable({"sets": list(datasets), "budgets": over_sets})
     clear(out)
-    shown = {}  # what tables and pictures need of each data set; many budgets are shown in groups
-    for name, part in table.items():
-        cells, problems = metrics.pool(part["cells"]), len(part["ids"])
-        if len(cells) == len(part["cells"]):
-            figures = {b: datasets[name]["budgets"]["none" if b is None else str(b)] for b in cells}
-        else:
-            figures = {b: metrics.summarise_cell(c, problems, 0)[0] for b, c in cells.items()}
-        lengths = {b: metrics.known_lengths(c) for b, c in cells.items()}
-        shown[name] = {"problems": problems, "mode": results["datasets"][name]["mode"], "figures": figures}
-        shown[name]["lengths"] = lengths
-    pictures = plots.draw(shown, out, trained, about.get("model"))
-    results["pictures"] = [os.path.basename(p) for p in pictures]
-    with open(os.path.join(out, "problems.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(jsonable(row)) + "\n" for row in metrics.problem_records(table))
-    report.write_report(results, shown, pictures, kept, out)
+    lengths = {name: metrics.lengths_of(part) for name, part in table.items()}
+    pictures = plots.draw(results["datasets"], lengths, out, about.get("trained_budgets"))
+    results["pictures"] = [os.path.basename(path) for paths in pictures.values() for path in paths]
+    report.write_report(results, pictures, browser, out)
     write_json(os.path.join(out, "results.json"), results)
     if os.path.exists(os.path.join(out, UNFINISHED)) and not about.get("missing"):
         os.remove(os.path.join(out, UNFINISHED))
-    for name, part in shown.items():
-        log(report.format_table(name, part, results["datasets"][name]))
+    for name, part in results["datasets"].items():
+        log(report.format_table(name, part))
     if over_sets:
         rows = report.table_rows(results["mean"]["budgets"])
         log(f"\nmean of {len(table)} data sets\n{report.plain_table(rows)}")
     if about.get("missing"):
         log(f"evaluate: {about['missing']} responses are missing: the same command with --resume asks again")
-    log(
-        f"evaluate: figures in {os.path.join(out, 'results.json')}, all in {os.path.join(out, 'report.html')}"
-    )
-    log(f"evaluate: pictures in {', '.join(pictures) or 'no file, as no lengths are known'}")
+    log(f"evaluate: figures, pictures and report.html in {out}")
     return results
 
 
@@ -316,7 +298,7 @@ def from_samples(
     trained_budgets: list[int] | None = None, log: Callable = print,
 ) -> dict:  # fmt: skip
     """Results and pictures from saved samples; `regrade` checks again and writes disagreements.jsonl."""
-    table, kept, verify = {}, [], {"changed": 0}
+    table, browser, verify = {}, report.Browser(), {"changed": 0}
     about = {"model": None, "trained_budgets": None, "count": "response"}
     if os.path.basename(path) == "samples.jsonl":
         # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
@@ -338,13 +320,13 @@ def from_samples(
         for batch in batches(read_samples(path, **need), BATCH):
             stored = [s.get("correct") for s in batch]
             verify = sum_counts([verify, grade(batch, require_think, think_end)]) if regrade else verify
-            tally(batch, table, kept, think_end)
+            tally(batch, table, browser, think_end)
             for sample, old in zip(batch, stored, strict=True):
                 if old is not None and bool(old) != sample["correct"]:
                     verify["changed"] += 1
                     f.write(json.dumps(sample | {"correct": old, "regraded": sample["correct"]}) + "\n")
     about |= {"require_think": require_think, "think_end": think_end, "verify": verify} if regrade else {}
-    return finish(table, about, out, kept, log)
+    return finish(table, about, out, browser, log)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -361,17 +343,20 @@ def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
     return list(dict.fromkeys(budgets))
 
 
+def is_toy(problems: list[dict]) -> bool:
+    """The toy's tokenizer knows no other wording of a budget than "tulu"."""
+    return {problem.get("source") for problem in problems} <= set(toy.TASKS)
+
+
 def load_data(names: str, limit: int | None, seed: int) -> list[dict]:
     """Problems of the sets in "math500,FILE,toy"; `source` becomes the set's name (of a FILE its stem)."""
     problems = []
     for spec in map(str.strip, names.split(",")):
         # The test split: the toy's training problems are never asked here.
-        is_toy = spec in toy.TASKS
-        found = (
-            toy.problems(spec, "test", limit or 200, seed)
-            if is_toy
-            else data.load_problems(spec, limit=limit)
-        )
+        if spec in toy.TASKS:
+            found = toy.problems(spec, "test", limit or 200, seed)
+        else:
+            found = data.load_problems(spec, limit=limit)
         name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", os.path.basename(spec.rstrip("/")))
         if name in {problem["source"] for problem in problems}:
             raise BadInput(f"--data {names!r} names {name!r} twice; results go by name, so rename a file")
@@ -478,19 +463,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling (--model, --base-url)").add_argument
     add("--temperature", type=float, help="of sampling; 0 is greedy (default 0.6)")
-    add("--top-p", type=float, help="share of the probability that is kept in sampling (default 0.95)")
+    add("--top-p", type=float, help="share of the probability that is browser in sampling (default 0.95)")
     add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
     add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the sampling, the bootstrap and the toy's problems (default 0)",
-    )
+    add("--seed", type=int, default=0, help="of sampling, bootstrap and the toy's problems (default 0)")
     add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
-    add(
-        "--concurrency", type=int, default=16, help="with --base-url: requests under way at once (default 16)"
-    )
+    add("--concurrency", type=int, default=16, help="with --base-url: requests at once (default 16)")
 
     add = parser.add_argument_group("what counts").add_argument
     add("--regrade", action="store_true", help="with --samples: check the answers anew")
@@ -504,9 +482,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def evaluate_model(args: argparse.Namespace) -> dict:
     """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
     problems = load_data(args.data, args.limit, args.seed)
-    is_toy = {p["source"] for p in problems} <= set(toy.TASKS)  # its tokenizer knows one wording
-    wording = args.wording if args.wording and not (is_toy and args.protocol) else "tulu" if is_toy else "l1"
-    tokenizer = context = weights = None
+    wording = args.wording or "l1"
+    if is_toy(problems) and (args.protocol or not args.wording):
+        wording = "tulu"
+    tokenizer = context = None
     if args.base_url:
         sampler = engines.Server(args.base_url, args.api_model, args.concurrency)
         sampler.check()
@@ -518,32 +497,29 @@ def evaluate_model(args: argparse.Namespace) -> dict:
         # No longer than needed: an engine sets memory aside for it.
         longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)
         sampler = engines.open_sampler(args.model, args.sampler or "auto", longest, args.seed)
-        context, weights = longest, engines.hash_weights(args.model)
+        context = longest
     return evaluate(
         sampler, problems, args.budgets, args.mode, args.n, args.out, tokenizer=tokenizer, context=context,
         wording=wording, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
         seed=args.seed, require_think=args.require_think, think_end=args.think_end or "</think>",
         model=args.model or args.api_model, trained_budgets=args.trained_budgets, resume=args.resume,
-        weights=weights,
     )  # fmt: skip
 
 
+def command(argv: list[str] | None) -> None:
+    args = parse_args(argv)
+    check_args(args)
+    if args.samples:
+        from_samples(
+            args.samples, args.out, regrade=args.regrade, require_think=bool(args.require_think),
+            think_end=args.think_end, trained_budgets=args.trained_budgets,
+        )  # fmt: skip
+    else:
+        evaluate_model(args)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        args = parse_args(argv)
-        check_args(args)
-        if args.samples:
-            from_samples(
-                args.samples, args.out, regrade=args.regrade, require_think=bool(args.require_think),
-                think_end=args.think_end, trained_budgets=args.trained_budgets,
-            )  # fmt: skip
-        else:
-            evaluate_model(args)
-    except BadInput as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("evaluate.py", command, argv)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,10 @@ def build_parser():
 
 def parse_args(argv=None):
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:  # BadInput, or a recipe's open quotation mark
+        raise BadInput(str(error)) from None
     if not (args.model or args.data or args.resume):  # the laptop's default
         argv = ["@" + os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes/toy.args"), *argv]
         args = parser.parse_args(argv)
@@ -469,7 +472,7 @@ def add_logps(model, batch, name, args):
     """r[name] [L]: log-probs of the response's tokens under `model` as it is now, in this process's share."""
     for micro in micro_batches(batch, args.micro_tokens):
         t = to_tensors(micro)
-        flat = net.output_head(model, t, args)[2].all_logps(t["target"]).cpu().numpy()
+        flat = net.output_head(model, t, args).all_logps(t["target"]).cpu().numpy()
         ends = np.cumsum([len(r["ids"]) for r in micro])
         for r, logps in zip(micro, np.split(flat, ends[:-1]), strict=True):
             r[name] = logps
@@ -478,7 +481,7 @@ def add_logps(model, batch, name, args):
 def backward(model, micro, args):
     """Adds the gradient of a micro-batch's loss to p.grad; sums of its diagnostics."""
     t, sums = to_tensors(micro), Counter(real=sum(map(size, micro)))
-    hidden, weight, head = net.output_head(model, t, args)
+    head = net.output_head(model, t, args)
     if args.ratio == "sequence" and t["old_logp"] is not None:  # of whole responses: the head runs once more
         t["sequence_ratio"] = sequence_ratio(head.all_logps(t["target"]), t, len(micro))
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
@@ -486,12 +489,10 @@ def backward(model, micro, args):
         logp, entropy = head.logps(part, of_part["target"])
         loss, stats = policy_loss(logp.requires_grad_(), of_part, args)
         loss.backward()
-        head.backward(part, of_part["target"], logp.grad, weight.requires_grad)
+        head.backward(part, of_part["target"], logp.grad)
         stats |= {"entropy": (entropy * of_part["mask"]).sum(), "tokens": of_part["mask"].sum()}
         sums.update({k: v.detach().double() for k, v in stats.items()})
-    # From the hidden states on through the model. Micro-batches add up in p.grad.
-    learns = [(hidden, head.d_hidden), (weight, head.d_weight)][: 1 + weight.requires_grad]
-    torch.autograd.backward([x for x, _ in learns], [d.to(x.dtype) for x, d in learns])
+    head.finish()  # from the hidden states on through the model; micro-batches add up in p.grad
     return sums | {"padded": t["ids"].numel()}
 
 
@@ -579,7 +580,7 @@ def newest_checkpoint(args):
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, BadInput) as error:
             if "allocate" in str(error):  # out of memory is no damage
                 raise
-            damaged = f"--resume: {folder} is damaged ({str(error).splitlines()[0][:120]})"
+            damaged = f"--resume: {folder} is damaged ({repr(error)[:120]})"
             print0(f"{damaged}: skipped")
     if damaged:
         raise BadInput(f"{damaged}, and nothing before it is whole: start again with --overwrite")
@@ -751,8 +752,7 @@ def load_rows(args):
         rows = data.annotate(rows, args.budgets, mode, args.wording, 1, args.seed)
     if not all(row.get("prompt") for row in rows):
         raise BadInput(f"--data ({args.data}) has rows without a prompt: use data.py, or give --budgets")
-    asking = [row for row in rows if row.get("budget")]
-    if asking and (highest := max(row["budget"] for row in asking)) > args.max_tokens:
+    if (highest := max((row.get("budget") or 0 for row in rows), default=0)) > args.max_tokens:
         raise BadInput(f"--max-tokens ({args.max_tokens}) is below a budget in --data ({highest}): raise it")
     return rows
 

@@ -12,7 +12,7 @@ sweep asks without a budget sentence; each METHOD's evaluation goes to OUT/METHO
   truncate    hard truncation: the same without "Wait"
   cut         harder still: the response itself ends at the budget, and what is there is graded
   stop_scale  the odds of `</think>` and of the end token times k while it thinks (after 2505.07961); k is
-              fitted per budget on held-out problems, so that the mean length is the budget
+              fitted per budget, so that the mean length over the first 16 problems is the budget
 Lengths are generated plus injected tokens, end token included. Samples have further fields: baseline (the
 method), waits (stops overridden), injected (tokens) and forced (end put in).
 """
@@ -22,7 +22,6 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable
 
 import numpy as np
 
@@ -30,26 +29,16 @@ import data
 import evaluate
 from data import BadInput
 from evaluation import edits, engines, report
-from evaluation.edits import wording_of
-from evaluation.samples import check_writable
-from toy import task as toy
+from evaluation.samples import check_writable, run
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
-BATCH = 1024  # responses sampled between two writes
-OPEN_CAP = 8192  # tokens of an uncontrolled response
 WAITS = 100  # stops that s1 overrides at most, per response (L1's choice)
-HELD_OUT = 16  # problems that stop_scale's k is fitted on, 4 responses each
+FITTED = 16  # problems whose lengths, not answers, stop_scale's k is fitted on, 4 responses each
 # The first that the tokenizer can write; the toy's cannot write the published texts.
 WAIT_TEXTS, FINAL_TEXTS = ("Wait", "wait"), ("\n\nFinal Answer:", "")
 
 # ------------------------------------------------------------------------------------------------------------
 # Decoding. Prompts are lists of token ids; budgets and lengths are tokens of the response.
-
-
-def think_token(tokenizer) -> int | None:
-    """The id of `</think>`; None where the tokenizer has no single token for it."""
-    ids = tokenizer.encode("</think>", add_special_tokens=False)
-    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
 def stop_bias(ids: list[int], scale: float) -> dict[int, float]:
@@ -59,8 +48,6 @@ def stop_bias(ids: list[int], scale: float) -> dict[int, float]:
     found.
     """
     # Added, not multiplied: a factor on the logit itself would push a negative one the wrong way.
-    if not 0 < scale < math.inf:
-        raise BadInput(f"stop scale {scale} must be above 0: 2 doubles the odds of a stop, 0.5 halves them")
     return {} if scale == 1 else dict.fromkeys(sorted(ids), math.log(scale))
 
 
@@ -76,15 +63,12 @@ def first_writable(tokenizer, texts: tuple[str, ...]) -> list[int]:
 class Baseline:
     """One method in a sampler's place: evaluate() asks it for responses at a budget that no prompt states."""
 
-    def __init__(
-        self, method: str, sampler, tokenizer, room: int, *, answer_tokens: int = 512,
-        max_tokens: int | None = None, waits: int = WAITS, scales: dict | None = None,
-    ):  # fmt: skip
-        """`room`: what the longest prompt leaves of the context (tokens); `scales`: k by budget."""
+    def __init__(self, method: str, sampler, tokenizer, room: int, answer_tokens=512, max_tokens=None):
+        """`room`: what the longest prompt leaves of the context (tokens)."""
         self.method, self.sampler, self.tokenizer, self.room = method, sampler, tokenizer, room
-        self.answer_tokens, self.max_tokens, self.waits, self.batch = answer_tokens, max_tokens, waits, BATCH
-        self.name, self.scales = getattr(sampler, "name", None), scales or {}
-        self.end = think_token(tokenizer)
+        self.answer_tokens, self.max_tokens, self.scales = answer_tokens, max_tokens, {}  # k by budget
+        ids = tokenizer.encode("</think>", add_special_tokens=False)
+        self.end = ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
         if self.end is None and method not in ("none", "cut"):
             raise BadInput("the model's tokenizer has no token </think> to force: use --methods none,cut")
         self.final = first_writable(tokenizer, FINAL_TEXTS) if method in ("s1", "truncate") else []
@@ -93,7 +77,7 @@ class Baseline:
     def caps(self, budget: int | None) -> tuple[int, int]:
         """(tokens of thinking, of the whole response) at most; BadInput where they do not fit."""
         if self.method in ("none", "stop_scale"):
-            cap = self.max_tokens or (OPEN_CAP if self.method == "none" else 2 * budget)
+            cap = self.max_tokens or (evaluate.OPEN_CAP if self.method == "none" else 2 * budget)
             return min(cap, self.room), min(cap, self.room)
         # As published, the budget is the thinking's; `</think>`, final text and answer come on top.
         least = 0 if self.method == "cut" else len(self.final) + 2
@@ -121,15 +105,11 @@ class Baseline:
         options = sampling | {"stop_ids": stop_ids, "logit_bias": stop_bias(stop_ids, scale) or None}
         start = {"waits": 0, "injected": 0, "forced": False, "truncated": None, "done": False}
         rows = [start | {"prompt": list(prompt), "ids": []} for prompt in prompts for _ in range(n)]
-        # The first round shares the work on each prompt; later ones continue every response by itself.
-        caps, draw = [think] * len(prompts), int(rng.integers(2**31))
-        made = self.sampler.generate(prompts, n, caps, seed=draw, **options)
-        made, thinking = [response for group in made for response in group], rows
+        thinking = rows
         while thinking:
-            for row, response in zip(thinking, made, strict=True):
+            for row, response in zip(thinking, self.go_on(thinking, think, rng, options), strict=True):
                 self.add_thinking(row, response, think)
             thinking = [row for row in thinking if not row["done"]]
-            made = self.go_on(thinking, think, rng, options)
         # The answer is sampled as the model gives it: the odds of its end are not scaled.
         asked = [row for row in rows if row["truncated"] is None and len(row["ids"]) < total]
         for row, response in zip(asked, self.go_on(asked, total, rng, sampling), strict=True):
@@ -153,7 +133,7 @@ class Baseline:
         stop = ids.pop() if stopped else None
         row["ids"] += ids
         # At least one token must follow "Wait", else the end would be forced right behind it.
-        patient = self.wait and row["waits"] < self.waits
+        patient = self.wait and row["waits"] < WAITS
         if stopped and patient and think - len(row["ids"]) > len(self.wait):
             row["ids"] += self.wait
             row["waits"] += 1
@@ -170,75 +150,36 @@ class Baseline:
             row["injected"] += 1 + len(self.final)
             row["forced"] = True
 
-    def respond(
-        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
-    ) -> list[list[dict]]:
+    def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As engines.respond: responses as fields of samples, with those of this module."""
         found, sampling = [], {"temperature": temperature, "top_p": top_p}
         for budget, group in itertools.groupby(requests, key=lambda request: request["budget"]):
             prompts = [request["ids"].tolist() for request in group]
             for responses in self.generate(prompts, n, budget, seed, **sampling):
-                found.append([])
-                for r in responses:
-                    more = {key: r[key] for key in ("waits", "injected", "forced") if key in r}
-                    fields = engines.to_text(r, self.tokenizer, think_end)
-                    found[-1].append(fields | more | {"baseline": self.method})
+                more = [{k: r[k] for k in ("waits", "injected", "forced") if k in r} for r in responses]
+                texts = [engines.to_text(r, self.tokenizer, think_end) for r in responses]
+                found.append([a | b | {"baseline": self.method} for a, b in zip(texts, more, strict=True)])
         return found
-
-
-def calibrate(
-    mean_length: Callable, budget: int, tries: int = 10, bound: float = 8.0, tolerance: float = 0.02
-) -> dict:
-    """The k whose mean_length(k) (tokens; falls as k grows) is nearest to `budget`, searched from log k = 0.
-
-    Ends within `tolerance` of the budget, at +-bound or after `tries` calls: {"k", "mean_length", "tries"}.
-    """
-    seen, low, high, x = [], None, None, 0.0  # low, high: (log k, log length), too long and too short
-    for _ in range(tries):
-        seen.append((math.exp(x), mean_length(math.exp(x))))
-        if abs(seen[-1][1] - budget) <= tolerance * budget or (abs(x) == bound and None in (low, high)):
-            break
-        point = x, math.log(seen[-1][1] / budget)
-        low, high = (point, high) if point[1] > 0 else (low, point)
-        if low and high:
-            # The length is nearly a power of k: the straight line between the two ends is soon there. Kept
-            # off the ends, so that a bend cannot hold it at one of them.
-            share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
-            x = low[0] + share * (high[0] - low[0])
-        else:
-            x = max(-bound, min(bound, x + math.copysign(2.0, point[1])))
-    k, length = min(seen, key=lambda pair: abs(pair[1] - budget))
-    return {"k": k, "mean_length": length, "tries": len(seen)}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The sweep
 
 
-def fit_scale(baseline: Baseline, prompts: list[list[int]], budget: int, sampling: dict) -> dict:
-    """calibrate() on held-out prompts, 4 responses each, drawn with the same seed for every k."""
+def fit_scale(baseline: Baseline, prompts: list, budget: int, sampling: dict, tries: int = 10) -> tuple:
+    """(k, mean length): the k that makes the mean length of 4 responses to each prompt nearest to `budget`.
 
-    def mean_length(k: float) -> float:
-        baseline.scales[budget] = k
-        found = baseline.generate(prompts, 4, budget, **sampling)
-        return float(np.mean([len(response["ids"]) for group in found for response in group]))
-
-    return calibrate(mean_length, budget)
-
-
-def held_out_problems(args: argparse.Namespace, problems: list[dict]) -> list[dict]:
-    """Problems to fit stop_scale on, none of them a tested one."""
-    if args.calibration:
-        found = evaluate.load_data(args.calibration, None, args.seed)
-    elif wording_of(problems) == "tulu":
-        found = toy.problems("toy", "train", HELD_OUT, args.seed)
-    else:
-        raise BadInput("stop_scale needs --calibration: problems to fit k on; or leave it out of --methods")
-    tested = {problem["problem"] for problem in problems}
-    found = [problem for problem in found if problem["problem"] not in tested][:HELD_OUT]
-    if not found:
-        raise BadInput(f"--calibration {args.calibration}: all its problems are in --data; name others")
-    return found
+    The length falls as k grows: bisection of log k from -8 to 8, every k with the same seed, to 2%.
+    """
+    seen, low, high = [], -8.0, 8.0
+    while len(seen) < tries and not (seen and abs(seen[-1][1] - budget) <= 0.02 * budget):
+        x = (low + high) / 2
+        baseline.scales[budget] = math.exp(x)
+        made = baseline.generate(prompts, 4, budget, **sampling)
+        seen.append((math.exp(x), float(np.mean([len(r["ids"]) for group in made for r in group]))))
+        low, high = (x, high) if seen[-1][1] > budget else (low, x)
+    baseline.scales[budget], length = min(seen, key=lambda pair: abs(pair[1] - budget))
+    return baseline.scales[budget], length
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -247,10 +188,10 @@ def sweep(args: argparse.Namespace) -> None:
     if None in budgets:
         raise BadInput(f"--budgets {args.budgets!r}: give token counts; the run without a budget is a method")
     problems = evaluate.load_data(args.data, args.limit, args.seed)
-    fitted = held_out_problems(args, problems) if "stop_scale" in args.methods else []
-    wording, tokenizer = wording_of(problems), data.load_tokenizer(args.model)
+    wording = "tulu" if evaluate.is_toy(problems) else "l1"
+    tokenizer = data.load_tokenizer(args.model)
     context = data.load_config(args.model).max_position_embeddings
-    asked = evaluate.plan(problems + fitted, [None], "none", wording, tokenizer, context)
+    asked = evaluate.plan(problems, [None], "none", wording, tokenizer, context)
     prompts = [request["ids"].tolist() for request in asked]
     longest = max(map(len, prompts))
     options = {"answer_tokens": args.answer_tokens, "max_tokens": args.max_tokens}
@@ -263,10 +204,9 @@ def sweep(args: argparse.Namespace) -> None:
     for method, baseline in made.items():
         baseline.sampler, baseline.name, about = sampler, sampler.name, {"baseline": method} | options
         for budget in budgets if method == "stop_scale" else ():
-            fit = fit_scale(baseline, prompts[len(problems) :], budget, sampling)
-            baseline.scales[budget] = fit["k"]
-            about.setdefault("scales", {})[str(budget)] = fit
-            print(f"stop_scale at {budget}: k {fit['k']:.3g}, mean held-out length {fit['mean_length']:.1f}")
+            k, length = fit_scale(baseline, prompts[:FITTED], budget, sampling)
+            about.setdefault("scales", {})[str(budget)] = k
+            print(f"stop_scale at {budget}: k {k:.3g}, mean length {length:.1f}")
         results = evaluate.evaluate(
             baseline, problems, budgets if method != "none" else [None], "none", args.n,
             os.path.join(args.out, method), tokenizer=tokenizer, context=context, wording=wording,
@@ -276,8 +216,8 @@ def sweep(args: argparse.Namespace) -> None:
             summaries.setdefault(name, {})[method] = part["budgets"]
         print(f"{method}: written to {os.path.join(args.out, method)}")
     for name, methods in summaries.items():
-        rows = report.summary_rows(methods)
-        print(f"\n{name}: accuracy at mean length (tokens)\n{report.plain_table(rows)}")
+        table = report.plain_table(report.summary_rows(methods))
+        print(f"\n{name}: accuracy at mean length (tokens)\n{table}")
     print(f"\npaired: python -m evaluation.compare {args.out}/* --out {args.out.rstrip('/')}_compared")
 
 
@@ -305,10 +245,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy (default 0.6)")
     add("--top-p", type=float, default=0.95, help="share of the probability that is kept (default 0.95)")
     add("--max-tokens", type=int, help="cap of none (default 8192 tokens) and stop_scale (2 x budget)")
-    add(
-        "--answer-tokens", type=int, default=512, help="s1, truncate: cap of the answer (default 512; L1: 20)"
-    )
-    add("--calibration", help="stop_scale: problems to fit k on, as --data (the toy brings its own)")
+    add("--answer-tokens", type=int, default=512, help="s1, truncate: the answer's cap (default 512; L1: 20)")
     add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
@@ -337,47 +274,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a model is opened; turn the methods into a list."""
     least = {"n": 1, "max_tokens": 1, "answer_tokens": 1, "seed": 0, "limit": 1, "heads": 1}
-    for name, low in (least | {"long": 0, "short": 1}).items():
+    for name, low in (least | {"long": 0, "short": 1, "temperature": 0}).items():
         value = getattr(args, name, None)
-        if value is not None and value < low:
+        # Written so that nan, which compares false with everything, is refused as well.
+        if value is not None and not low <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {low} or more")
-    # Written so that nan, which compares false with everything, is refused as well.
-    if args.command == "merge" and not (0 <= args.keep <= 1 and math.isfinite(args.scale)):
-        raise BadInput(f"--keep ({args.keep}) is a share from 0 to 1, --scale ({args.scale}) a finite number")
+    for name in ("top_p", "keep"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} ({getattr(args, name)}) is a share from 0 to 1")
     if args.command == "thinkedit" and not args.short <= args.long:
         raise BadInput(f"--short ({args.short}) must not be above --long ({args.long})")
     if args.command == "tops":
         data.check_out(args.out)
         return
     check_writable(args.out)
-    if args.command != "sweep":
-        if os.path.exists(args.out):
-            raise BadInput(f"--out {args.out} exists: name a new folder")
-        return
-    args.methods = list(dict.fromkeys(args.methods.split(",")))
-    for method in args.methods:
-        if method not in METHODS:
-            raise BadInput(f"--methods {method!r} is unknown: use some of {', '.join(METHODS)}")
-        if os.path.exists(os.path.join(args.out, method)):
-            raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        raise BadInput(f"--temperature ({args.temperature}) is from 0, --top-p ({args.top_p}) in (0, 1]")
+    if args.command != "sweep" and os.path.exists(args.out):
+        raise BadInput(f"--out {args.out} exists: name a new folder")
+    if args.command == "sweep":
+        args.methods = list(dict.fromkeys(args.methods.split(",")))
+        for method in args.methods:
+            if method not in METHODS:
+                raise BadInput(f"--methods {method!r} is unknown: use some of {', '.join(METHODS)}")
+            if os.path.exists(os.path.join(args.out, method)):
+                raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
+
+
+def command(argv: list[str] | None) -> None:
+    args = parse_args(argv)
+    check_args(args)
+    commands = {"sweep": sweep, "merge": edits.merge, "thinkedit": edits.thinkedit, "tops": edits.tops}
+    commands[args.command](args)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        args = parse_args(argv)
-        check_args(args)
-        if args.command == "merge":
-            total, kept = edits.merge(args.base, args.tuned, args.out, args.keep, args.scale)
-            print(f"merge: {kept} of {total} updates kept ({kept / total:.1%}); written to {args.out}")
-        else:
-            {"sweep": sweep, "thinkedit": edits.thinkedit_command, "tops": edits.tops}[args.command](args)
-    except BadInput as error:
-        print(f"evaluation.baselines: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("evaluation.baselines", command, argv)
 
 
 if __name__ == "__main__":

@@ -8,36 +8,27 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 
 import numpy as np
 
 import data
-from data import BadInput, first_line
+from data import BadInput
 from evaluation import plots
-from evaluation.samples import check_writable
+from evaluation.samples import check_writable, name_folders, run
 
 COLOURS = ("#1f3f5f", "#8a4b08", "#3a7d44", "#7b3f8c", "#c0392b", "#2a9d8f", "#6b6b6b", "#b8860b")
-DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def read_metrics(folder: str) -> list[dict]:
     """The steps in FOLDER/metrics.jsonl; a last line that is still being written is left out."""
-    path = os.path.join(folder, "metrics.jsonl")
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"--watch {folder}: {first_line(error)}: give the --out folder of a training run"
-        ) from None
-    steps = {}
-    for at, line in enumerate(lines, 1):
-        try:
-            step = json.loads(line)
-            steps[int(step["step"])] = step  # a step that was taken again counts as it came last
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}, line {at} is no step of a training run ({error})") from None
+    path, steps = os.path.join(folder, "metrics.jsonl"), {}
+    if not os.path.exists(path):
+        raise BadInput(f"{folder}: no metrics.jsonl in it: give the --out folder of a training run")
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            if line.endswith("\n"):
+                step = json.loads(line)
+                steps[step["step"]] = step  # a step that was taken again counts as it came last
     if not steps:
         raise BadInput(f"{folder}: no step is finished yet: come back later")
     return [steps[step] for step in sorted(steps)]
@@ -58,112 +49,70 @@ def series(steps: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over the last `width` values (fewer at the beginning): no value waits for later ones."""
-    sums, width = np.concatenate([[0.0], np.cumsum(values)]), max(1, width)
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
+    sums, ends = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - max(1, width), 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def reward_names(steps: list[dict]) -> list[str]:
-    """The reward and, where it is a sum, its parts."""
-    known = {name for step in steps for name in step if name.startswith("reward_")} - {"reward_std"}
-    return ["reward", *sorted(known)] if len(known) > 1 else ["reward"]
-
-
-def budget_names(runs: dict) -> list[str]:
-    """Budgets, or ranges of them, in ascending order; of many that are often asked for, five."""
-    steps = [step for steps in runs.values() for step in steps]
-    counts = Counter(name for step in steps for name in step.get("error_by_budget") or {})
-    often = [b for b, n in counts.items() if 2 * n > max(counts.values())]
-    often = sorted(often, key=lambda b: float(b.split("-")[0]))
-    at = np.linspace(0, len(often) - 1, min(5, len(often))).round().astype(int)
-    return [often[i] for i in at]
-
-
-def draw_lines(ax, runs: dict, labels: dict, scale: float = 1.0) -> None:
-    """Each figure (key of `labels`) of each run: a smoothed line; raw values behind it where one is alone."""
-    for i, (run, steps) in enumerate(runs.items()):
-        for k, name in enumerate(labels):
-            x, y = series(steps, name)
-            if not len(x):
-                continue
-            # One run: a colour for each figure. Several: a colour for each run, figures told by their dashes.
-            colour = COLOURS[(i if len(runs) > 1 else k) % len(COLOURS)]
-            label = " ".join(filter(None, (run if len(runs) > 1 else "", labels[name])))
-            if len(runs) == 1:
-                ax.plot(x, scale * y, color=colour, lw=0.8, alpha=0.25)
-            line = smooth(scale * y, len(y) // 40)
-            width = 1.7 if k else 2.4  # the mean, or the whole reward, comes first
-            ax.plot(x, line, color=colour, lw=width, ls=DASHES[k % len(DASHES)], label=label)
-            if len(x) == 1:  # a run that has just begun
-                ax.plot(x, line, color=colour, marker="o")
-
-
 def draw(runs: dict[str, list[dict]], path: str) -> None:
-    """Reward and its parts, absolute length error by budget, accuracy, length by budget; `runs`: by label."""
-    rewards = sorted({n for steps in runs.values() for n in reward_names(steps)})
-    budgets, several, many = budget_names(runs), len(runs) > 1, len(runs) > 4
-    # The mean comes first. The more runs, the less beside it: two budgets for some runs, none for many.
-    budgets = [] if many else budgets[:: max(1, len(budgets) - 1)] if several else budgets
-    errors = {"abs_error": "mean"} | {f"error_by_budget/{b}/abs": f"asked for {b}" for b in budgets}
-    lengths = {"length": "mean"} | {f"error_by_budget/{b}/length": f"asked for {b}" for b in budgets}
-    names = {n: "" if many else n.replace("reward_", "") for n in (["reward"] if many else rewards)}
-    titles = "Reward", "Length error, % of the budget", "Accuracy, %", "Tokens in a response"
+    """Reward, absolute length error, accuracy and length, smoothed; `runs`: {label: steps}.
+
+    A single run shows the parts of its reward and its budgets, too, and the raw values behind the lines.
+    """
+    panels = {"reward": "Reward", "abs_error": "Length error, % of the budget", "accuracy": "Accuracy, %"}
+    panels["length"] = "Tokens in a response"
+    (first, *others), details = runs.values(), {key: [] for key in panels}
+    if not others:
+        parts = {name for step in first for name in step if name.startswith("reward_")} - {"reward_std"}
+        budgets = {b for step in first for b in step.get("error_by_budget") or ()}
+        budgets = sorted(budgets, key=lambda b: int(b.split("-")[0]))
+        details["reward"] = [(name, name.removeprefix("reward_")) for name in sorted(parts)]
+        for panel, key in (("abs_error", "abs"), ("length", "length")):
+            details[panel] = [(f"error_by_budget/{b}/{key}", f"asked for {b}") for b in budgets]
     with plots.canvas(path, 2, 2, sharey=False) as axes:
-        for ax, title in zip(axes, titles, strict=True):
+        for ax, (key, title) in zip(axes, panels.items(), strict=True):
+            named = [(run, steps, key) for run, steps in runs.items()]
+            named += [(label, first, name) for name, label in details[key]]
+            for i, (label, steps, name) in enumerate(named):
+                x, y = series(steps, name)
+                y = y * (100 if "%" in title else 1)
+                style = dict(color=COLOURS[i % len(COLOURS)], marker="o" if len(x) == 1 else None)
+                ax.plot(x, smooth(y, len(y) // 40), lw=1.7, label=label, **style)
+                if not others:
+                    ax.plot(x, y, lw=0.8, alpha=0.25, **style)
             ax.set_title(title, loc="left", fontsize=11)
             ax.grid(color="0.92")
-        reward, error, accuracy, tokens = axes
-        draw_lines(reward, runs, names)
-        draw_lines(error, runs, errors, 100)
-        draw_lines(accuracy, runs, {"accuracy": ""}, 100)
-        draw_lines(tokens, runs, lengths)
-        if error.lines:  # a beginning that is far off would flatten the rest
-            error.set_ylim(0, 1.05 * min(max(error.dataLim.y1, 1), 150))
-        else:
-            error.text(0.5, 0.5, "no budgets", transform=error.transAxes, ha="center", color="0.5")
-        accuracy.set_ylim(0, 102)
+            ax.legend(fontsize=8)
+        # A beginning that is far off would flatten the rest.
+        axes[1].set_ylim(0, 1.05 * min(max(axes[1].dataLim.y1, 1), 150))
+        axes[2].set_ylim(0, 102)
         for ax in axes[2:]:
             ax.set_xlabel("steps")
-        for ax in axes:
-            if ax.get_legend_handles_labels()[1]:
-                ax.legend(fontsize=9 if len(ax.lines) < 9 else 7)
 
 
-def watch(folders: list[str], out: str | None = None) -> str:
-    """Draw the curves of these runs, say where each stands; the path of the picture."""
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    # Folders of the same name go by their paths.
-    labels = names if len(set(names)) == len(names) else folders
-    runs = {label: read_metrics(folder) for label, folder in zip(labels, folders, strict=True)}
+def command(argv: list[str] | None) -> None:
+    """Draw the curves of these runs, say where each stands."""
+    about = "Learning curves of runs, also of those that still train."
+    parser = argparse.ArgumentParser("-m evaluation.curves", description=about, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="--out folders of runs, or LABEL=FOLDER")
+    parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
+    args = data.one_line_errors(parser).parse_args(argv)
+    named = name_folders(args.runs)
+    out = args.out or next(iter(named.values()))
+    check_writable(out)
+    runs = {label: read_metrics(folder) for label, folder in named.items()}
     for label, steps in runs.items():
         last = steps[-1]
-        error = last.get("abs_error")
-        told = f", length error {error:.1%}" if error is not None else ""
-        where = f"step {last['step'] + 1}, reward {last['reward']:+.3f}"
-        print(f"{label}: {where}, accuracy {last['accuracy']:.1%}{told}")
-    path = os.path.join(out or folders[0], "curves.png")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    draw(runs, path)
-    print(f"learning curves in {path}")
-    return path
+        told = f", length error {last['abs_error']:.1%}" if "abs_error" in last else ""
+        told = f"reward {last['reward']:+.3f}, accuracy {last['accuracy']:.1%}{told}"
+        print(f"{label}: step {last['step'] + 1}, {told}")
+    os.makedirs(out, exist_ok=True)
+    draw(runs, f"{out}/curves.png")
+    print(f"learning curves in {out}/curves.png")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    about = "Learning curves of runs, also of those that still train."
-    usage = "python -m evaluation.curves FOLDER ... [--out FOLDER]"
-    parser = argparse.ArgumentParser("-m evaluation.curves", usage, about, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="the --out folders of training runs")
-    parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
-    try:
-        args = data.one_line_errors(parser).parse_args(argv)
-        check_writable(args.out or args.runs[0])
-        watch(args.runs, args.out)
-    except BadInput as error:
-        print(f"evaluation.curves: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run("evaluation.curves", command, argv)
 
 
 if __name__ == "__main__":

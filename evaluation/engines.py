@@ -8,6 +8,7 @@ needs none.
 """
 
 import argparse
+import bisect
 import hashlib
 import importlib.metadata
 import json
@@ -24,9 +25,6 @@ RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), 
 # the text where that is a special token. Other servers refuse what they do not know.
 VLLM = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
 TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
-# What servers call the end of a response, and a cut at the cap. Any other word is a failure of the request.
-ENDS, CUTS = ("stop", "eos", "end_turn", "tool_calls"), ("length", "max_tokens")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # In this process
@@ -43,9 +41,8 @@ def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
         return trainer.VLLM(path, tokenizer, stops, max_model_len, dtype, seed, 0.85, 512)
     from toy.hf_sampler import HFSampler
 
-    model = trainer.net.load_model(path, argparse.Namespace(dtype=dtype, lora=0), frozen=True).to(
-        trainer.DEVICE
-    )
+    options = argparse.Namespace(dtype=dtype, lora=0)
+    model = trainer.net.load_model(path, options, frozen=True).to(trainer.DEVICE)
     return HFSampler(model, tokenizer, stop_ids(model.generation_config, tokenizer), max_model_len)
 
 
@@ -69,23 +66,11 @@ def thinking_length(ids: np.ndarray, tokenizer, think_end: str = "</think>") -> 
         return tokenizer.decode(ids[:k], skip_special_tokens=False).count(think_end)
 
     # The text may be cut into tokens in several ways: the shortest beginning that holds all its marks.
-    low, high, count = 0, len(ids), closed(len(ids))
-    while count and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if closed(middle) >= count else (middle, high)
-    return high if count else None
+    count = closed(len(ids))
+    return bisect.bisect_left(range(len(ids)), count, key=closed) if count else None
 
 
-def respond(
-    sampler,
-    tokenizer,
-    requests: list[dict],
-    n: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    think_end: str,
-) -> list[list[dict]]:
+def respond(sampler, tokenizer, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
     """For every request n {"response", "length", "finish_reason"} and, where known, "thinking_length".
 
     A sampler with a `respond` of its own (a server, a baseline) is asked in its own way; there a response may
@@ -125,34 +110,8 @@ def versions() -> dict:
     return found | {name: sys.modules[name].__version__ for name in used}
 
 
-def hash_weights(model: str) -> str:
-    """sha256 over names and contents of a model's safetensors files; `model`: folder or (cached) hub id."""
-    folder, total = model, hashlib.sha256()
-    if not os.path.isdir(folder):
-        from transformers.utils import cached_file
-
-        folder = os.path.dirname(cached_file(model, "config.json"))
-    for name in sorted(name for name in os.listdir(folder) if name.endswith(".safetensors")):
-        with open(os.path.join(folder, name), "rb") as f:
-            total.update(f"{name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Servers
-
-
-def words_of(content: object) -> tuple[str, str]:
-    """(text, thinking) of a message's content: a text, a list of parts, or null."""
-    if isinstance(content, str):
-        return content, ""
-    text = thinking = ""
-    for part in content if isinstance(content, list) else ():
-        part = part if isinstance(part, dict) else {"text": part}
-        # Some servers send the thinking as a part of its own, in which there may be parts again.
-        thinking += "".join(words_of(part.get("thinking")))
-        text += part["text"] if isinstance(part.get("text"), str) else ""
-    return text, thinking
 
 
 class Server:
@@ -175,25 +134,18 @@ class Server:
         """BadInput, before any file is touched, where no server answers or it refuses the key."""
         try:
             models = list(self.client.with_options(max_retries=1, timeout=30).models.list())
-        except self.openai.NotFoundError:
-            return  # it lists no models: the first request will tell
         except (self.openai.APIError, ValueError, TypeError, AttributeError) as error:
             told = f"no usable answer from --base-url {self.url} ({first_line(error)[:300]})"
             raise BadInput(f"{told}: is the server up, its address complete (/v1), the key right?") from None
         names = [model.id for model in models]
         if any(getattr(model, "owned_by", "") == "vllm" for model in models):
             self.extra = VLLM
-        # A host of many models may know a name that it does not list; a server of one's own does not.
-        if len(names) <= 20 and self.model not in names:
+        if self.model not in names:
             raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
 
-    def respond(
-        self, requests: list[dict], n: int, temperature: float, top_p: float, seed: int, think_end: str
-    ) -> list[list[dict]]:
+    def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As the function respond above; `concurrency` requests are under way at once."""
-        asked = [
-            (request, seed * 100_003 + i * n + k) for i, request in enumerate(requests) for k in range(n)
-        ]
+        asked = [(r, seed * 100_003 + i * n + k) for i, r in enumerate(requests) for k in range(n)]
         failed = []
 
         def ask(job):
@@ -222,31 +174,31 @@ class Server:
         """One response; {"error"} where the server's answer is none. `length` is the server's own count."""
         options = {"temperature": temperature, "top_p": top_p, "seed": seed % 2**31}
         options[self.cap_name] = request["max_tokens"]
-        messages = [{"role": "user", "content": request["prompt"]}]
+        turns = request["problem"].get("turns") or ()
+        messages = [*turns, {"role": "user", "content": request["prompt"]}]
         try:
             create = self.client.chat.completions.create
             answer = create(model=self.model, messages=messages, extra_body=self.extra, **options)
         except self.openai.BadRequestError as error:
             # OpenAI's newer models know the cap by its newer name only; many servers know the old one only.
-            # What this request used counts: another thread may have changed the name meanwhile.
             if "max_tokens" not in options or "max_completion_tokens" not in str(error):
                 raise
             self.cap_name = "max_completion_tokens"
             return self.ask(request, seed, temperature, top_p, think_end)
-        choices = getattr(answer, "choices", None)
-        message = getattr(choices[0], "message", None) if choices else None
-        reason = str(getattr(choices[0], "finish_reason", None)) if choices else None
-        if message is None or reason.lower() not in ENDS + CUTS:
-            return {"error": f"finish_reason {reason}" if choices else "an answer without choices"}
-        # A server that parses the thinking sends it apart, under one of two names or as a part.
-        extra, (text, part) = message.model_extra or {}, words_of(message.content)
-        thinking = words_of(extra.get("reasoning_content") or extra.get("reasoning"))[0] or part
-        cut = reason.lower() in CUTS
-        # Cut off in the thinking, nothing closed it.
-        text = f"{thinking}{'' if cut and not text else think_end}{text}" if thinking else text
+        choice = answer.choices[0] if answer.choices else None
+        if choice is None:
+            return {"error": "an answer without choices"}
+        if choice.message is None or choice.finish_reason not in ("stop", "length"):
+            return {"error": f"finish_reason {choice.finish_reason}"}
+        # A server that parses the thinking sends it apart, under one of two names.
+        extra, text = choice.message.model_extra or {}, choice.message.content or ""
+        if thinking := extra.get("reasoning_content") or extra.get("reasoning"):
+            # Cut off in the thinking, nothing closed it.
+            cut_there = choice.finish_reason == "length" and not text
+            text = thinking + ("" if cut_there else think_end) + text
         usage = getattr(answer, "usage", None)
         out = {"response": text, "length": getattr(usage, "completion_tokens", None)}
-        out["finish_reason"] = "length" if cut else "stop"
+        out["finish_reason"] = choice.finish_reason
         details = getattr(usage, "completion_tokens_details", None)
         if tokens := getattr(details, "reasoning_tokens", None):
             out["thinking_length"] = tokens

@@ -7,6 +7,7 @@ import numpy as np
 
 from data import BadInput, budget_prompt
 from evaluate import budget_list, evaluate, load_data, plan
+from evaluation.report import plain_table, show
 
 ASKED = ("problem", "budget", "mode", "kind")
 
@@ -50,13 +51,10 @@ def before_and_after(out: str) -> str:
     if not os.path.exists(f"{folders[0]}/results.json"):
         return f"results: {folders[1]}"
     before, after = (json.load(open(f"{folder}/results.json"))["datasets"] for folder in folders)
-    lines = []
-    for name in after:
-        lines.append(f"{name:12} asked   error before -> after     right before -> after")
-        for budget, new in after[name]["budgets"].items():
-            old = before.get(name, {"budgets": {}})["budgets"].get(budget)
-            if old is None:
-                continue
-            error = f"{old['abs_error']:7.1%} -> {new['abs_error']:6.1%}" if "abs_error" in new else " " * 17
-            lines.append(f"{budget:>18}   {error}           {old['accuracy']:6.1%} -> {new['accuracy']:6.1%}")
-    return "\n".join([*lines, f"pictures, samples and the report: {folders[1]}"])
+    rows = [["data", "asked", "error before -> after", "right before -> after"]]
+    for name, part in after.items():
+        for budget, new in part["budgets"].items():
+            if old := before.get(name, {"budgets": {}})["budgets"].get(budget):
+                changes = [f"{show(old[key])} -> {show(new[key])}" for key in ("abs_error", "accuracy")]
+                rows.append([name, budget, *changes])
+    return f"{plain_table(rows)}\npictures, samples and the report: {folders[1]}"

@@ -3,7 +3,7 @@
     violins       produced against requested length, a violin per budget with its median
     accuracy      accuracy against mean produced length, with 95% intervals over problems
     error         mean absolute and mean signed length error per budget
-    models        accuracy-length curves of several models, with 95% intervals
+    models        accuracy-length curves of several models
     side_by_side  violins of several models on the same axes
 
 A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 # Told apart by shape and brightness too, so that a greyscale print loses nothing.
-DARK, LIGHT, OTHER, SAND = "#1f3f5f", "#8fb8dc", "#8a4b08", "#f2b56b"
+DARK, LIGHT, OTHER, GREEN = "#1f3f5f", "#8fb8dc", "#8a4b08", "#4f8a5b"
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
@@ -41,50 +41,38 @@ def canvas(path: str, rows: int = 1, columns: int = 1, sharey: bool = True) -> I
     os.replace(f"{path}.tmp", path)
 
 
-def draw(shown: dict, out: str, trained: list[int] | None = None, model: str | None = None) -> list[str]:
-    """`shown`: {data set: {"problems", "mode", "figures" and "lengths" by budget}}; returns the PNG paths."""
-    paths = []
-    for name, part in shown.items():
-        # Responses from elsewhere may lack a token count: their budget has no place on a length axis.
-        lengths = {b: x for b, x in part["lengths"].items() if len(x)}
-        figures = {b: part["figures"][b] for b in lengths}
-        suffix = "" if len(shown) == 1 else "_" + file_name(name)
-        for kind, function in PICTURES.items():
-            # Without a single budget there is still an accuracy at a length.
-            if not lengths or (kind != "accuracy" and set(lengths) == {None}):
+def draw(datasets: dict, lengths: dict, out: str, trained: list[int] | None = None) -> dict[str, list]:
+    """Pictures of a results.json's data sets; `lengths`: {data set: {budget: tokens}}. PNG paths by set."""
+    paths = {name: [] for name in datasets}
+    for name, part in datasets.items():
+        figures = {b: c for b, c in part["budgets"].items() if c["mean_length"] is not None}
+        asked = set(lengths[name]) - {None}  # without a budget there is still an accuracy at a length
+        kinds = [("violins", draw_violins, asked and lengths[name])]
+        kinds += [("accuracy", draw_accuracy, figures and {"": figures})]
+        kinds += [("error", draw_error, asked and figures)]
+        for kind, function, shown in kinds:
+            if not shown:
                 continue
-            paths.append(os.path.join(out, f"{kind}{suffix}.png"))
-            with canvas(paths[-1]) as ax:
-                function(ax, figures, lengths, trained)
-                ax.set_title(heading(name, part, lengths, model), fontsize=11, loc="left")
+            paths[name].append(path_of(out, kind, name, datasets))
+            with canvas(paths[name][-1]) as ax:
+                function(ax, shown, trained)
+                set_title(ax, f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}")
     return paths
 
 
-def file_name(name: str) -> str:
-    """A data set's name as a part of a file's name."""
-    return re.sub(r"[^\w.-]+", "_", name)
+def path_of(out: str, kind: str, name: str, names: Sequence[str]) -> str:
+    """OUT/KIND.png, or OUT/KIND_NAME.png where there are several data sets."""
+    suffix = "" if len(names) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
+    return os.path.join(out, f"{kind}{suffix}.png")
 
 
-def heading(name: str, part: dict, lengths: dict, model: str | None) -> str:
-    """What was measured and on which model; a dollar sign in a name starts no formula."""
-    most = max(map(len, lengths.values()))
-    text = f"{name}: {part['problems']} problems, {most} responses a budget"
-    text += f", mode {part['mode']}" if part["mode"] else ""
-    text += f"\n{os.path.basename(model.rstrip('/'))}" if model else ""
-    return text.replace("$", r"\$")
+def set_title(ax, text: str) -> None:
+    """A dollar sign in a name starts no formula."""
+    ax.set_title(text.replace("$", r"\$"), loc="left", fontsize=11)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pieces that several pictures share
-
-
-def density(values: np.ndarray, least: float, points: int = 120) -> tuple[np.ndarray, np.ndarray]:
-    """(grid, height scaled to 1): Gaussian kernel estimate cut at both ends, bandwidth Scott's or `least`."""
-    grid, width = np.linspace(values.min(), values.max(), points), values.std() * len(values) ** -0.2
-    # A thousand quantiles stand for the values: the cost does not grow with their number.
-    values, width = np.quantile(values, np.linspace(0, 1, 1000)), max(width, least)
-    height = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2).sum(1)
-    return grid, height / height.max()
 
 
 def plain_ticks(axis, values: Sequence[float]) -> None:
@@ -98,10 +86,11 @@ def is_trained(budgets: list[int], trained: list[int] | None) -> np.ndarray:
     return np.array([any(abs(b - t) <= 0.05 * b for t in trained or []) for b in budgets], bool)
 
 
-def error_bar(figures: dict, key: str, value: float) -> tuple[float, float]:
+def error_bar(figures: dict, key: str) -> tuple[float, float]:
     """Distances in % down and up to the ends of the 95% interval; none where there is no interval."""
-    low, high = (100 * v for v in figures.get("ci", {}).get(key, (value / 100, value / 100)))
-    return max(0.0, value - low), max(0.0, high - value)
+    value = figures[key]
+    low, high = figures.get("ci", {}).get(key, (value, value))
+    return max(0.0, 100 * (value - low)), max(0.0, 100 * (high - value))
 
 
 def length_axis(ax, lengths: Sequence[float]) -> None:
@@ -120,12 +109,10 @@ def legend(ax) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures: (axes, {budget: figures}, {budget: lengths}, trained budgets); budget None is the run without one
+# Pictures of a model. `lengths`: {budget: lengths}, budget None is the run without one
 
 
-def draw_violins(
-    ax, figures: dict, lengths: dict, trained: list[int] | None, axis: list[int] | None = None
-) -> None:
+def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] | None = None) -> None:
     """Produced against requested length: a violin per budget at its true place, outer 5% cut on each side.
 
     `axis`: all budgets that the axes are made for, where several pictures share them.
@@ -138,7 +125,6 @@ def draw_violins(
     to, back = (np.log2, np.exp2) if log else (np.asarray, np.asarray)
     # Violins nearly touch where budgets are closest; a lone one gets a fair share of the axis.
     half = 0.38 * (min(np.diff(to(asked))) if len(asked) > 1 else 0.4 * asked[0])  # of a violin's width
-    least, most = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
     low, high = float(back(to(asked[0]) - 1.5 * half)), float(back(to(asked[-1]) + 1.5 * half))
     low = low if log else min(0, low)
     line = np.array([low, high])
@@ -148,7 +134,17 @@ def draw_violins(
     ax.plot(line, 0.9 * line, line, 1.1 * line, color="0.45", lw=0.9, ls=":", zorder=3, label="within 10%")
     known = is_trained(drawn, trained) | (not trained)
     for budget, filled in zip(drawn, known, strict=True):
-        violin(ax, budget, lengths[budget], cut[budget], half, to, back, LIGHT if filled else "white")
+        least, median, most = cut[budget]
+        left, right = back(to(budget) - half), back(to(budget) + half)
+        kept = lengths[budget][(lengths[budget] >= least) & (lengths[budget] <= most)]
+        # Of two different lengths the cut would leave none.
+        kept = kept if len(kept) else lengths[budget]
+        (body,) = ax.violinplot(kept, [budget], widths=right - left, showextrema=False)["bodies"]
+        body.set(facecolor=LIGHT if filled else "white", edgecolor=DARK, lw=1, alpha=1, zorder=4)
+        ax.plot([left, right], [median, median], color="black", lw=2.4, zorder=6)
+        style = dict(fontsize=9, zorder=7, bbox=dict(fc="white", ec="none", alpha=0.7, pad=0.5))
+        above = dict(xytext=(0, 5), textcoords="offset points", ha="center")
+        ax.annotate(f"{median:.0f}", (budget, most), **above, **style)
     if not known.all():
         ax.fill_between([], [], fc="white", ec=DARK, label="budget not trained")
     ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
@@ -162,63 +158,55 @@ def draw_violins(
     plain_ticks(ax.xaxis, asked)
     ax.set(xlabel="requested length (tokens)", ylabel="produced length (tokens), middle 90%")
     ax.set_xlim(low, high)
-    ax.set_ylim(min(low, max(0.5, 0.9 * least)) if log else 0, 1.08 * max(most, asked[-1]))
+    ends = min(c[0] for c in cut.values()), max(c[2] for c in cut.values())
+    ax.set_ylim(min(low, max(0.5, 0.9 * ends[0])) if log else 0, 1.08 * max(ends[1], asked[-1]))
     legend(ax)
 
 
-def violin(ax, budget: int, length: np.ndarray, cut: np.ndarray, half: float, to, back, color: str) -> None:
-    """One violin with its median; `half` its half width on the axis, `to` and `back` the axis' scale."""
-    low, median, high = cut
-    kept = length[(length >= low) & (length <= high)]
-    kept = kept if len(kept) else length  # of two different lengths the cut would leave none
-    # Lengths are whole numbers: a kernel narrower than half a token would show that and nothing else.
-    narrowest = to(max(median, 1) + 0.5) - to(max(median, 1))
-    grid, height = density(to(np.maximum(kept, 1)).astype(float), narrowest)
-    left, right = to(budget) - half * height, to(budget) + half * height
-    ax.fill_betweenx(back(grid), back(left), back(right), fc=color, ec=DARK, lw=1, zorder=4)
-    ends = back(to(budget) + 0.6 * half * np.array([-1, 1]))
-    ax.plot(ends, [median, median], color="black", lw=2.4, zorder=6)
-    above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, zorder=7)
-    above["bbox"] = dict(fc="white", ec="none", alpha=0.7, pad=0.5)  # readable on top of a line
-    ax.annotate(f"{median:.0f}", (budget, high), **above)
+def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
+    """Accuracy against mean produced length with 95% intervals over problems; the labels are budgets.
 
-
-def draw_accuracy(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
-    """Accuracy against mean produced length, with 95% intervals over problems; the labels are budgets."""
-    asked = [b for b in figures if b is not None]
-    x = {b: c["mean_length"] for b, c in figures.items()}
-    y = {b: 100 * c["accuracy"] for b, c in figures.items()}
-    bars = {b: error_bar(c, "accuracy", y[b]) for b, c in figures.items()}
-    known = dict(zip(asked, is_trained(asked, trained), strict=True))
-    along = sorted(asked, key=x.get)  # by length: budgets that are not obeyed would make it a scribble
-    ax.plot([x[b] for b in along], [y[b] for b in along], color=DARK, lw=1.2, zorder=2)
-    kinds = [
-        ([b for b in asked if known[b]], "o", DARK, DARK, "trained budgets"),
-        ([b for b in asked if not known[b]], "o", "white", DARK, "other budgets" if trained else "budgets"),
-        ([b for b in figures if b is None], "D", SAND, OTHER, "no budget"),
-    ]
-    for group, marker, face, color, label in kinds:
-        if group:
-            style = dict(fmt=marker, ms=8, mfc=face, color=color, capsize=3, zorder=3, label=label)
-            ends = np.transpose([bars[b] for b in group])
-            ax.errorbar([x[b] for b in group], [y[b] for b in group], ends, **style)
-    for i, budget in enumerate(along):
-        # Above left and below right in turn: clear of a rising line, and of neighbours at the same height.
-        place = dict(xytext=(7, -14), ha="left") if i % 2 else dict(xytext=(-6, 6), ha="right")
-        ax.annotate(str(budget), (x[budget], y[budget]), fontsize=10, textcoords="offset points", **place)
-    length_axis(ax, x.values())
+    `models`: {name: {"512": figures, "none": figures}}, the name "" for a picture of one.
+    """
+    colors, markers, lines = (DARK, OTHER, "0.45", GREEN), "os^vPX*p", ("-", "--", "-.", ":")
+    lengths, heights = [], []
+    for i, (name, figures) in enumerate(models.items()):
+        x = {b: c["mean_length"] for b, c in figures.items()}
+        y = {b: 100 * c["accuracy"] for b, c in figures.items()}
+        # By length: budgets that are not obeyed would make it a scribble.
+        along = sorted((b for b in figures if b != "none"), key=x.get)
+        color, marker, prefix = colors[i % 4], markers[i % 8], f"{name}, " if name else ""
+        ax.plot([x[b] for b in along], [y[b] for b in along], color=color, lw=1.3, ls=lines[i % 4])
+        known = is_trained([int(b) for b in along], trained) | (not trained)
+        filled = {b for b, is_one in zip(along, known, strict=True) if is_one}
+        groups = {
+            (marker, color, name or ("trained budgets" if trained else "budgets")): filled,
+            (marker, "white", f"{prefix}other budgets"): set(along) - filled,
+            ("D", "white", f"{prefix}no budget"): set(figures) - set(along),
+        }
+        for (shape, face, told), group in groups.items():
+            if group:
+                bars = np.transpose([error_bar(figures[b], "accuracy") for b in group])
+                style = dict(fmt=shape, ms=7, mfc=face, color=color, capsize=3, zorder=3, label=told)
+                ax.errorbar([x[b] for b in group], [y[b] for b in group], bars, **style)
+        for k, budget in enumerate(along):
+            # Above left and below right in turn: clear of a rising line, and of neighbours.
+            place = dict(xytext=(7, -14), ha="left") if k % 2 else dict(xytext=(-6, 6), ha="right")
+            ax.annotate(budget, (x[budget], y[budget]), fontsize=9, textcoords="offset points", **place)
+        lengths, heights = [*lengths, *x.values()], [*heights, *y.values()]
+    length_axis(ax, lengths)
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
-    reach = max(8, np.max(list(bars.values())) + 3)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(-2, min(low, min(heights) - 8)), min(102, max(high, max(heights) + 8)))
     ax.margins(x=0.09)  # room for the labels
-    ax.set_ylim(max(-2, min(y.values()) - reach), min(101, max(y.values()) + reach))
     ax.grid(axis="y", color="0.9")
     legend(ax)
 
 
-def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> None:
+def draw_error(ax, figures: dict, trained: list[int] | None) -> None:
     """Mean absolute length error by budget as bars, signed error as marks; both relative to the budget."""
-    asked = [b for b in figures if b is not None]
+    asked = [b for b in figures if b != "none"]
     size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
     # Evenly spaced: the size of an error says nothing about the distance between two budgets.
     x = np.arange(len(asked))
@@ -228,78 +216,44 @@ def draw_error(ax, figures: dict, lengths: dict, trained: list[int] | None) -> N
     ax.plot(x, signed, "D", color="black", mfc="white", ms=7, zorder=3, label="mean signed error")
     ax.axhline(0, color="black", lw=0.8)
     ax.axhline(10, color="0.45", lw=1, ls=":", label="10%")
-    at = np.flatnonzero(is_trained(asked, trained))
+    at = np.flatnonzero(is_trained([int(b) for b in asked], trained))
     if len(at):
         ax.axvspan(at.min() - 0.5, at.max() + 0.5, color="0.92", zorder=0, label="trained range")
-    ax.set_xticks(x, [str(b) for b in asked])
+    ax.set_xticks(x, asked)
     ax.set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
     ax.set_xlim(-0.8, len(asked) - 0.2)
     ax.set_ylim(1.25 * min(0, *signed), 1.2 * max(*size, 10))
     legend(ax)
 
 
-PICTURES = {"violins": draw_violins, "accuracy": draw_accuracy, "error": draw_error}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Several models
 
 
-def draw_models(models: dict, out: str) -> list[str]:
-    """`models`: {model: {data set: {budget: figures}}}; one picture of all curves per data set; the paths."""
-    paths, sets = [], next(iter(models.values()))
-    for name in sets:
-        path = os.path.join(out, f"models{'' if len(sets) == 1 else '_' + file_name(name)}.png")
-        known = {m: {b: c for b, c in s[name].items() if c.get("mean_length") is not None}
-                 for m, s in models.items()}  # fmt: skip
-        if not any(known.values()):
-            continue
-        with canvas(path) as ax:
-            for i, (label, figures) in enumerate(known.items()):
-                curve_of(ax, i, label.replace("$", r"\$"), figures)
-            length_axis(ax, [c["mean_length"] for figures in known.values() for c in figures.values()])
-            ax.set(xlabel="mean produced length (tokens)", ylabel="accuracy (%)")
-            text = f"{name}: points are budgets, bars 95% intervals".replace("$", r"\$")
-            ax.set_title(text, loc="left", fontsize=11)
-            ax.grid(axis="y", color="0.9")
-            legend(ax)
-        paths.append(path)
-    return paths
+def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:
+    """Violins of up to four models on the same axes, and the curves of all, per data set; returns the paths.
 
-
-def curve_of(ax, i: int, name: str, figures: dict) -> None:
-    """One model's curve, budgets joined along the length, the run without a budget alone."""
-    markers, lines, colors = "osD^vPX*", ("-", "--", "-.", ":"), (DARK, OTHER, "0.45", "#4f8a5b")
-    x = {b: c["mean_length"] for b, c in figures.items()}
-    y = {b: 100 * c["accuracy"] for b, c in figures.items()}
-    along = sorted((b for b in figures if b != "none"), key=x.get)
-    style = dict(color=colors[i % 4], marker=markers[i % 8], capsize=3, ms=7, lw=1.4)
-    alone = [b for b in figures if b == "none"]
-    for group, face, line in ((along, colors[i % 4], lines[i % 4]), (alone, "white", "none")):
-        if group:
-            bars = np.transpose([error_bar(figures[b], "accuracy", y[b]) for b in group])
-            points = [x[b] for b in group], [y[b] for b in group], bars
-            told = name if group is along else f"{name}, no budget"
-            ax.errorbar(*points, ls=line, mfc=face, label=told, **style)
-    for budget in along:
-        ax.annotate(budget, (x[budget], y[budget]), xytext=(5, -11), textcoords="offset points", fontsize=8)
-
-
-def draw_side_by_side(lengths: dict, out: str) -> list[str]:
-    """`lengths`: {model: {data set: {budget: lengths}}}; violins of up to four models on the same axes."""
-    paths, names = [], list(dict.fromkeys(name for sets in lengths.values() for name in sets))
-    for name in names:
-        shown = {m: {b: x for b, x in sets.get(name, {}).items() if len(x)} for m, sets in lengths.items()}
-        shown = {m: cells for m, cells in list(shown.items())[:4] if set(cells) - {None}}
-        if len(shown) < 2:
-            continue
+    `curves`: {data set: {model: {"512": figures}}}, `lengths`: {data set: {model: {budget: lengths}}}.
+    """
+    paths = []
+    for name, models in curves.items():
+        shown = {m: cells for m, cells in lengths[name].items() if set(cells) - {None}}
+        shown = dict(list(shown.items())[:4])
         axis = sorted({b for cells in shown.values() for b in cells if b is not None})
-        paths.append(os.path.join(out, f"side_by_side{'' if len(names) == 1 else '_' + file_name(name)}.png"))
-        with canvas(paths[-1], columns=len(shown)) as axes:
-            limits = []
-            for ax, (label, cells) in zip(axes, shown.items(), strict=True):
-                draw_violins(ax, {}, cells, None, axis)
-                limits.append(ax.get_ylim())
-                ax.set_title(f"{name}: {label}".replace("$", r"\$"), loc="left", fontsize=11)
-            axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        if len(shown) > 1:
+            paths.append(path_of(out, "side_by_side", name, curves))
+            with canvas(paths[-1], columns=len(shown)) as axes:
+                limits = []
+                for ax, (model, cells) in zip(axes, shown.items(), strict=True):
+                    draw_violins(ax, cells, None, axis)
+                    limits.append(ax.get_ylim())
+                    set_title(ax, f"{name}: {model}")
+                axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        known = {m: {b: c for b, c in cells.items() if c["mean_length"] is not None}
+                 for m, cells in models.items()}  # fmt: skip
+        if any(known.values()):
+            paths.append(path_of(out, "models", name, curves))
+            with canvas(paths[-1]) as ax:
+                draw_accuracy(ax, {m.replace("$", r"\$"): cells for m, cells in known.items()})
+                set_title(ax, f"{name}: points are budgets, bars 95% intervals")
     return paths

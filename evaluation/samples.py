@@ -8,13 +8,16 @@ import gzip
 import itertools
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from data import BadInput
 from evaluation.metrics import jsonable
 
 NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")  # of a sample, for results
+TYPES = dict.fromkeys(("source", "problem", "prompt", "response"), str)
+TYPES |= {"id": (str, int), "answer": (str, list), "kind": (str, type(None))}
 
 
 def check_sample(sample: object, need: Iterable[str]) -> dict:
@@ -31,36 +34,29 @@ def check_sample(sample: object, need: Iterable[str]) -> dict:
         ):
             raise BadInput(f"{key} is {value!r}; it must be null or a whole number of tokens from {least}")
         sample |= {} if value is None else {key: int(value)}
-    if not isinstance(sample["id"], (str, int)) or not isinstance(sample.get("source", ""), str):
-        raise BadInput("id must be a string or a whole number, and source a string")
     if "correct" in need and sample["correct"] not in (0, 1):
         raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
-    if not all(isinstance(sample[key], str) for key in ("problem", "prompt", "response") if key in need):
-        raise BadInput("problem, prompt and response must be texts")
-    if "answer" in need and sample["answer"] is None:
-        raise BadInput("answer must be a string or a list of strings")
-    if sample.get("kind") not in (None, "math", "choice"):
-        raise BadInput(f"kind is {sample['kind']!r}; it must be math or choice")
+    for key in [*need, "kind", "source"]:
+        if key in sample and not isinstance(sample[key], TYPES.get(key, object)):
+            raise BadInput(f"{key} is {str(sample[key])[:50]!r}; evaluate.py writes none such")
     return sample
 
 
 def read_samples(path: str, need: Iterable[str] = NEEDED, flag: str = "--samples") -> Iterator[dict]:
     """Samples of a JSONL file, plain or gzipped, one at a time; BadInput names the line that is wrong."""
-    sample = None
+    at, sample = 0, None
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
-            for at, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
+            for at, line in enumerate(f, 1):  # noqa: B007
+                if line.strip():
                     sample = check_sample(json.loads(line), need)
-                except BadInput as error:
-                    raise BadInput(f"{flag} {path}, line {at}: {error}") from None
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{flag} {path}, line {at} is no JSON ({error}): delete it") from None
-                yield sample
+                    yield sample
+    except BadInput as error:
+        raise BadInput(f"{flag} {path}, line {at}: {error}") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise BadInput(f"{flag} {path} cannot be read ({error}): give a .jsonl(.gz) file") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{flag} {path}, line {at} is no JSON ({error}): delete it") from None
     if sample is None:
         raise BadInput(f"{flag} {path} holds no samples: give a file that evaluate.py wrote")
 
@@ -87,19 +83,41 @@ def write_json(path: str, value: dict) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def check_writable(folder: str, flag: str = "--out") -> None:
+def check_writable(folder: str) -> None:
     """BadInput, before a model is loaded, where no file can be written into `folder`; it is not made yet."""
     place = os.path.abspath(folder)
     while not os.path.exists(place):
         place = os.path.dirname(place)
     try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        told = f"{flag} {folder} cannot be written ({place}: {error.strerror})"
-        raise BadInput(f"{told}: name a folder in a place that can be") from None
+        raise BadInput(
+            f"--out {folder} cannot be written ({place}: {error.strerror}): name another"
+        ) from None
+
+
+def name_folders(specs: list[str]) -> dict[str, str]:
+    """{label: folder} of "label=folder", or of folders: by their last part, in full where that is taken."""
+    found = {}
+    for spec in specs:
+        label, _, folder = ("", "", spec) if os.path.isdir(spec) else spec.rpartition("=")
+        if not os.path.isdir(folder):
+            raise BadInput(f"{folder}: no such folder; name finished runs, or LABEL=FOLDER")
+        label = label or os.path.basename(os.path.abspath(folder))
+        found[folder if label in found else label] = folder
+    return found
 
 
 def sum_counts(counts: list[dict]) -> dict:
     """Counters added up, name by name."""
     return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
+
+
+def run(name: str, command: Callable[[list | None], object], argv: list[str] | None) -> int:
+    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
+    try:
+        command(argv)
+    except BadInput as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

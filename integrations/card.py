@@ -1,223 +1,152 @@
 """The model card of a trained checkpoint (README.md in its folder), and the way to the hub.
 
-    python -m integrations.card out/run/checkpoint-500 --eval out/math500     its table from another evaluation
-    python -m integrations.card out/run/checkpoint-500 --push-to-hub ME/NAME
+    python -m integrations.card out/run/checkpoint-500 [--eval out/run/eval] [--push-to-hub ME/NAME]
 
-Training writes the card into its last checkpoint, and with --push-to-hub uploads that. The card says how to
-ask the model for a length, how well it obeys, and how it was made. The trainer's state stays here.
+The card says how to ask the model for a length, how well it obeys, and how it was made. The trainer's state
+stays here.
 """
 
 import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 
 from data import BadInput, first_line, one_line_errors
+from train_grpo import load_rows
 
-STATE = ["trainer_state.pt", "checksums.json"]  # of use to --resume only
-BEGIN, END = "<!-- length control -->", "<!-- end of length control -->"
-NO_BUDGETS = "(The prompts of this run asked for no length.)"
 CARD = """---
-{about}
----
+library_name: transformers
+pipeline_tag: text-generation
+tags: [length-control, reasoning, grpo, nanoL1]
+{base_line}---
 
 # {name}
 
-{base}, trained by reinforcement learning for {steps} steps with nanoL1 (`--reward {reward}`,
-`--advantage {advantage}`).
-
-Budgets trained: {budgets}. Outside of them a model may well not obey.
+`{base}`, trained by reinforcement learning for {steps} steps with nanoL1 (`--reward {reward}`,
+`--advantage {advantage}`, `--method {method}`).
 
 ## How to ask for a length
 
-The budget is a sentence of the user's turn, in these very words, with PROBLEM and N filled in:
+Budgets trained: {budgets}. Outside of them a model may well not obey. The budget is a sentence of the user's
+turn, in these very words, with PROBLEM and N filled in:
 
-{prompts}
+```
+{prompt}
+```
 
 It counts the generated tokens of the whole response. Sample at temperature {temperature:g}, as in training.
-`vllm serve FOLDER_OR_NAME` serves the model as it is.
 
 ## Length control
 
-{begin}
-Not measured yet.
-{end}
+{table}
 
 ## How it was made
 
-```sh
-{command}
-```
-
-<details><summary>all settings</summary>
+`python train_grpo.py` with these settings:
 
 ```json
 {settings}
 ```
-
-</details>
 """
-COLUMNS = {  # of the table: figure in results.json, heading
+COLUMNS = {  # figure in results.json: heading
     "n": "samples", "accuracy": "accuracy", "mean_length": "mean length", "abs_error": "mean error",
     "signed_error": "signed error", "within_10": "within 10%", "over_budget": "over budget",
-    "truncated": "cut off",
 }  # fmt: skip
 
 
-def check_login(repo: str | None) -> None:
-    """BadInput, before anything is trained, where `repo` (owner/name) cannot be uploaded to: no login."""
-    if not repo:
-        return
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise BadInput(f"--push-to-hub ({repo}) must be OWNER/NAME")
-    from huggingface_hub import get_token
-
-    if not get_token():
-        raise BadInput(f"--push-to-hub {repo}: not logged in to the hub: `hf auth login`, or set HF_TOKEN")
-
-
-def templates(rows: list[dict]) -> list[str]:
-    """User turns as the model was trained on them: PROBLEM and N in the place of problem and budget."""
-    found: dict[str, int] = {}
-    for row in rows:
-        if row.get("budget") and row["problem"] in row["prompt"]:
-            before, after = row["prompt"].split(row["problem"], 1)
-            text = before + "PROBLEM" + re.sub(rf"\b{row['budget']}\b", "N", after)
-            found[text] = found.get(text, 0) + 1
-    return sorted(found, key=found.get, reverse=True)[:3]
-
-
-def budgets_text(rows: list[dict]) -> str:
-    """The budgets that were trained, in words."""
-    budgets = sorted({row["budget"] for row in rows if row.get("budget")})
-    if not budgets:
-        return "none"
-    if len(budgets) <= 12:
-        return ", ".join(map(str, budgets)) + " tokens"
-    return f"{budgets[0]} to {budgets[-1]} tokens ({len(budgets)} different ones)"
-
-
-def table(results: dict) -> str:
-    """Markdown: a line per data set and budget of a results.json; budgets that were trained are marked."""
-    trained = results.get("trained_budgets") or []
+def table(evaluation: str) -> str:
+    """Markdown: a line per data set and budget of the results.json in the folder `evaluation`."""
+    with open(os.path.join(evaluation, "results.json"), encoding="utf-8") as f:
+        results = json.load(f)
     lines = ["| data | asked for | " + " | ".join(COLUMNS.values()) + " |"]
     lines.append("| --- | ---: |" + " ---: |" * len(COLUMNS))
     for name, part in results["datasets"].items():
         for budget, cell in part["budgets"].items():
-            asked = "no length" if budget == "none" else budget
-            if trained and budget != "none" and not is_trained(int(budget), trained):
-                asked += " (untrained)"
-            lines.append(f"| {name} | {asked} | {' | '.join(show(key, cell.get(key)) for key in COLUMNS)} |")
-    note = "Lengths in generated tokens, end token included; error: |length - budget| / budget, averaged"
-    if "n" in results:
-        note += f"; {results['n']} per problem and budget at temperature {results['temperature']:g}"
-    return "\n".join(lines) + f"\n\n{note}" + (f", mode {results['mode']}." if results.get("mode") else ".")
+            values = [(key, cell.get(key)) for key in COLUMNS]
+            shown = [
+                "" if v is None else f"{v:.0f}" if k in ("n", "mean_length") else f"{v:.1%}"
+                for k, v in values
+            ]
+            lines.append(f"| {name} | {budget} | {' | '.join(shown)} |")
+    return (
+        "\n".join(lines)
+        + "\n\nLengths in generated tokens, end token included; error: |length - budget| / budget."
+    )
 
 
-def is_trained(budget: int, trained: list[int]) -> bool:
-    """Whether a budget was trained: one of a few, or inside the range that many were drawn from."""
-    return budget in trained if len(trained) <= 12 else min(trained) <= budget <= max(trained)
+def template(rows: list[dict]) -> str:
+    """A user turn as the model was trained on it: PROBLEM and N in the place of problem and budget."""
+    row = next((row for row in rows if row.get("budget") and row["problem"] in row["prompt"]), None)
+    if row is None:
+        return "(The prompts of this run asked for no length.)"
+    before, after = row["prompt"].split(row["problem"], 1)
+    return before + "PROBLEM" + re.sub(rf"\b{row['budget']}\b", "N", after)
 
 
-def show(key: str, value: float | None) -> str:
-    """A cell of the table: counts, tokens and shares; empty where a figure is not known."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if key in ("n", "mean_length") else f"{value:.1%}"
-
-
-def write_card(folder: str, args: dict, rows: list[dict]) -> None:
-    """README.md of a checkpoint, without a table yet; `args`: the run's flags, `rows`: its training rows."""
-    from huggingface_hub import ModelCardData
-
-    name, base = os.path.basename(os.path.dirname(os.path.abspath(folder))), args["model"]
-    on_hub = bool(base) and not os.path.isdir(base)
-    about = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", base_model=base if on_hub else None,
-        tags=["length-control", "reasoning", "grpo", "nanoL1"],
-    )  # fmt: skip
-    used = {k: v for k, v in sorted(args.items()) if v not in (None, False, {}, [], "")}
-    fields = {
-        "about": about.to_yaml().strip(), "name": name, "steps": args["steps"], "reward": args["reward"],
-        "base": f"`{base if on_hub else os.path.basename(base)}`" if base else "A toy model that adds digits",
-        "advantage": args["advantage"], "budgets": budgets_text(rows), "temperature": args["temperature"],
-        "prompts": "\n\nor\n\n".join(f"```\n{text}\n```" for text in templates(rows)) or NO_BUDGETS,
-        "command": "python train_grpo.py " + shlex.join(used.pop("command", [])), "begin": BEGIN, "end": END,
-        "settings": json.dumps(used, indent=1),
-    }  # fmt: skip
-    text = CARD.format(**fields)
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-        f.write(text)
-
-
-def fill_in(folder: str, evaluation: str) -> None:
-    """Put table and pictures of the evaluation in the folder `evaluation` into a checkpoint's card."""
-    path, source = os.path.join(folder, "README.md"), os.path.join(evaluation, "results.json")
+def write_card(folder: str, evaluation: str | None) -> None:
+    """README.md of a checkpoint, from its run's args.json, rows and evaluation (None: OUT/eval, if there)."""
+    out = os.path.dirname(os.path.abspath(folder))
     try:
-        with open(source, encoding="utf-8") as f:
-            results = json.load(f)
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{error}: give a checkpoint with a README.md and an evaluation's folder") from None
-    if BEGIN not in text or END not in text:
-        raise BadInput(f"{path} has no place for the table: put lines {BEGIN} and {END} there")
-    body = table(results)
-    for picture in [p for p in results.get("pictures", []) if p.startswith("violins")]:
-        shutil.copy(os.path.join(evaluation, picture), folder)
-        body += f"\n\n![requested and produced length]({picture})"
-    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(f"{head}{BEGIN}\n{body}\n{END}{tail}")
+        with open(os.path.join(out, "args.json")) as f:
+            args = json.load(f)
+    except OSError:
+        raise BadInput(f"{folder} is no checkpoint of a run: {out} has no args.json") from None
+    rows = load_rows(argparse.Namespace(**args))
+    budgets = sorted({row["budget"] for row in rows if row.get("budget")})
+    few = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]} to {budgets[-1]}"
+    done = evaluation or os.path.join(out, "eval")
+    measured = os.path.exists(os.path.join(done, "results.json"))
+    if evaluation and not measured:
+        raise BadInput(
+            f"--eval ({evaluation}) holds no results.json: name the folder of a finished evaluation"
+        )
+    text = table(done) if measured else "Not measured yet."
+    for picture in sorted(os.listdir(done)) if measured else []:
+        if picture.startswith("violins") and picture.endswith(".png"):
+            shutil.copy(os.path.join(done, picture), folder)
+            text += f"\n\n![requested and produced length]({picture})"
+    local = os.path.isdir(args["model"])
+    card = CARD.format(
+        name=os.path.basename(out), base=os.path.basename(args["model"]) if local else args["model"],
+        base_line="" if local else f"base_model: {args['model']}\n", prompt=template(rows), table=text,
+        budgets=f"{few} tokens" if budgets else "none", settings=json.dumps(args, indent=1),
+        **{key: args[key] for key in ("steps", "reward", "advantage", "method", "temperature")},
+    )  # fmt: skip
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
+        f.write(card)
 
 
-def push(folder: str, repo: str, log=print) -> None:
-    """Upload a checkpoint to the hub as `repo`, without the trainer's state; BadInput where that fails."""
+def push(folder: str, repo: str) -> None:
+    """Upload a checkpoint to the hub as `repo` (owner/name), without the trainer's state."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo, folder_path=folder, ignore_patterns=STATE,
-            commit_message=f"{os.path.basename(folder)}, trained with nanoL1",
-        )  # fmt: skip
-    except (HfHubHTTPError, OSError) as error:
-        again = f"python -m integrations.card {folder} --push-to-hub {repo}"
-        raise BadInput(f"--push-to-hub {repo} failed ({first_line(error)}); later: {again}") from None
-    log(f"uploaded: {done.commit_url}")
-
-
-def finish(folder: str, args: dict, rows: list[dict], evaluation: str | None, repo: str | None, log) -> None:
-    """The end of a training run: card, its table where something was evaluated, and the upload."""
-    write_card(folder, args, rows)
-    if evaluation and os.path.exists(os.path.join(evaluation, "results.json")):
-        fill_in(folder, evaluation)
-    if repo:
-        push(folder, repo, log)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["trainer_state.pt"])
+    except (HfHubHTTPError, OSError, ValueError) as error:  # not logged in, refused, no such name
+        raise BadInput(f"--push-to-hub {repo} failed ({first_line(error)}): `hf auth login` first") from None
+    print(f"uploaded: {done.commit_url}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    parser = argparse.ArgumentParser("card.py", description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder of a checkpoint that training has written a card into")
-    parser.add_argument("--eval", help="folder of a finished evaluation of it: table and pictures")
+    parser = argparse.ArgumentParser("integrations.card", description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument(
+        "--eval", help="folder of a finished evaluation (default: eval beside the checkpoint)"
+    )
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the hub")
     try:
         args = one_line_errors(parser).parse_args(argv)
-        check_login(args.push_to_hub)
-        if not os.path.exists(os.path.join(args.checkpoint, "README.md")):
-            raise BadInput(f"{args.checkpoint} holds no README.md: name the last checkpoint of a run")
-        if args.eval:
-            fill_in(args.checkpoint, args.eval)
+        write_card(args.checkpoint, args.eval)
         if args.push_to_hub:
             push(args.checkpoint, args.push_to_hub)
     except BadInput as error:
-        print(f"card.py: error: {error}", file=sys.stderr)
+        print(f"integrations.card: error: {error}", file=sys.stderr)
         return 2
     return 0
 

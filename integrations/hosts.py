@@ -41,9 +41,7 @@ def score(
         told = "TRL needs group_size; verl and open-instruct score one at a time"
         raise ValueError(f"{reward} compares the responses to a prompt, and sees one here: {told}")
     if "budget" in function.needs and not all("budget" in row for row in rows):
-        raise ValueError(
-            f"{reward} needs a column budget (null where none is asked for): use data.py --export"
-        )
+        raise ValueError(f"{reward} needs a column budget (null: none is asked for): use data.py --export")
     rows = [{key: row.get(key) for key in FIELDS} for row in rows]
     firsts = rows[::group_size]
     if len(rows) % group_size or any(row != firsts[i // group_size] for i, row in enumerate(rows)):
@@ -101,42 +99,13 @@ def compute_score(
     reward_kwargs) and taken for complete. VerlRewardManager passes the ids themselves.
     """
     if tokenizer is None:
-        raise ValueError(
-            "the length needs a tokenizer: set reward_kwargs.tokenizer, or use VerlRewardManager"
-        )
+        raise ValueError("the length needs a tokenizer: reward_kwargs.tokenizer, or VerlRewardManager")
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if ids is None:
         ids = [*tokenizer.encode(solution_str, add_special_tokens=False), tokenizer.eos_token_id]
     row = {**(extra_info or {}), "answer": ground_truth}
     total, table = score(reward, [row], [ids], tokenizer, **options)
     return {"score": total[0], "acc": float(table["correct"][0, 0]), "length": int(table["length"][0, 0])}
-
-
-def compute_scores(
-    data_sources: list,
-    solution_strs: list,
-    ground_truths: list,
-    extra_infos: list,
-    reward: str = "lcpo_exact",
-    tokenizer=None,
-    **options,
-) -> list:
-    """The same for verl's BatchRewardManager: a list of scores, with the rewards that compare a group.
-
-    extra_info["index"] says which responses belong together. verl 0.9.1's own trainer has no batch manager.
-    """
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    ids = [[*tokenizer.encode(s, add_special_tokens=False), tokenizer.eos_token_id] for s in solution_strs]
-    rows = [{**info, "answer": gold} for info, gold in zip(extra_infos, ground_truths, strict=True)]
-    index = [row["index"] for row in rows]
-    order = np.argsort(index, kind="stable")
-    group_size = len(rows) // len(set(index))
-    found, _ = score(
-        reward, [rows[i] for i in order], [ids[i] for i in order], tokenizer, group_size, **options
-    )
-    scores = np.empty(len(rows))
-    scores[order] = found
-    return scores.tolist()
 
 
 @lru_cache
@@ -168,9 +137,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def open_instruct_score(
-    ids: list[int], label: str, tokenizer, reward: str = "lcpo_exact", **options
-) -> float:
+def open_instruct_score(ids: list, label: str, tokenizer, reward: str = "lcpo_exact", **options) -> float:
     """The score of an open-instruct verifier; `label` is the column `row` of --export open-instruct.
 
     open-instruct multiplies it by the verifier's weight and by --verification_reward (10). It hands over one
@@ -178,9 +145,7 @@ def open_instruct_score(
     """
     row = json.loads(label)
     if not isinstance(row, dict) or "answer" not in row:
-        raise ValueError(
-            f"label {label[:40]!r} is not a row: take the column `row` of --export open-instruct"
-        )
+        raise ValueError(f"label {label[:40]!r} is not a row: use the column `row` of --export open-instruct")
     return score(reward, [row], [ids], tokenizer, **options)[0][0]
 
 
@@ -229,10 +194,8 @@ EXPORTS = {"verl": to_verl, "trl": to_trl, "open-instruct": to_open_instruct}
 def export(rows: list[dict], host: str) -> list[dict]:
     """Rows in the columns of another trainer, every column of one type, as Parquet and `datasets` want it."""
     if any(isinstance(row["answer"], list) for row in rows):
-        rows = [
-            row | {"answer": row["answer"] if isinstance(row["answer"], list) else [row["answer"]]}
-            for row in rows
-        ]
+        lists = [row["answer"] if isinstance(row["answer"], list) else [row["answer"]] for row in rows]
+        rows = [row | {"answer": answers} for row, answers in zip(rows, lists, strict=True)]
     keys = dict.fromkeys(key for row in rows for key in row)
     rows = [{key: row.get(key) for key in keys} for row in rows]
     if any(isinstance(row.get("level"), str) for row in rows):

@@ -50,7 +50,8 @@ class AdaptThink(StartingModel):
 
     def complete(self, groups, sampler, seed):
         for r in sum(groups, []):
-            r["logps"][0] = self.behaviour(r, r["logps"][0])  # nan stays where the token was forced
+            if not np.isnan(r["logps"][0]):  # the token was not forced
+                r["logps"][0] = self.behaviour(r, r["logps"][0])
 
     def reward_inputs(self, groups, rows, step):
         no_think = np.array([[r["no_think"] for r in g] for g in groups])

@@ -118,18 +118,16 @@ class ChunkedHead:
     def logps(self, part: slice, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of `target` [t] and entropies [t]."""
         p, z, logp = self.softmax(part, target)
-        mean = torch.bmm(p[:, None], z[:, :, None])[
-            :, 0, 0
-        ]  # of z under p, without a table of their products
+        mean = torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]  # of z under p, without a table of products
         return logp, z.gather(-1, target[:, None])[:, 0] - logp - mean
 
     @torch.no_grad()
-    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor, learn_weight: bool = True) -> None:
+    def backward(self, part: slice, target: torch.Tensor, g: torch.Tensor) -> None:
         """Adds the gradient of a loss with dloss/dlogp = g to d_hidden [T, d] and d_weight [V, d]."""
         h, p, slope = self.hidden[part], self.p[: len(target)], (-g / self.temperature)[:, None]
         if self.d_hidden is None:
             self.d_hidden = torch.empty_like(self.hidden)
-            if learn_weight and self.parameter.requires_grad:  # in float32, for many chunks add up in it
+            if self.parameter.requires_grad:  # in float32, for many chunks add up in it
                 self.d_weight = torch.zeros_like(self.weight, dtype=torch.float32)
         # p - onehot in float32, then rounded: for a token of p = 0.9999 the difference is all that matters.
         p[torch.arange(len(target), device=p.device), target] -= 1
@@ -156,15 +154,14 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
     return hidden.bfloat16() if bf16 else hidden
 
 
-def output_head(model, t: dict, args) -> tuple[torch.Tensor, torch.Tensor, ChunkedHead]:
-    """(hidden states [T, d] that predict the response tokens, weight [V, d] of the output layer, ChunkedHead)
+def output_head(model, t: dict, args) -> ChunkedHead:
+    """The output layer over the hidden states [T, d] that predict the response tokens.
 
     t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
     """
     # A sharded model is called as a module: that gathers its weights.
     hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
-    hidden, weight = hidden[t["row"], t["column"]], model.get_output_embeddings().weight
-    return hidden, weight, ChunkedHead(hidden, weight, args.temperature)
+    return ChunkedHead(hidden[t["row"], t["column"]], model.get_output_embeddings().weight, args.temperature)
 
 
 # -----------------------------------------------------------------------------

@@ -314,7 +314,7 @@ def draw_blog() -> None:
         low, high = RUNS[name]["trained"]
         buckets = spec.startswith("bucket:")
         known = [int(b) for b in spec[7:].split(",")] if buckets else [*range(low, high + 1)]
-        plots.draw_violins(ax, {}, drawn, known)
+        plots.draw_violins(ax, drawn, known)
     save(fig, "blog")
 
 

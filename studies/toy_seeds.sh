@@ -26,32 +26,30 @@ base=$(python -m toy.prepare | python -c 'import json, sys; print(json.load(sys.
 python - <<'PY'
 import glob, json, os
 
-out, runs, trained = os.environ["OUT"], [], ("16", "32", "48", "64")
+out, runs = os.environ["OUT"], []
 
 
 def results(path):
     with open(f"{out}/{path}/results.json") as f:
-        return {name.removesuffix("-test"): part["budgets"] for name, part in json.load(f)["datasets"].items()}
-
-
-def mean(cells, key):
-    return sum(cells[budget][key] for budget in trained) / len(trained)
+        return json.load(f)["datasets"]
 
 
 for path in sorted(glob.glob(f"{out}/*/eval/results.json")):
     folder = path.split("/")[-3]
     name, seed = folder.split("-")
-    before, after = results(f"{folder}/eval-0")["toy"], results(f"{folder}/eval")
+    before, after = results(f"{folder}/eval-0"), results(f"{folder}/eval")
+    parts = {"before": before["toy-test"], "after": after["toy-test"], "unseen_task": after["toy_ood-test"]}
     with open(f"{out}/{folder}/metrics.jsonl") as f:
         run = {"name": name, "seed": int(seed), "steps": len(f.readlines())}
-    for key, cells in (("before", before), ("after", after["toy"]), ("unseen_task", after["toy_ood"])):
-        run[key] = {"abs_error": mean(cells, "abs_error"), "accuracy_64": cells["64"]["accuracy"]}
-        run[key]["accuracy"] = mean(cells, "accuracy")
+    for key, part in parts.items():
+        cells, mean = part["budgets"], part["mean_trained"]
+        run[key] = {"abs_error": mean["abs_error"], "accuracy_64": cells["64"]["accuracy"]}
+        run[key]["accuracy"] = mean["accuracy"]
         run[key]["errors"] = {budget: round(cell["abs_error"], 4) for budget, cell in cells.items()}
     runs.append(run)
     errors = f"error {run['before']['abs_error']:.1%} -> {run['after']['abs_error']:.1%}"
     print(f"{name} seed {seed}: {errors}, accuracy at 64 tokens {run['after']['accuracy_64']:.1%}")
-base = mean(results("base_unseen")["toy_ood"], "accuracy")
+base = results("base_unseen")["toy_ood"]["mean"]["accuracy"]
 with open(f"{out if os.environ['STEPS'] else 'docs'}/toy_runs.json", "w") as f:
     json.dump({"runs": runs, "base_accuracy_unseen_task": base}, f, indent=1)
 PY

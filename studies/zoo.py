@@ -86,7 +86,7 @@ def run(name: str) -> int:
     if "--budgets none" in " ".join(flags):
         # One length for all is learned from fewer prompts than one length for each budget.
         flags += [] if "--prompts-per-step" in flags else ["--prompts-per-step", "16"]
-        flags += [] if "curriculum" in flags else ["--eval-budgets", ""]  # asked as it was trained
+        flags += [] if "curriculum" in flags else ["--eval-budgets", "none"]  # asked as it was trained
     began = time.monotonic()
     os.makedirs(OUT, exist_ok=True)
     with open(folder + ".log", "w") as log:

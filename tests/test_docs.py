@@ -23,7 +23,7 @@ import train_grpo
 from evaluation import baselines
 from scaling import bench
 
-spec = importlib.util.spec_from_file_location("links", os.path.join(ROOT, "docs", "link_lines.py"))
+spec = importlib.util.spec_from_file_location("links", os.path.join(ROOT, "tests", "link_lines.py"))
 links = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(links)
 
@@ -86,7 +86,13 @@ def test_the_quickstart_needs_no_other_index():
 @pytest.mark.parametrize("page", links.pages())
 def test_pages_are_current(page):
     """Numbers of lines, and the tables of docs/methods.md."""
-    assert links.current(page) == PAGES[page], "run python docs/link_lines.py"
+    assert links.current(page) == PAGES[page], "run python tests/link_lines.py"
+
+
+def test_every_reward_advantage_and_method_has_a_line():
+    page = PAGES["docs/methods.md"]
+    names = [f.__name__ for f in (*rewards.REWARDS.values(), *rewards.ADVANTAGES.values())]
+    assert not [name for name in [*names, *methods.names()] if f"| [`{name}`](" not in page]
 
 
 def test_a_link_names_its_line(tmp_path, monkeypatch):

@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import losses
 import rewards
+import train_grpo
 from evaluation import metrics
+from methods import drpo
 
 FILES = [Path(__file__).parent / "data" / "golden.json"]
 if os.environ.get("GOLDEN"):
@@ -46,48 +47,73 @@ def ragged_like(values, ragged):
     return [[next(values) for _ in r] for r in ragged]
 
 
+def flags_of(params):
+    """The trainer's flags for a case's params; what a case does not name is off."""
+    args = train_grpo.build_parser().parse_args(["--tis-cap", "0"])
+    names = {"kl_beta": "kl_coef"}
+    vars(args).update(
+        {names.get(k, k): v or 0 if k in ("dual_clip", "tis_cap") else v for k, v in params.items()}
+    )
+    return args
+
+
+def flat_tensors(batch, dtype=torch.float64):
+    """What policy_loss reads, of a case's ragged lists: flat tensors [T]."""
+    row = rows_of(batch["logp"] if "logp" in batch else batch["old_logp"])
+    t = {name: flat(batch.get(name), dtype) for name in ("old_logp", "ref_logp", "sampler_logp")}
+    if t["sampler_logp"] is None:
+        t["sampler_logp"] = torch.full(row.shape, np.nan, dtype=dtype)
+    one = torch.ones(row.shape, dtype=dtype)
+    return t | {"row": row, "mask": one, "weight": one, "advantage": one, "sequence_ratio": None}
+
+
 def run_loss(name, batch, params, dtype=torch.float64):
-    logp, row = flat(batch["logp"], dtype).requires_grad_(), rows_of(batch["logp"])
+    logp, t = flat(batch["logp"], dtype).requires_grad_(), flat_tensors(batch, dtype)
+    row, n = t["row"], len(batch["logp"])
     if name == "drpo":
         options = {"kl_coef" if k == "kl_beta" else k: v for k, v in params.items()}
+        length = torch.tensor([len(r) for r in batch["logp"]], dtype=dtype)
+        score = torch.zeros(n, dtype=dtype).index_add(0, row, logp) / length
         group, correct = torch.tensor(batch["group"]), torch.tensor(batch["correct"])
-        loss = losses.drpo_loss(logp, flat(batch["old_logp"], dtype), row, group, correct, **options)
+        loss = drpo.objective(score, length, group, correct, (t["old_logp"] - logp).mean(), **options)
     else:
         assert name in ("clipped", "gspo", "cispo"), f"loss {name} is not implemented"
-        options = {"kl_coef" if k == "kl_beta" else k: v for k, v in params.items()}
-        reduction, constant = options.pop("reduction"), options.pop("constant")
-        lengths = torch.tensor([len(r) for r in batch["logp"]])
-        loss, _ = losses.policy_loss(
-            logp,
-            flat(batch["old_logp"], dtype),
-            torch.tensor(batch["advantage"], dtype=dtype)[row],
-            losses.response_weights(lengths, reduction, constant)[row],
-            row,
-            sampler_logp=flat(batch["sampler_logp"], dtype),
-            ref_logp=flat(batch["ref_logp"], dtype),
-            **options,
-        )
+        lengths = [len(r) for r in batch["logp"]]
+        weights = train_grpo.token_weights(lengths, params["reduction"], params["constant"])
+        t["weight"] = torch.tensor(weights, dtype=dtype)[row]
+        t["advantage"] = torch.tensor(batch["advantage"], dtype=dtype)[row]
+        if name == "gspo":
+            t["sequence_ratio"] = train_grpo.sequence_ratio(logp.detach(), t, n)
+        loss, _ = train_grpo.policy_loss(logp, t, flags_of(params))
     loss.backward()
     return {"loss": loss.item(), "grad_logp": ragged_like(logp.grad, batch["logp"])}
 
 
 def run_kl(name, batch, params):
-    logp, ref = (torch.tensor(batch[k], dtype=torch.float64) for k in ("logp", "ref_logp"))
-    return losses.kl_estimate(logp, ref, name).tolist()
+    """The KL of single tokens: a loss of nothing else."""
+    logp, found = [[v] for v in batch["logp"]], []
+    for one, ref in zip(logp, batch["ref_logp"], strict=True):
+        t = flat_tensors({"logp": [one], "old_logp": [one], "ref_logp": [[ref]]})
+        t["advantage"] = 0 * t["advantage"]
+        args = flags_of({"kl_coef": 1.0, "kl_estimator": name})
+        found.append(train_grpo.policy_loss(flat([one]), t, args)[0].item())
+    return found
 
 
 def run_weight(name, batch, params):
     if name == "drpo_weights":
         return rewards.drpo_weights(batch, **params)
-    old, row = flat(batch["old_logp"]), rows_of(batch["old_logp"])
     if name == "gspo_ratio":
-        got = losses.sequence_ratio(flat(batch["logp"]), old, row)
-    else:
-        assert name == "tis", f"weight {name} is not implemented"
-        by_row = row if params["level"] == "sequence" else None
-        got = losses.tis_weight(old, flat(batch["sampler_logp"]), params["cap"], by_row)
-    got = ragged_like(got, batch["old_logp"])
-    return got if params.get("level") == "token" else [r[0] for r in got]
+        ratio = train_grpo.sequence_ratio(flat(batch["logp"]), flat_tensors(batch), len(batch["old_logp"]))
+        return [r[0] for r in ragged_like(ratio, batch["old_logp"])]
+    assert name == "tis", f"weight {name} is not implemented"
+    if params["level"] == "sequence":  # a response as one token
+        batch = {name: [[sum(r)] for r in ragged] for name, ragged in batch.items()}
+    # On policy the gradient of the loss is -weight.
+    t, logp = flat_tensors(batch), flat(batch["old_logp"]).requires_grad_()
+    train_grpo.policy_loss(logp, t, flags_of({"tis_cap": params["cap"]}))[0].backward()
+    got = ragged_like(-logp.grad, batch["old_logp"])
+    return got if params["level"] == "token" else [r[0] for r in got]
 
 
 def run_schedule(name, batch, params):

@@ -1,275 +1,340 @@
-"""Schedules, subgroups, memory, dynamic sampling, DOT and DRPO: numbers by hand, then short real runs."""
+"""What each method does: numbers by hand, its hooks on small batches, short runs. See test_freeze.py, too."""
 
+import copy
 import json
 import math
 import os
-from collections import Counter
-from types import SimpleNamespace
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TIMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import DATA, arguments, lines, random_batch, timeless, weights_after_update
 
-import losses
 import methods
-import rollouts
-import sampler as samplers
 import train_grpo
-import update as updates
-from data import load_tokenizer
-from toy import task as toy
+from data import BadInput, encode_prompt, load_tokenizer
+from methods import drpo, laser_d, palu
+from methods.curriculum import Curriculum
+from methods.thinkprune import ThinkPrune
+from rewards import ADVANTAGES, REWARDS
+from scaling import model as net
+from toy.hf_sampler import HFSampler
+from toy.task import make_tokenizer
 
-MATH = os.path.join(DATA, "math_train_small.jsonl.gz")
-ONE = SimpleNamespace(process_index=0, num_processes=1)
+MATH = os.path.join(ROOT, "tests", "data", "math_train_small.jsonl.gz")
+TOY = os.path.join(ROOT, "tests", "data", "freeze")  # a small taught model and a few rows
+HALF = math.log(0.5)
 
 
-def checked(*words):
-    """Flags as a run has them: K=V read, rules checked."""
+def flags(*words):
     return train_grpo.parse_args(["--model", "owner/name", "--data", MATH, "--out", "/nowhere/run", *words])
+
+
+def made(*words, tokenizer=None):
+    """The method of some flags, as a run has it."""
+    args = flags(*words)
+    return methods.make(args, tokenizer, REWARDS[args.reward], ADVANTAGES[args.advantage])
+
+
+def responses(*pairs):
+    return [{"length": n, "correct": c, "truncated": 0} for n, c in pairs]
 
 
 # Controllers, by hand ---------------------------------------------------------------------------------------
 
 
 def test_budget_schedules():
-    flags = ["--reward", "curriculum_band", "--budget-schedule", "step"]
-    args = checked(*flags)
-    assert [methods.budget_at(t, args) for t in (0, 149, 150, 300, 450)] == [256, 256, 179, 125, 87]
-    assert methods.reward_options(150, args, {}) == {"b0": 179, "gamma": 1.0}
-    args = checked(*flags[:3], "linear", "--schedule-args", "start=100", "end=20", "steps=4")
-    assert [methods.budget_at(t, args) for t in range(6)] == [100, 80, 60, 40, 20, 20]
-    args = checked(*flags[:3], "exponential", "--schedule-args", "start=64", "end=4", "steps=4")
-    assert [methods.budget_at(t, args) for t in range(6)] == [64, 32, 16, 8, 4, 4]
+    words = ["--reward", "curriculum_band", "--method", "curriculum"]
+    m = made(*words)
+    assert [m.budget(t) for t in (0, 149, 150, 300, 450)] == [256, 256, 179, 125, 87]
+    assert m.reward_inputs([], [], 150) == {"constants": {"b0": 179, "gamma": 1.0}}
+    m = made(*words, "--method-args", "schedule=linear", "start=100", "end=20", "steps=4")
+    assert [m.budget(t) for t in range(6)] == [100, 80, 60, 40, 20, 20]
+    m = made(*words, "--method-args", "schedule=exponential", "start=64", "end=4", "steps=4")
+    assert [m.budget(t) for t in range(6)] == [64, 32, 16, 8, 4, 4]
     row = {"problem": "1 + 1?", "kind": "math", "budget": 7, "mode": "exact", "prompt": "x"}
-    [new] = methods.scheduled([row], 2, args)
+    new = m.row(row, 2)
     assert new["budget"] == 16 and new["prompt"].endswith("Think for 16 tokens.") and row["budget"] == 7
+    assert made("--reward", "lcpo_exact", "--method", "curriculum").reward_inputs([], [], 0) == {}
 
 
 def test_palu_budget():
     lengths, right = [400, 500, 600, 700, 800], [1] * 5
-    assert methods.palu_budget(2000, right, lengths, 4096) == 1800  # less by Q_1.0 - Q_0.5 = 800 - 600
-    assert methods.palu_budget(2000, [1, 1, 1, 0, 0], lengths, 4096) == 4096  # 3/5 < 0.8
-    assert methods.palu_budget(50, right, lengths, 4096) == 1
+    assert palu.next_budget(2000, right, lengths, 4096) == 1800  # less by Q_1.0 - Q_0.5 = 800 - 600
+    assert palu.next_budget(2000, [1, 1, 1, 0, 0], lengths, 4096) == 4096  # 3/5 < 0.8
+    assert palu.next_budget(50, right, lengths, 4096) == 1
     # only right lengths count: 400, 500, 600, 700, half way between 500 and 600
-    assert methods.palu_budget(2000, [1, 1, 1, 1, 0], lengths, 4096) == 2000 - (700 - 550)
+    assert palu.next_budget(2000, [1, 1, 1, 1, 0], lengths, 4096) == 2000 - (700 - 550)
+
+
+def test_palu_cuts_at_the_budget_of_the_prompt(tiny):
+    m = made("--reward", "palu", "--method", "palu", "--max-tokens", "100", tokenizer=load_tokenizer(tiny))
+    row = {"id": "a", "prompt": "1 + 1?"}
+    assert m.requests(row)[0]["cap"] == 100
+    m.learn([responses((20, 1), (40, 1), (60, 1))], [row])
+    assert m.state == {"budget": {"a": 80}} and m.requests(row)[0]["cap"] == 80
+    assert m.reward_inputs([], [row, {"id": "b"}], 0)["target"].tolist() == [80, 100]
+    m = made("--method", "thinkprune", "--max-tokens", "100", tokenizer=load_tokenizer(tiny))
+    assert [m.requests(row | {"budget": b})[0]["cap"] for b in (30, 300)] == [30, 100]
 
 
 def test_laser_targets():
     # n = 8: m = 5, 2, 1, so coverage must reach 1/5, 1/2, 1 of all responses of the class
     lengths = np.arange(1, 9) * 100  # 100 ... 800, in every class
     right = np.array([[1] * 8, [1] * 4 + [0] * 4, [1] * 2 + [0] * 6])
-    got = methods.laser_targets(right, np.tile(lengths, (3, 1)), 2000, low=100, step=100)
+    got = laser_d.find_targets(right, np.tile(lengths, (3, 1)), 2000, low=100, step=100)
     assert got == {"easy": 200, "medium": 400, "hard": 800}  # 2/8 >= 1/5, 4/8 >= 1/2, 8/8
-    got = methods.laser_targets(right, np.tile(lengths, (3, 1)), 700, low=150, step=300)
+    got = laser_d.find_targets(right, np.tile(lengths, (3, 1)), 700, low=150, step=300)
     assert got == {"easy": 450, "medium": 450, "hard": 700}
-    assert methods.laser_targets(right[:1], lengths[None], 999, low=100, step=100)["hard"] == 999
+    assert laser_d.find_targets(right[:1], lengths[None], 999, low=100, step=100)["hard"] == 999
 
 
-def test_history_is_learnt_after_the_rewards():
-    args = checked("--reward", "hapo_cosine", "--group-size", "4")
-    mean = checked("--reward", "hapo_cosine", "--method-args", "history=mean")
-    row, memory = {"id": "p#3"}, {}
+def test_laser_asks_its_monitor_set_now_and_then():
+    m = made("--reward", "laser_d", "--method", "laser_d", "--method-args", "every=3", "size=4", "samples=2")
+    rows, asked = [{"id": i} for i in range(9)], []
 
-    def group(*pairs):
-        return [{"length": n, "correct": c, "truncated": 0} for n, c in pairs]
+    def ask(rows, n, key):
+        asked.append(([row["id"] for row in rows], n, key))
+        return [responses((1500, 1), (2500, 1)) for _ in rows]
 
-    def h(args):
-        return methods.fields([group()], [row], args, memory)["history"][0]
-
-    assert math.isnan(h(args))
-    methods.learn([group((10, 0), (90, 0))], [row], args, memory)
-    assert math.isnan(h(args))
-    methods.learn([group((40, 1), (80, 1), (10, 0))], [row], args, memory)
-    assert h(args) == 40 and h(mean) == 60 and memory["history"] == {"p": [2, 120, 40]}
-    methods.learn([group((60, 1))], [{"id": "p"}], args, memory)  # copies of a problem share its history
-    assert h(args) == 40 and h(mean) == 60
+    for step, turn in ((0, 0), (0, 1), (1, 0), (3, 0)):
+        m.begin_step(step, turn, [], rows, ask)
+    (first, n, key), (again, _, other) = asked
+    assert len({*first}) == 4 and first == again and n == 2 and (key, other) == ([0, 0, 2], [3, 0, 2])
+    # 2n // 3 = 1: every response of the easy class lies within 3072
+    assert m.reward_inputs([], [], 0)["constants"]["targets"] == {"easy": 3072, "medium": 4096, "hard": 4096}
 
 
-def test_palu_memory_and_cap():
-    args, row, memory = checked("--reward", "palu", "--max-tokens", "100"), {"id": "a", "budget": None}, {}
-    assert methods.response_cap(row, args, memory) == 100
-    group = [{"length": n, "correct": 1, "truncated": 0} for n in (20, 40, 60)]
-    methods.learn([group], [row], args, memory)
-    assert memory == {"palu": {"a": 80}} and methods.response_cap(row, args, memory) == 80
-    cut = checked("--cut-at-budget", "--max-tokens", "100")
-    assert methods.response_cap({"id": "a", "budget": 30}, cut, {}) == 30
+def test_hapo_learns_after_the_rewards():
+    least, mean = (made("--reward", "hapo_cosine", "--method", "hapo", *words) for words in (
+        [], ["--method-args", "history=mean"]
+    ))  # fmt: skip
 
+    def known(m):
+        return m.reward_inputs([], [{"id": "p#3"}], 0)["history"][0]
 
-def test_form_of_answers():
-    def well(text, truncated=0, require_think=True):
-        return methods.well_formed({"text": text, "truncated": truncated}, require_think)
-
-    assert well(r"so </think> \boxed{3}") and well("7 +3 =0 </think> 0")
-    assert not well(r"\boxed{3}") and well(r"\boxed{3}", require_think=False)
-    assert not well(r"a </think> b </think> \boxed{3}") and not well("so </think>")
-    assert not well("so </think> it is three") and not well(r"so </think> \boxed{3}", truncated=1)
-    assert not well(r"so </think> \boxed{}")
-    loop = "let us see once more what it is now again "
-    assert methods.repetitive("first " * 3 + loop * 4) and not methods.repetitive(loop * 3)
-    assert not methods.repetitive(" ".join(map(str, range(100)))) and not methods.repetitive("wait " * 20)
-    assert methods.count_labels("hm, well </think> joy, calm,, relief") == 3
-
-
-def test_informative_groups():
-    batch = {"correct": np.array([[1, 1], [1, 0], [0, 0], [1, 1]]), "truncated": np.zeros((4, 2))}
-    batch["truncated"][3, 0] = 1
-    total = np.array([[0.1, 0.2], [1, 0], [0, 0], [0.5, 0.5]])
-    correct, reward = (SimpleNamespace(dynamic_sampling=name) for name in ("correct", "reward"))
-    assert methods.informative(batch, total, correct).tolist() == [False, True, False, True]
-    assert methods.informative(batch, total, reward).tolist() == [True, True, False, False]
+    for m, after, later in ((least, 40, 40), (mean, 60, 60)):
+        m.learn([responses((10, 0), (90, 0))], [{"id": "p#3"}])
+        assert math.isnan(known(m))
+        m.learn([responses((40, 1), (80, 1), (10, 0))], [{"id": "p#3"}])
+        assert known(m) == after and m.state == {"history": {"p": [2, 120, 40]}}
+        m.learn([responses((60, 1))], [{"id": "p"}])  # copies of a problem share its history
+        assert known(m) == later
 
 
 def test_dot_cuts_and_checks_again():
-    tokenizer = toy.make_tokenizer()
-    args = checked("--dot", "1", "--dot-margin", "2", "--group-size", "4", "--require-think")
-    row = {"answer": "9", "kind": "math"}
+    tokenizer, row = make_tokenizer(), {"answer": "9", "kind": "math"}
+    words = "--method dot --method-args a=1 margin=2 --group-size 4 --require-think"
+    m = made(*words.split(), tokenizer=tokenizer)
     short = ["9 </think> 9 <eos>", "9 wait </think> 9 <eos>", "9 </think> 9 <eos>"]
     late = "9 " + "wait " * 12 + "</think> 9 <eos>"  # the answer comes after the cut
-    early = "9 </think> 9 " + "9 " * 12 + "<eos>"  # it is still there after the cut
+    early = "9 </think> 9 " + "wait " * 12 + "<eos>"  # it is still there after the cut
 
     def group(texts):
         made = []
         for text in texts:
-            ids = tokenizer.encode(text)
-            made.append({"ids": ids, "logps": [-1.0] * len(ids), "length": len(ids), "correct": 1})
+            ids = np.array(tokenizer.encode(text), np.int32)
+            made.append({"ids": ids, "logps": np.full(len(ids), -1.0), "length": len(ids), "correct": 1})
             made[-1] |= {"truncated": 0, "text": text}
         return made
 
     groups = [group([*short, late]), group([*short, early]), group([*short, late])]
     groups[2][0]["correct"] = 0  # not all right: never cut
-    methods.cut_outliers(groups, [row] * 3, tokenizer, args)
+    m.revise(groups, [row] * 3)
     # lengths 4, 5, 4, 16: mean 7.25, sample std 5.85, cut at floor(13.1) = 13, 3 tokens too many
     assert [r["length"] for r in groups[0]] == [4, 5, 4, 13] == [len(r["logps"]) for r in groups[0]]
-    assert [r["correct"] for r in groups[0]] == [1, 1, 1, 0] and groups[0][3]["ids"] == tokenizer.encode(
-        late
-    )[:13]
-    assert [r["correct"] for r in groups[1]] == [1, 1, 1, 1] and groups[1][3]["dot_cut"] == 1
-    assert [r["length"] for r in groups[2]] == [4, 5, 4, 16]
+    assert groups[0][3]["ids"].tolist() == tokenizer.encode(late)[:13]
+    assert [[r["correct"] for r in g] for g in groups[:2]] == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert groups[1][3]["dot_cut"] == 1 and [r["length"] for r in groups[2]] == [4, 5, 4, 16]
     assert groups[0][0]["dot_threshold"] == 13 and math.isnan(groups[2][0]["dot_threshold"])
+    assert m.metrics(groups, {}, None) == {"dot_threshold": 13, "dot_cut": 2, "dot_lost": 1}
 
 
-# Forced tokens ----------------------------------------------------------------------------------------------
+# Requests and forced tokens ---------------------------------------------------------------------------------
 
 
-def test_requests_of_subgroups(tiny):
+def test_requests(tiny):
     tokenizer = load_tokenizer(tiny)
-    row, end = {"prompt": "1 + 1?", "id": "a", "budget": None}, tokenizer.encode("</think>")
-    plain = methods.encode_prompt(tokenizer, row["prompt"])
+    row, end = {"prompt": "1 + 1?", "id": "a", "position": 0}, tokenizer.encode("</think>")
+    plain = encode_prompt(tokenizer, row["prompt"])
 
-    def ask(*words, n=8, row=row):
-        args = checked("--group-size", str(n), *words)
-        return methods.requests(row, n, tokenizer, args, {})
+    def ask(*words, row=row):
+        return made("--group-size", "8", *words, tokenizer=tokenizer).requests(row)
 
     [one] = ask()
     assert one["prompt_ids"] == plain and one["n"] == 8 and one["cap"] == 4096 and not one["forced"]
-    a, b = ask("--subgroups", "hbpo", "--subgroup-args", "budgets=[8,16]", "prefix=At most {}.")
+    words = ["--method", "hbpo", "--method-args", "budgets=[8,16]", "prefix=At most {}."]
+    a, b = ask(*words)
     assert a["prompt_ids"] == plain + tokenizer.encode("At most 8.", add_special_tokens=False)
     assert (a["n"], b["n"], b["tags"]) == (4, 4, {"subgroup_budget": 16})
-    a, _ = ask(
-        "--subgroups", "hbpo", "--subgroup-args", "budgets=[8,16]", "prefix=At most {}.", "in_prompt=true"
-    )
-    assert a["prompt_ids"] == methods.encode_prompt(tokenizer, row["prompt"] + "\nAt most 8.")
-    a, b = ask("--subgroups", "adaptthink", "--subgroup-args", "think_word=w", "no_think_tokens=5")
-    assert a["forced"] == end and a["cap"] == 5 and a["tags"] == {"no_think": 1}
-    assert b["forced"] == tokenizer.encode("w") and b["mix"] == {None: (math.log(0.5), -math.inf)}
-    asked = [ask("--subgroups", "levels", row=row | {"position": k})[0] for k in range(4)]
+    a, _ = ask(*words, "in_prompt=true")
+    assert a["prompt_ids"] == encode_prompt(tokenizer, row["prompt"] + "\nAt most 8.")
+    words = "--reward adaptthink --method adaptthink --method-args think_word=w no_think_tokens=5"
+    a, b = ask(*words.split())
+    assert a["forced"] == end and a["cap"] == 5 and a["tags"] == {"no_think": 1} and a["n"] == 4
+    assert b["forced"] == tokenizer.encode("w") and b["cap"] == 4096
+    words = ["--reward", "tldr", "--method", "tldr"]
+    asked = [ask(*words, row=row | {"position": k})[0] for k in range(4)]
     assert [q["tags"]["level"] for q in asked] == ["short", "medium", "long", "short"]
     assert "Keep the reasoning short." in tokenizer.decode(asked[0]["prompt_ids"])
-    a, b = ask("--subgroups", "modes")
+    a, b = ask("--reward", "adaptive_deep", "--method", "adaptive_deep")
     assert [q["tags"]["long_mode"] for q in (a, b)] == [0, 1] and a["prompt_ids"] != b["prompt_ids"]
 
 
+MISTAKES = [
+    ("--method hbpo --group-size 6", "multiple of 4"),
+    ("--method adaptive_deep --reward adaptive_deep --group-size 5", "even"),
+    ("--method adaptthink --reward adaptthink --method-args think_word=hullaballoo", "must be one token"),
+    ("--method elastic --max-tokens 2048", "2049 are needed"),
+    ("--method dot --group-size 8", "--group-size 11 or more"),
+    ("--method curriculum --max-tokens 200", "256 tokens"),
+    ("--method curriculum --method-args schedule=stairs", "one of step, linear, exponential"),
+    ("--method curriculum --method-args start=0", "must be more than 0"),
+    ("--method tldr --reward tldr --method-args texts=short", "a list of three"),
+    ("--method hapo --method-args history=max", "min or mean"),
+    ("--method laser_d --reward correct", "laser_d or laser_de"),
+    ("--method drpo", "--tis-cap 0"),
+    ("--method drpo --tis-cap 0 --minibatches 3", "multiple of --minibatches"),
+    ("--method crf --reward crf", "model=FOLDER"),
+    ("--reward hapo_cosine", "give --method hapo"),
+    ("--reward o1_pruner", "give --method adaptthink or starting_model"),
+    ("--method hapo --method-args past=min", "history"),
+]
+
+
+@pytest.mark.parametrize("words, told", MISTAKES)
+def test_what_cannot_work_is_told_in_a_line(tiny, words, told):
+    with pytest.raises(BadInput) as error:
+        made(*words.split(), tokenizer=load_tokenizer(tiny))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
 def sampled(tiny, *words, n=6):
-    """Responses of one prompt's group, its prompt and the sampler; the model is random."""
-    sampler = samplers.load_sampler(tiny, "hf")
-    args = checked("--group-size", str(n), "--max-tokens", "40", *words)
-    plan = methods.requests({"prompt": "1 + 1?", "id": "a"}, n, sampler.tokenizer, args, {})
-    [group] = methods.sample(sampler, [plan], args.temperature, seed=3)
-    return group, sampler, args
+    """(a checked group of a random model's responses, the model, the method) of one prompt."""
+    tokenizer = load_tokenizer(tiny)
+    m = made("--group-size", str(n), "--max-tokens", "40", *words, tokenizer=tokenizer)
+    model = net.load_model(tiny, m.args)
+    row = {"prompt": "1 + 1?", "id": "a", "answer": "2", "kind": "math"}
+    sampler = HFSampler(model, tokenizer, [2], 8192)
+    [group], _ = train_grpo.roll_out(sampler, [row], [m.requests(row)], m, tokenizer, m.args, [3])
+    return group, model, m
+
+
+def batch_of(group):
+    """Responses as update() has them."""
+    for r in group:
+        r |= {"advantage": 1.0, "weight": 1.0, "group": 0} | {"mask": np.ones(len(r["ids"]), np.float32)} | r
+    return group
+
+
+def logps_of(model, group, args):
+    for r in group:
+        train_grpo.add_logps(model, [r], "now", args)
+    return [r.pop("now") for r in group]
 
 
 def test_adaptthink_first_token(tiny):
-    group, sampler, args = sampled(tiny, "--subgroups", "adaptthink", "--subgroup-args", "think_word=null")
-    [end] = sampler.tokenizer.encode("</think>")
-    quick, slow = group[:3], group[3:]
-    assert all(r["ids"][0] == end and math.isnan(r["logps"][0]) for r in quick)
-    assert all(len(r["ids"]) == len(r["logps"]) <= 40 and "untrained" not in r for r in group)
-    batch = [r | {"advantage": 1.0, "weight": 1.0} for r in group]
-    t = updates.to_tensors(batch, "cpu")
-    with torch.no_grad():
-        logp, _ = updates.model_logps(sampler.model, t, args)
-    behaviour = losses.mixture_logp(logp, t["mix_a"], t["mix_b"])
-    first = [i for i in range(len(t["row"])) if i == 0 or t["row"][i] != t["row"][i - 1]]
-    pi = logp.exp()
-    for k, i in enumerate(first):  # half forced + half of what the policy would do
-        want = 0.5 + 0.5 * pi[i] if k < 3 or batch[k]["ids"][0] == end else 0.5 * pi[i]
-        assert behaviour[i].exp().item() == pytest.approx(want.item(), rel=1e-5)
-    # every later token is as it was sampled; the sampler's numbers carry the same correction
-    rest = torch.ones(len(logp), dtype=bool)
-    rest[first] = False
-    torch.testing.assert_close(behaviour[rest], logp[rest], rtol=0, atol=0)
-    known = ~t["sampler_logp"].isnan()
-    torch.testing.assert_close(t["sampler_logp"][known], behaviour[known], rtol=1e-4, atol=1e-4)
-    assert (~known).sum() == 3 and len(slow) == 3
+    words = "--reward adaptthink --method adaptthink --method-args think_word=null"
+    group, model, m = sampled(tiny, *words.split())
+    [end] = m.end
+    assert all(r["ids"][0] == end and math.isnan(r["logps"][0]) for r in group[:3])
+    assert all(len(r["ids"]) == len(r["logps"]) <= 40 and "mask" not in r for r in group)
+    now, m.first_update = logps_of(model, batch_of(group), m.args), True
+    m.before_update(model, group, lambda model, part, name: train_grpo.add_logps(model, part, name, m.args))
+    for k, (r, logp) in enumerate(zip(group, now, strict=True)):
+        pi = math.exp(logp[0])  # half forced + half of what the policy would do
+        want = 0.5 + 0.5 * pi if k < 3 or r["ids"][0] == end else 0.5 * pi
+        assert math.exp(r["old_logps"][0]) == pytest.approx(want, rel=1e-5)
+        # every later token is as it was sampled; the sampler's numbers carry the same correction
+        np.testing.assert_allclose(r["old_logps"][1:], logp[1:], rtol=0, atol=1e-6)
+        known = ~np.isnan(r["logps"])
+        np.testing.assert_allclose(r["logps"][known], r["old_logps"][known], rtol=1e-4, atol=1e-4)
+        assert known.all() == (k >= 3)
 
 
-def test_adaptthink_ratio_pulls_a_rare_token_up(tiny):
-    """Advantage 1 on a forced token: gradient pi / 0.5 at its logp, not 1 as if it had been sampled."""
-    forced = {"prompt_ids": [5, 6], "ids": [4], "logps": [math.nan], "mix": (math.log(0.5), -math.inf)}
-    free = {"prompt_ids": [5, 6], "ids": [4], "logps": [-6.4]}
-    model, change = samplers.load_model(tiny), []
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for r in (forced, free):
-        batch = [r | {"advantage": 1.0, "weight": 1.0}]
-        after, stats = weights_after_update(model, batch, arguments("--grad-clip", "1e9", "--tis-cap", "0"))
-        change.append(after - before)
-    t = updates.to_tensors([forced | {"advantage": 1.0, "weight": 1.0}], "cpu")
-    pi = updates.model_logps(model, t, arguments())[0].exp().item()
-    torch.testing.assert_close(change[0], change[1] * pi / 0.5, rtol=1e-3, atol=1e-7)
+def gradient(model, batch, args, method=None):
+    """Change of the weights in one update by plain gradient descent of step 1, and update's metrics."""
+    model, method = copy.deepcopy(model), method or methods.Method(args, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    m = train_grpo.update(model, None, optimizer, copy.deepcopy(batch), method, args)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before, m
+
+
+def test_adaptthink_pulls_a_rare_token_up(tiny):
+    """A good forced </think>: with a ratio for each token its gradient is pi / 0.5 of what a
+    sampled one has; with one for the response, as the authors have it, (pi / 0.5)^(1 / L)."""
+    words = "--reward adaptthink --method adaptthink --method-args think_word=w --tis-cap 0"
+    tokenizer, forced = load_tokenizer(tiny), {"prompt_ids": [5, 6], "ids": np.array([4, 7, 8, 2], np.int32)}
+    forced |= {"logps": np.array([np.nan, -6, -6, -6], np.float32), "advantage": 0.1}
+    shares = {}
+    for ratio in ("token", "sequence"):
+        m = made(*words.split(), "--ratio", ratio, tokenizer=tokenizer)
+        model = net.load_model(tiny, m.args)
+        m.first_update = True
+        got, _ = gradient(model, [forced], m.args, m)
+        [logp] = logps_of(model, batch_of([dict(forced)]), m.args)
+        size = math.exp((logp[0] - HALF) / (1 if ratio == "token" else 4))
+        free, _ = gradient(model, [forced], m.args)  # as if all had been sampled
+        if ratio == "sequence":
+            torch.testing.assert_close(got, free * size, rtol=1e-3, atol=3e-7)
+        else:  # the first token alone is scaled
+            rest = dict(forced, mask=np.array([0, 1, 1, 1], np.float32))
+            others = gradient(model, [rest], m.args)[0] * 3 / 4  # token_mean divides by 4 there, by 3 here
+            torch.testing.assert_close(got - others, (free - others) * size, rtol=1e-2, atol=3e-7)
+        assert (got - free).abs().max() > 1e-4  # hundreds of times that
+        shares[ratio] = size
+    assert shares["token"] < 0.01 < 0.2 < shares["sequence"]  # a token of probability 1/600
 
 
 @pytest.mark.parametrize("think, solution", [(8, 6), (3, 20)])
 def test_elastic_two_budgets(tiny, think, solution):
-    words = ["--subgroups", "elastic", "--subgroup-args", f"think={think}", f"solution={solution}"]
-    group, sampler, args = sampled(tiny, *words, n=12)
-    [end] = sampler.tokenizer.encode("</think>")
-    forced = 0
+    words = f"--method elastic --method-args think={think} solution={solution}"
+    group, model, m = sampled(tiny, *words.split(), n=12)
+    [end], forced = m.end, 0
     for r in group:
-        at = r["ids"].index(end) if end in r["ids"] else None
-        assert len(r["ids"]) == len(r["logps"])
+        ids = r["ids"].tolist()
+        at = ids.index(end) if end in ids else None
+        assert len(ids) == len(r["logps"]) == r["length"]
         if at is None:  # it ended inside the thinking
-            assert r["finish_reason"] == "stop" and len(r["ids"]) <= think
+            assert not r["truncated"] and len(ids) <= think
             continue
-        assert at <= think and len(r["ids"]) - at - 1 <= solution
-        assert r.get("untrained", [at]) == [at]
-        if "untrained" in r:
+        assert at <= think and len(ids) - at - 1 <= solution
+        if "mask" in r:
             forced += 1
-            assert at == think
-        if r["finish_reason"] == "length":
-            assert len(r["ids"]) == at + 1 + solution
-    assert forced > 6
-    t = updates.to_tensors([r | {"advantage": 0.0, "weight": 0.0} for r in group], "cpu")
-    assert len(t["target"]) == sum(len(r["ids"]) for r in group) - forced
-    with torch.no_grad():  # the second half continues the first: the trainer sees the same log-probs
-        logp, _ = updates.model_logps(sampler.model, t, args)
-    torch.testing.assert_close(t["sampler_logp"], logp, rtol=1e-4, atol=1e-4)
+            assert (
+                at == think and np.flatnonzero(r["mask"] == 0).tolist() == [at] and math.isnan(r["logps"][at])
+            )
+        if r["truncated"]:
+            assert len(ids) == at + 1 + solution
+    assert forced > 6 and m.metrics([group], {}, None) == {"forced_share": forced / 12}
+    # the second half continues the first: the trainer sees the same log-probs
+    for r, logp in zip(group, logps_of(model, batch_of(group), m.args), strict=True):
+        known = ~np.isnan(r["logps"])
+        np.testing.assert_allclose(r["logps"][known], logp[known], rtol=1e-4, atol=1e-4)
 
 
-def test_untrained_tokens_are_context_only(tiny):
-    r = {"prompt_ids": [5, 6], "ids": [7, 8, 9, 10], "logps": [-1.0, 0.0, -3.0, -4.0], "untrained": [1]}
-    t = updates.to_tensors([r | {"advantage": 1.0, "weight": 0.5}], "cpu")
-    assert t["target"].tolist() == [7, 9, 10] and t["column"].tolist() == [1, 3, 4]
-    assert t["ids"].tolist() == [[5, 6, 7, 8, 9, 10]] and t["sampler_logp"].tolist() == [-1, -3, -4]
-    model, batch = samplers.load_model(tiny), random_batch(4)
-    for x in batch:
-        x["untrained"] = [0] if len(x["ids"]) > 1 else []
-    flags = ["--grad-clip", "1e9", "--minibatches", "2"]
-    whole, stats = weights_after_update(model, batch, arguments("--micro-tokens", "100000", *flags))
-    split, _ = weights_after_update(model, batch, arguments("--micro-tokens", "1", *flags))
+def test_forced_tokens_are_context_only(tiny):
+    """A token without a loss changes no gradient by its advantage, and counts in no mean."""
+    args = flags()
+    model, rng, batch = net.load_model(tiny, args), np.random.default_rng(0), []
+    for n in (4, 9, 1, 6):
+        r = {"prompt_ids": rng.integers(5, 600, 5).tolist(), "ids": rng.integers(5, 600, n).astype(np.int32)}
+        r |= {"logps": np.full(n, -6, np.float32), "advantage": rng.normal(size=n)}
+        batch.append(r | {"mask": np.float32([t != 1 for t in range(n)])})
+    whole, m = gradient(model, batch, args)
+    for r in batch:
+        r["advantage"][1:2] = 1e6
+    again, _ = gradient(model, batch, args)
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    split, _ = gradient(model, batch, flags("--micro-tokens", "1"))
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
+    t = train_grpo.to_tensors([r | {"weight": 0.5} for r in batch])
+    assert t["weight"].sum() == 0.5 * (20 - 3) and m["loss"] != 0
 
 
 # DRPO -------------------------------------------------------------------------------------------------------
@@ -279,216 +344,209 @@ def test_untrained_tokens_are_context_only(tiny):
 @given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from([0.0, 1e3]))
 def test_drpo_weights_are_the_gradient(seed, questions, kl_coef):
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 9, 3 * questions)
-    row = torch.tensor(np.repeat(np.arange(len(lengths)), lengths))
-    group = torch.tensor(np.repeat(np.arange(questions), 3))
-    correct = torch.tensor(rng.integers(0, 2, len(lengths)))
+    length = torch.tensor(rng.integers(1, 9, 3 * questions))
+    row = torch.repeat_interleave(torch.arange(len(length)), length)
+    group, correct = (
+        torch.arange(questions).repeat_interleave(3),
+        torch.tensor(rng.integers(0, 2, len(length))),
+    )
     logp = torch.tensor(-rng.random(len(row)), requires_grad=True)
-    old = torch.tensor(-rng.random(len(row)))
-    constants = {"tau": 2.0, "l_max": 10, "kl_coef": kl_coef}
-    loss = losses.drpo_loss(logp, old, row, group, correct, **constants)
-    [want] = torch.autograd.grad(loss, logp)
-    length = losses.row_sum(torch.ones_like(old), row, len(lengths))
-    score = losses.row_sum(logp.detach(), row, len(lengths)) / length
-    kl = (old - logp.detach()).mean()
-    value, weights = losses.drpo_weights(score, length, group, correct, kl, **constants)
-    torch.testing.assert_close(value, loss.detach())
+    old, constants = torch.tensor(-rng.random(len(row))), {"tau": 2.0, "l_max": 10, "kl_coef": kl_coef}
+
+    def score_and_kl(logp):
+        score = torch.zeros(len(length), dtype=torch.float64).index_add(0, row, logp) / length
+        return score, (old - logp).mean()
+
+    score, kl = score_and_kl(logp)
+    loss = drpo.objective(score, length, group, correct, kl, **constants)
+    want = torch.autograd.grad(loss, logp)[0] if loss.requires_grad else torch.zeros_like(logp)
+    value, weights = drpo.token_weights(
+        *score_and_kl(logp.detach())[:1], length, group, correct, kl, **constants
+    )
+    assert value == pytest.approx(loss.item())
     torch.testing.assert_close(weights[row], want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("minibatches, close", [(1, 1e-6), (2, 1e-4)])
-def test_drpo_update_does_not_depend_on_micro_batches(tiny, minibatches, close):
-    model, batch = samplers.load_model(tiny), random_batch(8)
-    for i, r in enumerate(batch):
-        r |= {"group": i // 4, "correct": i % 2}
-    flags = ["--objective", "drpo", "--grad-clip", "1e9", "--minibatches", str(minibatches)]
-    made = []
+def test_drpo_by_hand():
+    """Right answers of 10 and 20 tokens, scores -1, -2; a wrong one, -3. lam l_max = 10 / ln 3: so 3 to 1."""
+    numbers = [torch.tensor(x, dtype=torch.float64) for x in ([-1.0, -2.0, -3.0], [10, 20, 5])]
+    group, correct, kl = torch.zeros(3), torch.tensor([1, 1, 0]), torch.tensor(0.0)
+    loss, w = drpo.token_weights(*numbers, group, correct, kl, lam=0.1, tau=10, l_max=100 / math.log(3))
+    assert loss == pytest.approx(-(0.75 * -1 + 0.25 * -2 - -3))
+    torch.testing.assert_close(w, torch.tensor([-0.75 / 10, -0.25 / 20, 1 / 5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_drpo_update(tiny, minibatches):
+    """The loop's loss has DRPO's gradient, however it is split; the gap to the sampler stays what it was."""
+    made_of, rng, batch = [], np.random.default_rng(1), []
+    words = "--method drpo --method-args l_max=32 kl_coef=1 --tis-cap 0 --group-size 4".split()
+    words += ["--minibatches", str(minibatches), "--prompts-per-step", "4"]
+    model = net.load_model(tiny, flags())
+    for i in range(16):
+        n = int(rng.integers(2, 20))
+        r = {"prompt_ids": rng.integers(5, 600, 6).tolist(), "ids": rng.integers(5, 600, n).astype(np.int32)}
+        r |= {"logps": np.zeros(n, np.float32), "advantage": 0.0, "group": i // 4, "correct": i % 2}
+        batch.append(r)
+    for r, logp in zip(batch, logps_of(model, batch_of(batch), flags()), strict=True):
+        r["logps"] = logp
     for tokens in ("100000", "60", "1"):
-        args = arguments("--micro-tokens", tokens, *flags)
-        args.objective_args = {"l_max": 32, "kl_coef": 1.0}  # 1000 would blow up the second of two steps
-        made.append(weights_after_update(model, batch, args))
-        torch.testing.assert_close(made[-1][0], made[0][0], rtol=1e-5, atol=close)
-        assert made[-1][1]["loss"] == pytest.approx(made[0][1]["loss"], abs=close)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert (made[0][0] - before).abs().max() > 1e-3 and "drpo_kl" in made[0][1]
+        m = made(*words, "--micro-tokens", tokens)
+        m.begin_step(0, 0, [], [], None)
+        made_of.append((*gradient(model, batch, m.args, m), m.metrics([], {}, None)))
+        torch.testing.assert_close(made_of[-1][0], made_of[0][0], rtol=1e-4, atol=1e-5)
+        assert (
+            made_of[-1][2] == pytest.approx(made_of[0][2], abs=1e-6) and made_of[-1][1]["clip_fraction"] == 0
+        )
+        assert made_of[-1][1]["logp_gap"] < 1e-5
+    assert made_of[0][0].abs().max() > 1e-4 and (made_of[0][2]["drpo_kl"] != 0) == (minibatches == 2)
+    if minibatches == 1:  # against autograd through the objective itself, all at once
+        live = copy.deepcopy(model)
+        logps = []
+        for r in batch:
+            ids = torch.tensor([[*r["prompt_ids"], *r["ids"].tolist()]])
+            logits = live(input_ids=ids).logits[0, len(r["prompt_ids"]) - 1 : -1]
+            logps.append(logits.log_softmax(-1).gather(1, torch.tensor(r["ids"]).long()[:, None]).mean())
+        length, group, correct = (
+            torch.tensor(x)
+            for x in zip(*((len(r["ids"]), r["group"], r["correct"]) for r in batch), strict=True)
+        )
+        zero = torch.tensor(0.0)
+        drpo.objective(torch.stack(logps), length, group, correct, zero, l_max=32).backward()
+        flat = torch.cat([p.grad.flatten() for p in live.parameters()])
+        flat *= min(1.0, 1 / flat.norm().item())
+        torch.testing.assert_close(made_of[0][0], -flat, rtol=1e-3, atol=1e-5)
 
 
 # Short real runs --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A toy base model that is right now and then, four problems, and a flag list that uses them."""
-    root, problems = tmp_path_factory.mktemp("toy"), toy.problems("toy", "train", 4)
-    with pytest.MonkeyPatch.context() as patch:  # four problems are learnt by heart in seconds
-        patch.setattr(toy, "WARMUP", toy.WARMUP | {"batches": 80, "batch_size": 16, "extra": 16})
-        patch.setattr(toy, "draw", lambda word, rng: problems[rng.integers(4)]["problem"])
-        base = toy.make_base(str(root), log=lambda _: None)
-    with open(root / "rows.jsonl", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in problems)
-    flags = "--budgets none --wording tulu --max-tokens 96 --prompts-per-step 4 --group-size 8 --lr 1e-3"
-    flags = [*flags.split(), "--sampler", "hf", "--require-think"]
-    return ["--model", base, "--data", str(root / "rows.jsonl"), *flags]
+def world():
+    """A taught toy model, and four problems."""
+    words = "--limit 4 --budgets none --wording tulu --max-tokens 96 --prompts-per-step 4 --group-size 4"
+    words += " --lr 1e-3 --sampler hf --require-think --micro-tokens 2048"
+    return ["--model", f"{TOY}/model", "--data", f"{TOY}/rows.jsonl", *words.split()]
 
 
-HBPO = [
-    "--reward",
-    "hbpo",
-    "--advantage",
-    "hbpo",
-    "--subgroups",
-    "hbpo",
-    "--subgroup-args",
-    "budgets=[16,48]",
-    "prefix=Think for {} tokens.",
-]
-LASER = "--method-args every=1 size=4 samples=3 low=8 step=8"
-RUNS = {
-    "hapo": ("--reward hapo_linear", {"history_length", "history_known"}),
-    "palu": ("--reward palu --method-args c=0.3 tau=0.5", {"palu_budget"}),
-    "hbpo": (HBPO, {"length_by_subgroup", "reward_by_subgroup"}),
-    "adaptthink": (
-        "--reward adaptthink --advantage raw --subgroups adaptthink --reference-samples 4 "
-        "--subgroup-args think_word=null",
-        {"think_length", "no_think_length", "no_think_accuracy", "ref_accuracy", "reward_no_think"},
-    ),
-    "elastic": (
-        "--reward correct --subgroups elastic --subgroup-args think=20 solution=4 --overlong-filter",
-        {"forced_share"},
-    ),
-    "laser_d": (f"--reward laser_d {LASER}", {"laser_easy", "laser_hard", "well_formed"}),
-    "laser_de": (f"--reward laser_de {LASER}", {"laser_medium", "repetitive", "reward_exploration"}),
-    "dot": ("--reward correct --dot 0.5 --dot-margin 1", {"dot_cut", "dot_threshold", "dot_lost"}),
-    "drpo": (
-        "--reward correct --objective drpo --objective-args l_max=96 --minibatches 2",
-        {"drpo_kl", "loss"},
-    ),
-    "curriculum": (
-        "--reward curriculum_triangular --budget-schedule step --schedule-args start=40 period=1 "
-        "--cut-at-budget",
-        {"scheduled_budget", "abs_error", "well_formed"},
-    ),
-    "o1_pruner": ("--reward o1_pruner --reference-samples 4 --dual-clip 3", {"ref_length"}),
-    "crf": ("--reward crf --conciseness-model toy", {"conciseness"}),
-    "tldr": ("--reward tldr --subgroups levels", {"length_by_level"}),
-    "adaptive_deep": ("--reward adaptive_deep --subgroups modes", {"short_length", "long_accuracy"}),
-    "affectgpt": ("--reward affectgpt", {"labels"}),
-    "range": ("--reward longwriter_range --budgets fixed:32 --method-args width=0.2", {"abs_error"}),
-    "surrogate": ("--reward surrogate_format_length --reward-args l_max=96", {"well_formed"}),
-    "dapo": ("--reward correct --dynamic-sampling correct --refills 2", {"kept_groups", "sampled_groups"}),
-}
+def lines(out):
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_steps(world, name, tmp_path):
-    words, names = RUNS[name]
-    words = words.split() if isinstance(words, str) else words
-    out = str(tmp_path / "out")
-    assert train_grpo.main([*world, *words, "--steps", "2", "--out", out]) == 0
-    first, second = lines(out)
-    assert names <= set(second), names - set(second)
-    assert np.isfinite(second["loss"]) and second["logp_gap_max"] < 1e-3
-    state = torch.load(os.path.join(out, "checkpoint-2", "trainer_state.pt"), weights_only=True)
-    memory = state["memory"]
-    assert memory["position"] == first.get("sampled_groups", 4) + second.get("sampled_groups", 4)
-    if name == "hapo":
-        assert first["history_known"] == 0 < second["history_known"] <= len(memory["history"]) / 4
-        least = [h[2] for h in memory["history"].values()]
-        assert 0 < min(least) <= second["history_length"]
-    if name == "palu":
-        assert first["palu_budget"] == 96 > min(memory["palu"].values())
-        assert second["length_p95"] <= 96 and len(memory["palu"]) == 4
-    if name == "curriculum":
-        assert [m["scheduled_budget"] for m in (first, second)] == [40, 28]
-        assert list(second["error_by_budget"]) == ["28"] and second["over_budget"] == 0
-    if name in ("adaptthink", "o1_pruner"):
-        assert len(memory["reference"]) == 4  # each prompt was asked once, not again in the second epoch
-        assert first["ref_accuracy"] == second["ref_accuracy"]
-    if name == "hbpo":
-        assert set(second["length_by_subgroup"]) == {"16", "48"}
-    if name == "elastic":
-        assert second["length_p95"] <= 25 and second["forced_share"] > 0
+def state_of(out, step):
+    return torch.load(os.path.join(out, f"checkpoint-{step}", "trainer_state.pt"), weights_only=True)
+
+
+def test_memories_over_two_steps(world, tmp_path):
+    def run(name, words):
+        out = str(tmp_path / name)
+        train_grpo.main([*world, *words.split(), "--steps", "2", "--out", out])
+        return *lines(out), state_of(out, 2)
+
+    first, second, state = run("hapo", "--reward hapo_linear --method hapo")
+    assert first["history_known"] == 0 < second["history_known"] <= len(state["method"]["history"]) / 4
+    least = [h[2] for h in state["method"]["history"].values()]
+    assert 0 < min(least) <= second["history_length"] and state["position"] == 8
+    words = "--reward palu --method palu --method-args c=0.3 tau=0.5"
+    first, second, state = run("palu", words)
+    assert first["palu_budget"] == 96 > min(state["method"]["budget"].values()) and second["length"] <= 96
+    first, second, state = run("o1", "--reward o1_pruner --advantage raw --method starting_model")
+    assert len(state["method"]["reference"]) == 4  # each prompt was asked once, not again in the second epoch
+    assert first["ref_accuracy"] == second["ref_accuracy"]
+
+
+class ShrinkingCap(Curriculum, ThinkPrune):
+    """row() and constants of the curriculum; the budget is also where responses are cut."""
+
+
+def test_two_methods_at_once(world, tmp_path, monkeypatch):
+    module = types.ModuleType("methods.shrinking_cap")
+    module.METHOD, named = ShrinkingCap, [*methods.names(), "shrinking_cap"]
+    monkeypatch.setitem(sys.modules, "methods.shrinking_cap", module)
+    monkeypatch.setattr(methods, "names", lambda: named)
+    words = "--reward curriculum_triangular --method shrinking_cap --method-args start=40 period=1 --steps 2"
+    train_grpo.main([*world, *words.split(), "--out", str(tmp_path / "out")])
+    first, second = lines(tmp_path / "out")
+    assert [m["scheduled_budget"] for m in (first, second)] == [40, 28]
+    assert second["over_budget"] == 0 and 0 < second["length"] <= 28
 
 
 def test_dynamic_sampling_stops_at_its_cap(tiny, tmp_path):
     """A random model is never right: every group is dropped, and the run goes on with what there is."""
-    flags = ["--model", tiny, "--data", MATH, "--budgets", "fixed:8", "--max-tokens", "8", "--steps", "2"]
-    flags += [
-        "--prompts-per-step",
-        "4",
-        "--group-size",
-        "2",
-        "--sampler",
-        "hf",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    flags += ["--dynamic-sampling", "correct", "--refills", "2"]
-    assert train_grpo.main(flags) == 0
+    words = "--budgets fixed:8 --max-tokens 8 --steps 2 --prompts-per-step 4 --group-size 2 --sampler hf"
+    words = [*words.split(), "--dynamic-sampling", "correct", "--out", str(tmp_path / "out")]
+    train_grpo.main(["--model", tiny, "--data", MATH, *words])
     for m in lines(tmp_path / "out"):
-        assert (m["kept_groups"], m["sampled_groups"], m["sampled_accuracy"]) == (0, 12, 0)
-    state = torch.load(tmp_path / "out" / "checkpoint-2" / "trainer_state.pt", weights_only=True)
-    assert state["memory"]["position"] == 24
+        assert (m["kept_groups"], m["sampled_groups"], m["sampled_accuracy"]) == (0, 20, 0)
+    assert state_of(tmp_path / "out", 2)["position"] == 40
 
 
-def test_reference_samples_come_from_the_starting_model(tiny):
+class Noting(HFSampler):
+    """Notes which model each call asks, and every draw."""
+
+    def generate(self, *args, **options):
+        self.asked = [*getattr(self, "asked", []), self.model]
+        return super().generate(*args, **options)
+
+
+def test_reference_samples_come_from_the_starting_model(tiny, tmp_path, monkeypatch):
     """At a later step, too: the sampler is lent to the starting model and handed back."""
-    words = "--max-tokens 8 --reference-samples 2 --prompts-per-step 1 --group-size 2".split()
-    row = {"id": "a", "prompt": "1 + 1?", "answer": "2", "kind": "math", "budget": None}
-    model, reference, asked = samplers.load_model(tiny), samplers.load_model(tiny), []
-
-    class Noting(samplers.HFSampler):
-        def generate(self, prompts, n, *rest, **options):
-            asked.append(self.model)
-            return super().generate(prompts, n, *rest, **options)
-
-    sampler = Noting(model, load_tokenizer(tiny), [2], 100)
-    s = SimpleNamespace(sampler=sampler, memory={}, conciseness=None, clock=0.0, rows=[row], epochs={})
-    s.model, s.reference, s.tokenizer, s.seconds = model, reference, sampler.tokenizer, Counter()
-    for step in (3, 4):  # the second time the prompt is known
-        rollouts.sample_batch(s, checked(*words), ONE, step)
-    assert asked == [model, reference, model] and sampler.model is model
-    assert list(s.memory["reference"]) == ["a"] and 1 <= s.memory["reference"]["a"][1] <= 8
+    made_ones = []
+    monkeypatch.setattr(
+        "toy.hf_sampler.HFSampler", lambda *args: made_ones.append(Noting(*args)) or made_ones[-1]
+    )
+    words = "--reward o1_pruner --advantage raw --method starting_model --method-args samples=2 --limit 1"
+    words += " --max-tokens 8 --prompts-per-step 1 --group-size 2 --steps 2 --budgets none --sampler hf"
+    train_grpo.main(["--model", tiny, "--data", MATH, *words.split(), "--out", str(tmp_path / "out")])
+    starting, policy, again = made_ones[0].asked  # in the second step the prompt is known
+    assert policy is again is made_ones[0].model and starting is not policy
+    fresh = net.load_model(tiny, flags())
+    for a, b in zip(starting.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+    [(accuracy, length)] = state_of(tmp_path / "out", 2)["method"]["reference"].values()
+    assert accuracy == 0 and 1 <= length <= 8
 
 
-def test_fewer_responses_than_minibatches(tiny):
-    model, args = samplers.load_model(tiny), arguments("--minibatches", "3")
-    weights, stats = weights_after_update(model, random_batch(2), args)
-    assert torch.isfinite(weights).all() and stats["grad_norm"] > 0
-    same, stats = weights_after_update(model, [], args)
-    assert stats["loss"] == stats["grad_norm"] == stats["padding"] - 1 == 0
-    assert torch.equal(same, torch.cat([p.detach().flatten() for p in model.parameters()]))
+LASER = "--method laser_d --method-args every=3 size=4 samples=3 low=8 step=8"
+ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --ratio sequence"
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        "--reward hapo_cosine --dynamic-sampling reward --refills 2",
-        "--reward adaptthink --advantage raw --subgroups adaptthink --reference-samples 2 "
-        "--subgroup-args think_word=null --budget-schedule linear --schedule-args start=40 end=20 steps=4",
-        f"--reward laser_d {LASER.replace('every=1', 'every=3')} --minibatches 2",
+        "--reward hapo_cosine --method hapo --dynamic-sampling reward",
+        f"--reward adaptthink --advantage raw {ADAPTTHINK}",
+        f"--reward laser_d {LASER} --minibatches 2",
     ],
 )
 def test_resume_is_exact(world, words, tmp_path):
-    flags = [*world, *words.split(), "--group-size", "4", "--prompts-per-step", "2"]
+    words = [*world, *words.split(), "--prompts-per-step", "2"]
     whole, parted = str(tmp_path / "whole"), str(tmp_path / "parted")
-    assert train_grpo.main([*flags, "--steps", "4", "--out", whole]) == 0
-    assert train_grpo.main([*flags, "--steps", "2", "--out", parted]) == 0
-    assert train_grpo.main(["--resume", "--steps", "4", "--out", parted, *world[:2]]) == 0
-    assert [timeless(m) for m in lines(whole)] == [timeless(m) for m in lines(parted)]
-    states = []
+    train_grpo.main([*words, "--steps", "4", "--out", whole])
+    train_grpo.main([*words, "--steps", "2", "--out", parted])
+    train_grpo.main(["--resume", "--steps", "4", "--out", parted])
+    timeless = [
+        [{k: v for k, v in m.items() if not k.startswith(TIMES)} for m in lines(o)] for o in (whole, parted)
+    ]
+    assert timeless[0] == timeless[1]
+    weights = []
     for out in (whole, parted):
         with open(os.path.join(out, "checkpoint-4", "model.safetensors"), "rb") as f:
-            states.append(f.read())
-        path = os.path.join(out, "checkpoint-4", "trainer_state.pt")
-        states.append(torch.load(path, weights_only=True)["memory"])
-    assert states[:2] == states[2:]
+            weights.append(f.read())
+    states = [state_of(out, 4) for out in (whole, parted)]
+    assert weights[0] == weights[1]
+    assert [(s["method"], s["position"]) for s in states[:1]] == [
+        (s["method"], s["position"]) for s in states[1:]
+    ]
 
 
 def test_draws_differ_between_rounds_and_are_repeatable(tiny):
-    args = checked("--max-tokens", "8")
-    s = SimpleNamespace(sampler=samplers.load_sampler(tiny, "hf"), memory={}, conciseness=None, clock=0.0)
-    s.tokenizer, s.seconds = s.sampler.tokenizer, Counter()
+    tokenizer, m = load_tokenizer(tiny), made("--max-tokens", "8", "--group-size", "2")
+    m.tokenizer = tokenizer
     row = {"id": "a", "prompt": "1 + 1?", "answer": "2", "kind": "math", "budget": None}
-    made = [rollouts.roll_out(s, args, ONE, [row], 2, key)[0] for key in ([1], [1, 1], [1])]
-    assert made[0] == made[2] != made[1]
+    sampler, texts = HFSampler(net.load_model(tiny, m.args), tokenizer, [2], 8192), []
+    for key in ([1], [1, 1], [1]):
+        [group], _ = train_grpo.roll_out(sampler, [row], [m.requests(row)], m, tokenizer, m.args, key)
+        texts.append([r["text"] for r in group])
+    assert texts[0] == texts[2] != texts[1]

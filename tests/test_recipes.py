@@ -1,36 +1,23 @@
-"""Every recipe: it parses, it names its source, its method takes two steps on the toy and logs its own."""
+"""Every recipe: it parses, it names its source, and in its frozen run (test_freeze.py) its method acts."""
 
-import importlib.util
 import json
 import os
 import re
 import shlex
 
-import numpy as np
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import methods
 import rewards
 import train_grpo
-from toy import task as toy
+from studies import zoo
 
-
-def load(*path):
-    """A script that lies in no package, as a module."""
-    spec = importlib.util.spec_from_file_location(path[-1][:-3], os.path.join(ROOT, *path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-zoo, links = load("studies", "zoo.py"), load("docs", "link_methods.py")
 RUNS = zoo.runs()
 RECIPES = [name for name in RUNS if name not in zoo.EXTRA]
-with open(os.path.join(ROOT, "docs", "methods.md"), encoding="utf-8") as f:
-    METHODS = f.read()
 
 # What a method adds to metrics.jsonl: the proof that more of it runs than its reward.
 MEMORY, GROUPS = ["history_known", "history_length"], ["kept_groups", "sampled_groups", "sampled_accuracy"]
@@ -45,8 +32,8 @@ SHOWS = {
     "adaptive_deep": ["short_accuracy", "long_accuracy", "short_length", "long_length"],
 }  # fmt: skip
 # The parts of a method that its toy line must share with its recipe; sizes and constants differ.
-SAME = """reward advantage objective ratio clip_low clip_high dual_clip loss_reduction overlong_filter kl_coef
-    kl_estimator dynamic_sampling budget_schedule subgroups cut_at_budget""".split()
+SAME = """reward advantage method ratio clip_low clip_high dual_clip loss_reduction overlong_filter kl_coef
+    kl_estimator dynamic_sampling""".split()
 
 
 # Words ------------------------------------------------------------------------------------------------------
@@ -59,7 +46,6 @@ def test_recipe_and_its_toy_line_are_one_method(name, tiny, monkeypatch, tmp_pat
     full = train_grpo.parse_args([f"@recipes/{name}.args", *flags])
     small = train_grpo.parse_args([*RUNS[name], "--out", str(tmp_path / "toy")])
     assert {k: getattr(full, k) for k in SAME} == {k: getattr(small, k) for k in SAME}
-    assert bool(full.dot) == bool(small.dot) and bool(full.reference_samples) == bool(small.reference_samples)
     # the constants of the reward that the toy scales are written out in the recipe as well
     assert set(small.reward_args) <= set(full.reward_args)
 
@@ -81,90 +67,48 @@ def test_recipe_says_where_it_comes_from(name):
 def test_every_reward_and_advantage_has_a_run():
     parsed = [train_grpo.parse_args([*flags, "--out", "out/none"]) for flags in RUNS.values()]
     assert {a.reward for a in parsed} == set(rewards.REWARDS) - {"dot_threshold"}
-    assert any(a.dot for a in parsed)
+    assert {a.method for a in parsed} == {"plain", *methods.names()}
     assert {a.advantage for a in parsed} == set(rewards.ADVANTAGES)
     assert {a.ratio for a in parsed} == {"token", "sequence", "cispo"}
 
 
-def test_table_of_methods_is_complete_and_its_links_are_right():
-    assert links.linked(METHODS) == METHODS, "run python docs/link_methods.py"
-    named = {(file, function) for function, file, _ in links.LINK.findall(METHODS)}
-    functions = [*rewards.REWARDS.values(), *rewards.ADVANTAGES.values()]
-    missing = {f.__name__ for f in functions} - {function for file, function in named if file == "rewards.py"}
-    assert not missing
-    source = open(os.path.join(ROOT, "rewards.py"), encoding="utf-8").read().splitlines()
-    for function, file, line in links.LINK.findall(METHODS):
-        if file == "rewards.py":
-            assert source[int(line) - 1].startswith(f"def {function}(")
-    for path in re.findall(r"\]\(\.\./(recipes/\w+\.args)\)", METHODS):
-        assert os.path.exists(os.path.join(ROOT, path)), path
-    assert {f"recipes/{name}.args" in METHODS for name in RECIPES} == {True}
-
-
 # Steps ------------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """(folder of a half-taught base model, file of toy problems): enough to answer, quick to make."""
-    folder = tmp_path_factory.mktemp("toy")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(toy.WARMUP, "batches", 40)
-        base = toy.make_base(str(folder), log=lambda _: None)
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in toy.problems("toy", "train", 12)))
-    return base, str(rows)
+with open(os.path.join(ROOT, "tests", "data", "freeze", "metrics.json"), encoding="utf-8") as f:
+    FROZEN = {name: run["steps"] for name, run in json.load(f)["runs"].items()}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_steps_on_the_toy(name, world, tmp_path, monkeypatch):
-    """The recipe's own flags, then the toy's defaults, then its toy line, then sizes for a quick test."""
-    monkeypatch.chdir(ROOT)
-    base, rows = world
-    flags = [] if name in zoo.EXTRA else [f"@recipes/{name}.args"]
-    for key, value in train_grpo.TOY.items():  # a named model has no toy defaults: here they are as flags
-        flags += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
-    flags += [*RUNS[name], "--model", base, "--data", rows, "--out", str(tmp_path / "out"), "--sampler", "hf"]
-    flags += ["--eval-data", rows, "--eval-every", "0", "--eval-budgets", "16", "--dtype", "float32"]
-    flags += ["--steps", "2", "--prompts-per-step", "6", "--group-size", "8" if "hbpo" in name else "4"]
-    flags += ["--save-every", "0", "--warmup-steps", "0", "--refills", "1", "--limit", "6"]
-    if name.startswith("laser_d"):
-        flags += ["--method-args", "every=1", "size=4", "samples=2", "low=8", "step=8"]
-    if name == "gfpo":
-        flags += ["--advantage-args", "k=2"]
-    assert train_grpo.main(flags) == 0
-    with open(tmp_path / "out" / "metrics.jsonl") as f:
-        first, last = map(json.loads, f)
-    for line in (first, last):
-        assert all(np.isfinite(line[k]) for k in ("reward", "loss", "grad_norm", "entropy", "length"))
-    assert set(SHOWS.get(name, ())) <= set(last) & set(zoo.OWN)
-    check_own(name, first, last)
-
-
-def check_own(name, first, last):
-    """Where the method's own quantity has a known value or bounds after two small steps."""
-    if name.startswith("curriculum"):
-        assert last["scheduled_budget"] == 64
-    if name == "palu":
-        assert 1 <= last["palu_budget"] <= 96 == first["palu_budget"]
-    if name.startswith("hapo"):  # six prompts, six a step: the second step meets each of them again
-        assert first["history_known"] == 0 and first["history_length"] is None
-        assert last["history_known"] == 0 or 1 <= last["history_length"] <= 96
-    if name.startswith("laser_d"):
-        assert all(8 <= last[f"laser_{level}"] <= 96 for level in ("easy", "medium", "hard"))
-    if "kept_groups" in SHOWS.get(name, ()):
-        assert last["kept_groups"] <= last["sampled_groups"] and last["sampled_groups"] >= 6
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_method_acts_in_the_frozen_run(name):
+    first, last = FROZEN[name]
+    assert {*SHOWS.get(name, ())} <= {*last} & {*zoo.OWN}
+    assert all(m["grad_norm"] > 0 and m["zero_variance"] < 1 for m in (first, last))
+    if "kept_groups" in last:  # groups were replaced
+        assert all(m["kept_groups"] == 6 < m["sampled_groups"] for m in (first, last))
+    moves = {
+        "hapo": "history_known", "hapo_linear": "history_known", "palu": "palu_budget",
+        "laser_d": "laser_easy", "laser_de": "laser_easy",
+        "curriculum": "scheduled_budget", "curriculum_band": "scheduled_budget",
+    }  # fmt: skip
+    if name in moves:
+        assert first[moves[name]] != last[moves[name]]
+    if name == "dot":
+        assert last["dot_cut"] >= last["dot_lost"] > 0
+    if name in ("thinkprune", "dler", "da_dler"):
+        assert first["truncated"] > 0 and first["length"] < (32 if name == "thinkprune" else 40)
+    if name == "elastic":
+        assert last["forced_share"] > 0.5 and last["length"] <= 33
+    if name == "drpo":
+        assert last["drpo_kl"] > 0
     parts = {
         "hbpo": last.get("length_by_subgroup", {}).values(), "tldr": last.get("length_by_level", {}).values(),
         "adaptthink": [last.get("no_think_length"), last.get("think_length")],
         "adaptive_deep": [last.get("short_length"), last.get("long_length")],
     }  # fmt: skip
     if name in parts:  # parts of equal size: their mean is the batch's
-        assert len(parts[name]) in (2, 3, 4) and np.mean([*parts[name]]) == pytest.approx(last["length"])
-    if name == "elastic":
-        assert 0 <= last["forced_share"] <= 1 and last["length"] <= 33
-    if name in ("dler", "da_dler", "thinkprune"):
-        assert last["length_p95"] <= (32 if name == "thinkprune" else 40)
+        assert len(parts[name]) in (2, 3, 4) and sum(parts[name]) / len(parts[name]) == pytest.approx(
+            last["length"]
+        )
 
 
 # The study --------------------------------------------------------------------------------------------------
@@ -199,11 +143,13 @@ def test_report_of_the_study(tmp_path, monkeypatch, capsys):
         ("kimi", {"none": cell(0.6, 50)}, {"none": cell(0.8, 20)}),
         ("l1_exact", asked, {b: cell(0.8, int(b)) for b in (*asked, "128")}),
     ):
-        for folder, cells in (("eval_base", before), ("eval", after)):
+        for folder, cells in (("eval-0", before), ("eval", after)):
             os.makedirs(tmp_path / name / folder)
             path = tmp_path / name / folder / "results.json"
-            path.write_text(json.dumps({"datasets": {"toy": {"budgets": cells}}}))
-        (tmp_path / name / "args.json").write_text(json.dumps({"reward": name, "advantage": "grpo"}))
+            path.write_text(json.dumps({"datasets": {"toy-test": {"budgets": cells}}}))
+        (tmp_path / name / "args.json").write_text(
+            json.dumps({"reward": name, "advantage": "grpo", "method": "plain"})
+        )
         (tmp_path / name / "metrics.jsonl").write_text('{"kl": 1}\n{"kl": 0.125, "reward": 3}\n')
     os.makedirs(tmp_path / "dler")
     monkeypatch.setattr(zoo, "OUT", str(tmp_path))

@@ -1,4 +1,4 @@
-"""docs/serving.md against a real `vllm serve` on loopback, and hard_cap.py inside the real engine."""
+"""docs/serving.md against a real vLLM server on loopback."""
 
 import contextlib
 import importlib.util
@@ -92,17 +92,12 @@ def position_of_close(text: str) -> int | None:
     return words.index("</think>") + 1 if "</think>" in words else None
 
 
-def test_hard_cap_and_vllms_own_over_http(server):
-    from openai import BadRequestError
-
+def test_a_hard_cap_over_http(server):
     found = snippet("cap", server)
     for budget in (20, 40):
-        for name, latest in (("ask_at_most", budget - 8), ("ask_at_most_2", budget - 7)):
-            text, length = found[name]("add 3 6 3", budget)
-            at = position_of_close(text)
-            assert length <= budget and at is not None and at <= latest, (name, text)
-    with pytest.raises(BadRequestError, match="think_cap"):
-        found["ask_at_most"]("add 3 6 3", 8)
+        text, length = found["ask_at_most"]("add 3 6 3", budget)
+        at = position_of_close(text)
+        assert length <= budget and at is not None and at <= budget - 7, text
 
 
 def test_evaluate_measures_the_server(server, script, tmp_path):
@@ -117,48 +112,3 @@ def test_evaluate_measures_the_server(server, script, tmp_path):
         most = len(tokenizer.encode(row["response"], add_special_tokens=False)) + ended
         assert most <= row["length"] <= 24 and (ended or row["length"] == 24)
     assert sum(ends.values()) == 16 and ends["length"] > 0
-
-
-ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-from integrations.hard_cap import HardCap, force_close
-llm = LLM(sys.argv[1], logits_processors=[HardCap], enforce_eager=True, dtype="float32", max_model_len=512)
-tokenizer = llm.get_tokenizer()
-caps = [None, 1, 2, 7, 30, 60]
-params = [SamplingParams(n=4, max_tokens=50, seed=5, detokenize=False, extra_args=c and {"think_cap": c})
-          for c in caps]
-ids = tokenizer.encode("<user> add 3 6 3 <think>", add_special_tokens=False)
-outputs = llm.generate([{"prompt_token_ids": ids}] * len(caps), params, use_tqdm=False)
-print(json.dumps([[list(c.token_ids) for c in o.outputs] for o in outputs]))
-"""
-
-
-def test_hard_cap_in_the_engine(model_folder, script):
-    env = os.environ | {"PYTHONPATH": ROOT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = script("-c", ENGINE, model_folder, env=env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    free, *capped = json.loads(done.stdout.strip().splitlines()[-1])
-    (end,) = toy.make_tokenizer().encode("</think>", add_special_tokens=False)
-    # Without a cap this model goes on: what follows is the work of the cap.
-    assert not all(end in ids[:30] for ids in free)
-    for cap, group in zip([1, 2, 7, 30], capped, strict=False):
-        for ids, same in zip(group, free, strict=True):
-            assert end in ids[:cap] and len(ids) <= 50
-            assert ids[: cap - 1] == same[: cap - 1]  # up to there nothing is changed
-    assert capped[4] == free  # a cap beyond max_tokens does nothing
-
-
-def test_forced_tokens_by_hand():
-    import torch
-
-    from integrations.hard_cap import force_close
-
-    def forced(output, close=(7, 8, 9), cap=5):  # the three tokens of `</think>` as numbers 3, 4 and 5
-        logits = force_close(list(close), cap, list(output), torch.zeros(10))
-        return int(logits.argmax()) if logits.isinf().sum() == 9 else None
-
-    assert [forced([1] * n) for n in range(7)] == [None, None, 7, 8, 9, None, None]
-    assert forced([1, 1, 7]) == 8 and forced([1, 1, 7, 8]) == 9 and forced([1, 1, 7, 8, 9]) is None
-    assert forced([7, 8, 9, 1, 1], cap=8) is None  # closed before, by the model itself
-    assert forced([1, 7, 8, 1, 1], cap=8) == 7 and forced([1, 7, 8, 1], cap=7) == 7
-    assert forced([1], close=(4,), cap=2) == 4 and forced([4], close=(4,), cap=2) is None

@@ -1,27 +1,23 @@
-"""The study: its page says what its figures say, its ideas do what they claim, its runs run and go on."""
+"""The studies: pages say what their figures say, ideas do what they claim, runs run and go on."""
 
 import json
 import os
 import re
-import sys
+import shutil
 
 import numpy as np
 import pytest
-import sampler
 import torch
 from conftest import ROOT
-from sampler import load_model, load_sampler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 import methods
 import rewards
-from toy import task as toy
-
-sys.path.insert(0, os.path.join(ROOT, "studies"))
-
-import supervised
-
-from studies import ideas, study, study_report
+from evaluation.engines import open_sampler
+from studies import ideas, study, study_report, supervised, zoo
+from toy import hf_sampler, prepare
 
 DOCS = os.path.join(ROOT, "docs")
 with open(os.path.join(ROOT, "studies", "study_text.md"), encoding="utf-8") as f:
@@ -31,17 +27,37 @@ with open(os.path.join(ROOT, "studies", "study_text.md"), encoding="utf-8") as f
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A toy base model of 40 batches: it knows the form, not much more."""
-    folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(toy.WARMUP, "batches", 40)
-        return toy.make_base(str(folder), log=lambda _: None)
+        patch.setitem(prepare.WARMUP, "batches", 40)
+        patch.setattr(prepare, "CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield prepare.prepare(log=lambda text: None)["model"]
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    """$DOCS for a study of its own."""
+    monkeypatch.setattr(study_report, "RECORDS", {})
+    monkeypatch.setattr(study, "DOCS", str(tmp_path / "docs"))
+    os.makedirs(study.DOCS)
+    return tmp_path / "docs"
+
+
+@pytest.fixture
+def undone(monkeypatch):
+    """Puts back what an idea replaces."""
+    for owner, name in ((data, "budget_prompt"), (methods, "Method"), (hf_sampler, "HFSampler")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(rewards, "REWARDS", rewards.Table(rewards.REWARDS))
+    for name in ("every", "most"):
+        monkeypatch.setattr(ideas.Reminded, name, getattr(ideas.Reminded, name))
 
 
 # The page ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_that_of_the_committed_figures():
-    study_report.load(DOCS)
+def test_the_page_is_that_of_the_committed_figures(monkeypatch):
+    monkeypatch.setattr(study, "DOCS", DOCS)
+    study_report.load()
     with open(os.path.join(DOCS, "study.md"), encoding="utf-8") as f:
         assert f.read() == study_report.page()
         page = study_report.page()
@@ -73,19 +89,16 @@ def test_figures_are_means_over_budgets_then_over_seeds(monkeypatch):
     assert study_report.error("y") == "not run"
 
 
-def test_a_page_of_an_unfinished_study_says_what_was_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_report, "DOCS", str(tmp_path))
-    monkeypatch.setattr(study_report, "RECORDS", {})
-    committed = study.read(DOCS)
-    with open(tmp_path / "study.json", "w") as f:
-        json.dump([committed["base", 0], committed["peaked_gdpo", 0]], f)
-    monkeypatch.setattr(study_report.load, "__defaults__", (str(tmp_path),))
+def test_a_page_of_an_unfinished_study_says_what_was_not_run(docs):
+    with open(os.path.join(DOCS, "study.json")) as f:
+        records = [r for r in json.load(f) if (r["name"], r["seed"]) in (("base", 0), ("peaked_gdpo", 0))]
+    (docs / "study.json").write_text(json.dumps(records))
     study_report.main()
-    assert "not run" in (tmp_path / "study.md").read_text()
+    assert len(records) == 2 and "not run" in (docs / "study.md").read_text()
     pictures = set(re.findall(r"\((study_\w+\.png)\)", TEXT))
     assert len(pictures) >= 8
     for name in pictures:  # all of them are drawn, and all of them are committed
-        assert (tmp_path / name).stat().st_size > 5000 and os.path.exists(os.path.join(DOCS, name))
+        assert (docs / name).stat().st_size > 5000 and os.path.exists(os.path.join(DOCS, name))
 
 
 def test_every_experiment_is_on_the_page_or_feeds_a_picture():
@@ -107,24 +120,39 @@ def test_order_of_the_runs():
         assert study.RUNS[name]["seeds"] == 3
 
 
-def test_two_steps_of_a_run_and_its_record(base, tmp_path, monkeypatch, script):
+def test_two_steps_of_a_run_and_its_record(base, docs, tmp_path, monkeypatch, script):
     """The real scripts with an idea put in; afterwards study.json says that there is nothing to do."""
-    os.symlink(base, tmp_path / os.path.basename(base))
     monkeypatch.chdir(ROOT)
-    for name, value in {"OUT": str(tmp_path), "DOCS": str(tmp_path / "docs"), "STEPS": "2"}.items():
+    for name, value in {"OUT": str(tmp_path), "DOCS": str(docs), "STEPS": "2"}.items():
         monkeypatch.setattr(study, name, value)
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(study, "SAMPLED", study.SAMPLED.replace("--n 4 --limit 100", "--n 2 --limit 10"))
-    monkeypatch.setattr(study.read, "__defaults__", (str(tmp_path / "docs"),))
     small = " --prompts-per-step 4 --group-size 4 --limit 8"
     run = study.RUNS["remind"] | {"asked": [16, 72], "flags": study.RUNS["remind"]["flags"] + small}
     monkeypatch.setitem(study.RUNS, "remind", run)
     study.run("remind", 0)
-    [record] = json.loads((tmp_path / "docs" / "study.json").read_text())
+    [record] = json.loads((docs / "study.json").read_text())
     assert record["name"] == "remind" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "72"}
     assert record["cells"]["exact"]["toy"]["72"]["n"] == 20 and record["onset"] is None
-    left = script("studies/study.py", "names").stdout.split()
+    assert "--reward peaked_exact --advantage gdpo" in record["flags"]
+    left = script("-m", "studies.study", "names").stdout.split()
     assert "remind:0" not in left and "tally:0" in left
+
+
+def test_every_run_has_flags_that_the_trainer_knows(base, tmp_path, undone):
+    import train_grpo
+
+    for reward in (ideas.length_beyond, ideas.censored):
+        ideas.add_reward(reward)
+    train_grpo.REWARDS, known = rewards.REWARDS, train_grpo.REWARDS
+    try:
+        for name in study.RUNS:
+            words = ["--model", base, "--data", "rows.jsonl", "--out", str(tmp_path / "out")]
+            args = train_grpo.parse_args([*study.flags_of(name, 1), *words])
+            assert args.seed == 1 and args.steps in (200, 300) and args.sampler == "hf"
+            assert args.budgets.endswith((":48", ":96", ",96"))
+    finally:
+        train_grpo.REWARDS = known
 
 
 def test_share_of_the_length_term(tmp_path):
@@ -164,70 +192,133 @@ def test_rewards_beyond_the_trained_range():
     assert ideas.censored(rollouts)[0].tolist() == pytest.approx([2, np.exp(-1)])
 
 
-def test_reminders_tell_what_is_left(base, monkeypatch):
+def reminded(base, every=8, most=None):
+    ideas.use_reminders(every, most)
+    return open_sampler(base, "hf", 200)
+
+
+def test_reminders_tell_what_is_left(base, undone):
     """After 8 tokens, and after each 8 more of its own; the numbers are right and no loss falls on them."""
-    monkeypatch.setattr(sampler.HFSampler, "generate", ideas.with_reminders(sampler.HFSampler.generate))
-    hf = load_sampler(base, "hf")
+    hf = reminded(base)
     asked = data.budget_prompt("add 1 2 3", 72, "exact", wording="tulu")
-    seen = []
-    [group] = hf.generate([data.encode_prompt(hf.tokenizer, asked)], 16, 60, seed=1,
-                          finished=lambda i, g: seen.append((i, len(g))))  # fmt: skip
-    assert seen == [(0, 16)] and any(len(r["ids"]) > 30 for r in group)
+    [group] = hf.generate([data.encode_prompt(hf.tokenizer, asked)], 16, [60], 1.0, 1)
+    assert len(group) == 16 and any(len(r["ids"]) > 30 for r in group)
     marks = {hf.tokenizer.convert_tokens_to_ids(f"##{d}") for d in range(10)}
     for r in group:
-        assert len(r["ids"]) == len(r["logps"]) <= 60
-        places = r.get("untrained", [])
+        assert len(r["ids"]) == len(r["logps"]) == len(r["mask"]) <= 60
+        assert (r["truncated"] == 1) == (r["ids"][-1] not in hf.stop_ids)
+        assert (np.isnan(r["logps"]) == (r["mask"] == 0)).all()
+        places = np.flatnonzero(r["mask"] == 0).tolist()
         for first, second in zip(places[::2], places[1::2], strict=True):
             assert second == first + 1 and {r["ids"][first], r["ids"][second]} <= marks
-            digits = hf.tokenizer.convert_ids_to_tokens([r["ids"][first], r["ids"][second]])
+            digits = hf.tokenizer.convert_ids_to_tokens([int(r["ids"][first]), int(r["ids"][second])])
             assert int("".join(d[2:] for d in digits)) == 72 - (second + 1)
         assert places[::2] == list(range(8, 8 + 10 * (len(places) // 2), 10))
 
 
-def test_capped_reminders_name_nothing_larger_than_was_trained(base, monkeypatch):
-    tokenizer = data.load_tokenizer(base)
-    prompts = [data.encode_prompt(tokenizer, f"add 1 2 3\nThink for {n} tokens.") for n in (72, 48)]
-    assert ideas.rename(prompts[0], 72, 48, tokenizer) == prompts[1]
-    told = []
+def test_capped_reminders_name_nothing_larger_than_was_trained(base, undone):
+    hf, told = reminded(base, most=48), []
+    prompts = [data.encode_prompt(hf.tokenizer, f"add 1 2 3\nThink for {n} tokens.") for n in (72, 48)]
+    assert hf.begin(prompts[0], 96)["prompt"] == prompts[1]
     for length in (8, 18, 28, 38, 58, 68):
-        r = {
-            "budget": 72,
-            "most": 48,
-            "cap": 96,
-            "ids": [0] * length,
-            "logps": [0.0] * length,
-            "untrained": [],
-        }
-        ideas.remind(r, tokenizer)
-        told.append(tokenizer.decode(r["ids"][length:]).replace("#", "").replace(" ", ""))
+        r = hf.begin(prompts[0], 96) | {key: [0] * length for key in ("ids", "logps", "mask")}
+        hf.remind(r)
+        told.append(hf.tokenizer.decode(r["ids"][length:]).replace("#", "").replace(" ", ""))
     assert told == ["48", "48", "42", "32", "12", "02"]
 
 
 def test_an_offset_of_all_positions_changes_nothing(base):
     """Why it is not among the ideas: rotary embeddings see distances only."""
-    model, ids = load_model(base).eval(), torch.arange(3, 23)[None]
+    model, ids = open_sampler(base, "hf", 200).model, torch.arange(3, 23)[None]
     shifted = torch.arange(20)[None] + 77
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, model(ids, position_ids=shifted).logits, atol=1e-4)
 
 
-def test_the_cut_of_unfinished_responses(monkeypatch):
-    monkeypatch.setattr(methods, "response_cap", lambda row, args, memory: row["cap"])
-    monkeypatch.setitem(rewards.REWARDS, "censored", None)
-    ideas.add_reward("censored", ideas.censored, 56)
-    assert [methods.response_cap({"cap": cap}, None, {}) for cap in (40, 96)] == [40, 56]
-    assert rewards.REWARDS["censored"] is ideas.censored
+def test_two_steps_with_unfinished_responses(base, tmp_path, script):
+    """Its reward is known to the trainer, and no response gets longer than 56 tokens, whatever is asked."""
+    flags = "--budgets fixed:96 --max-tokens 96 --reward censored --wording tulu --sampler hf --steps 2"
+    flags += " --prompts-per-step 4 --group-size 4 --limit 8 --lr 1e-4"
+    rows = prepare.prepare()["data"]
+    words = ["unfinished", "train_grpo", "--model", base, "--data", rows, "--out", tmp_path / "u"]
+    script("-m", "studies.ideas", *words, *flags.split())
+    lines = [json.loads(line) for line in (tmp_path / "u" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(0 < m["length"] <= 56 and m["truncated"] > 0 for m in lines)
+    wrong = script("-m", "studies.ideas", "tally", "train_grpo", "--model", base, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("train_grpo.py: error: --data is missing")
 
 
-@pytest.mark.parametrize("idea", ["none", "mlt"])
-def test_supervised_training_on_own_traces(idea, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "budget_prompt", data.budget_prompt)  # put back what an idea replaces
+@pytest.mark.parametrize("mlt", [False, True])
+def test_supervised_training_on_own_traces(mlt, base, tmp_path, monkeypatch, undone):
     monkeypatch.setattr(supervised, "BATCH", 2)
-    supervised.main([base, str(tmp_path / "m"), "--idea", idea, "--problems", "12"])
+    out = str(tmp_path / "m")
+    supervised.main([base, out, "--problems", "12", *(["--mlt"] if mlt else [])])
     told = json.loads((tmp_path / "m" / "supervised.json").read_text())
     assert told["answers"] > 1 and told["steps"] == 3 * told["answers"] // 2
-    model = load_sampler(str(tmp_path / "m"), "hf")
-    prompt = data.budget_prompt("add 1 2 3", 16, "exact", wording="tulu")
-    asked = data.encode_prompt(model.tokenizer, prompt)
-    assert (model.tokenizer.convert_tokens_to_ids("<MLT:16>") in asked) == (idea == "mlt")
-    assert model.tokenizer.unk_token_id not in asked and len(model.generate([asked], 1, 5)[0]) == 1
+    hf = open_sampler(out, "hf", 200)
+    asked = data.encode_prompt(hf.tokenizer, data.budget_prompt("add 1 2 3", 16, "exact", wording="tulu"))
+    assert (hf.tokenizer.convert_tokens_to_ids("<MLT:16>") in asked) == mlt
+    assert hf.tokenizer.unk_token_id not in asked and len(hf.generate([asked], 1, [5], 1.0, 0)[0]) == 1
+
+
+# The zoo ----------------------------------------------------------------------------------------------------
+
+
+def test_toy_line_is_read_like_a_shell_does():
+    assert zoo.toy_flags("# A\n# toy: --a 1 'x=b c'\n--toy 2") == ["--a", "1", "x=b c"]
+    with pytest.raises(ValueError, match="has 0"):
+        zoo.toy_flags("# no such line")
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.floats(50, 550), st.floats(50, 350)), min_size=1, max_size=25))
+def test_labels_never_overlap(points):
+    boxes = zoo.place(points, [(60, 12)] * len(points), (0, 0, 600, 400))
+    dots = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for i, box in enumerate(boxes):
+        assert box[0] >= 0 and box[1] >= 0 and box[2] <= 600 and box[3] <= 400
+        assert not any(zoo.overlap(box, other) for other in boxes[:i] + dots)
+
+
+def test_report_of_the_zoo(tmp_path, monkeypatch, capsys):
+    """Two runs with figures that a reader can add up; a third, unfinished one is left out."""
+
+    def cell(accuracy, length):
+        figures = {"accuracy": accuracy, "mean_length": length, "truncated": 0.25, "abs_error": None}
+        return figures | ({} if length is None else {"abs_error": 0.5})
+
+    four = (("16", 0.5, 10), ("32", 0.7, 30), ("48", 0.9, 50), ("64", 0.9, 70))
+    asked = {budget: cell(*figures) for budget, *figures in four}
+    for name, before, after in (
+        ("kimi", {"none": cell(0.6, 50)}, {"none": cell(0.8, 20)}),
+        ("l1_exact", asked, {b: cell(0.8, int(b)) for b in (*asked, "128")}),
+    ):
+        for folder, cells in (("eval-0", before), ("eval", after)):
+            os.makedirs(tmp_path / name / folder)
+            path = tmp_path / name / folder / "results.json"
+            path.write_text(json.dumps({"datasets": {"toy-test": {"budgets": cells}}}))
+        (tmp_path / name / "args.json").write_text(json.dumps({"reward": name, "advantage": "grpo"}))
+        (tmp_path / name / "metrics.jsonl").write_text('{"kl": 1}\n{"kl": 0.125, "reward": 3}\n')
+    os.makedirs(tmp_path / "dler")
+    monkeypatch.setattr(zoo, "OUT", str(tmp_path))
+    monkeypatch.setattr(zoo, "STEPS", "2")
+    zoo.report()
+    text = (tmp_path / "zoo.md").read_text()
+    assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 50.0% |" in text
+    assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 50.0% | kl 0.125 |" in text
+    assert "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 25.0% | kl 0.125 |" in text and "dler" not in text
+    assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == ["kimi", "l1_exact"]
+    assert (tmp_path / "zoo.png").stat().st_size > 10_000
+    assert "2 of" in capsys.readouterr().out
+
+
+def test_the_zoo_page_is_that_of_the_committed_figures(tmp_path, monkeypatch):
+    """And every run of it is one that can be repeated."""
+    shutil.copy(os.path.join(DOCS, "zoo.json"), tmp_path)
+    monkeypatch.setattr(zoo, "OUT", str(tmp_path))
+    monkeypatch.setattr(zoo, "STEPS", "2")
+    zoo.report()
+    for name in ("zoo.md", "zoo.json"):
+        with open(os.path.join(DOCS, name), encoding="utf-8") as f:
+            assert (tmp_path / name).read_text() == f.read()
+    assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == list(zoo.runs())

@@ -1,4 +1,4 @@
-"""Keeps README.md and docs/*.md true to the code: `python docs/link_lines.py` after a change of a script.
+"""Keeps README.md and docs/*.md true to the code: `python tests/link_lines.py` after a change of a script.
 
 A link [`text`](../file.py#L12) gets the number of the line that defines `text` (a function, class, constant,
 Class.method) or, for any other text, of the one line that holds it. The tables of docs/methods.md are written

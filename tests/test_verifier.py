@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_public_cases():
     assert wrong == sorted(listed)
     assert share >= 0.92
     accepted = [n for n in wrong if not rows[n - 1]["expected"]]
-    assert accepted == [166, 167], "wrong answers that are accepted need a stated convention"
+    assert accepted == [166], "wrong answers that are accepted need a stated convention"
 
 
 @pytest.mark.skipif("ANSWER_CASES" not in os.environ, reason="set ANSWER_CASES to a file of more cases")
@@ -62,6 +63,20 @@ def test_other_cases():
     for n in wrong:
         print(n, rows[n - 1]["expected"], repr(rows[n - 1]["gold"]), repr(rows[n - 1]["prediction"][-80:]))
     assert share >= 0.92, f"{share:.4f}, rows {wrong}"
+
+
+@pytest.mark.parametrize("name", ["field_cases.jsonl", "answer_kinds.jsonl"])
+def test_field_cases(name):
+    """Public bug reports of other checkers, and own cases of each kind: none is decided otherwise."""
+    rows = [row for row in read_rows(DATA / name) if "prediction" in row]
+    columns = [[row.get(key) for row in rows] for key in ("prediction", "gold", "kind", "choices")]
+    verdicts, counts = check_answers(*columns)
+    wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["expected"]]
+    assert wrong == [] and counts["timeouts"] == counts["crashes"] == 0
+    if name == "answer_kinds.jsonl":
+        kinds = Counter((row["about"], row["expected"]) for row in rows)
+        abouts = "prefix unicode sentence marker wrapping choice thinking".split()
+        assert all(kinds[about, True] >= 5 and kinds[about, False] >= 3 for about in abouts), kinds
 
 
 CONVENTIONS = [
@@ -217,6 +232,72 @@ def test_require_think():
     assert not is_correct("</think> </think>", "5", require_think=True)
 
 
+def test_think_end():
+    """The model's own tag is the one that must be there; what any known one closes is not graded."""
+    text = "[THINK]\\boxed{4}[/THINK]\\boxed{5}"
+    assert is_correct(text, "5") and not is_correct(text, "4")
+    assert is_correct(text, "5", require_think=True, think_end="[/THINK]")
+    assert not is_correct(text, "5", require_think=True)
+    assert is_correct("so \\boxed{4} ### END \\boxed{5}", "5", require_think=True, think_end="### END")
+    assert not is_correct("so \\boxed{5} ### END None.", "5", think_end="### END")
+    assert check_answers([text], ["5"], ["math"], require_think=True, think_end="[/THINK]")[0] == [True]
+
+
+# What changes a value; where an answer stands. right_answers: (its spellings, its reference).
+CHANGES = ["^2", "√3", " million", "/7", "+1", " or 6", "π", "²", " \\pi", " and a half", "*3", " - 1"]
+WRAPS = ["\\boxed{%s}", "The answer is %s.", "So we get %s.", "#### %s", "<answer>%s</answer>", "Total: %s"]
+
+
+def right_answers(draw, n):
+    for _ in range(n):
+        a, b, c = draw.randint(11, 99), draw.randint(3, 20), draw.choice((2, 3, 5, 7, 11))
+        s = draw.choice(["", "-"])
+        yield draw.choice(
+            [
+                ([f"{s}{a}", f"{s}{a}.0", f"{s.replace('-', '−')}{a}"], f"{s}{a}"),
+                (
+                    [f"{s}{a}/{b}", rf"{s}\frac{{{a}}}{{{b}}}", f"{s}{a}⁄{b}", rf"{s}\dfrac{{{a}}}{{{b}}}"],
+                    f"{s}{a}/{b}",
+                ),
+                ([f"{b}√{c}", f"{b}*sqrt({c})", rf"{b} \sqrt{c}", f"{b}·√{c}"], rf"{b}\sqrt{{{c}}}"),
+                ([f"{c}^{b}", f"{c}^{{{b}}}", f"{c}**{b}"], f"{c}^{{{b}}}"),
+                ([f"10{'⁰¹²³⁴⁵⁶⁷⁸⁹'[c % 10]}", f"10^{c % 10}"], f"10^{{{c % 10}}}"),
+                ([f"[{a}, {a + b})", f"[{a},{a + b})", rf"\left[{a}, {a + b}\right)"], f"[{a},{a + b})"),
+                ([f"({a}, {b}, {c})", f"（{a}，{b}，{c}）", f"({a},{b},{c})"], f"({a},{b},{c})"),
+                ([f"{a} cm", rf"{a} \text{{ cm}}", f"{a}\u2009cm", f"{a} centimeters"], f"{a} cm"),
+                ([f"{a}π", f"{a}pi", rf"{a}\,\pi"], rf"{a}\pi"),
+                ([f"{a * 1000:,}", f"{a} 000", f"{a}{{,}}000", f"{a}\u202f000"], f"{a * 1000}"),
+            ]
+        )
+
+
+def test_nothing_is_paid_for_a_prefix():
+    """300 right answers: other spellings stay right; with a change of the value behind it each is wrong."""
+    draw, rows = random.Random(0), []
+    for spellings, gold in right_answers(draw, 300):
+        answer, wrap = draw.choice(spellings), draw.choice(WRAPS)
+        rows += [(wrap % spelling, gold, True) for spelling in spellings]
+        rows += [(wrap % (answer + change), gold, False) for change in CHANGES]
+    responses, golds, expected = zip(*rows, strict=True)
+    verdicts, _ = check_answers(responses, golds, ["math"] * len(rows))
+    assert [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != row[2]] == []
+
+
+def test_the_examples_of_the_docs_hold():
+    """Each row of the table is | kind | `accepted`, ... | `reference` | `refused`, ... |."""
+    page = (
+        (ROOT / "docs" / "guide.md").read_text().partition("<!-- answers -->")[2].partition("<!-- end -->")[0]
+    )
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) >= 12
+    for _, accepted, gold, refused in rows:
+        gold = re.findall(r"`([^`]+)`", gold)[0]
+        kind, options = ("choice", ["lens", "prism", "mirror"]) if gold == "B" else ("math", None)
+        for text, expected in [(accepted, True), (refused, False)]:
+            for example in re.findall(r"`([^`]+)`", text):
+                assert is_correct(example, gold, kind, options) == expected, (example, gold, expected)
+
+
 CHOICES = [
     # response, gold, choices, right?
     (r"\boxed{E}", "E", None, True),
@@ -310,7 +391,7 @@ def test_hostile_answers():
     """Each costs at most the limit and is wrong; the honest answers among them are still right."""
     responses, golds = [], []
     for text in HOSTILE.values():
-        responses += [text, r"\boxed{\frac{2}{4}}"]
+        responses += [text, r"\boxed{\sqrt{4}/4}"]
         golds += ["4", "0.5"]
     start = time.perf_counter()
     got, counts = check_answers(responses, golds, ["math"] * len(golds), timeout=1.0, workers=2)
@@ -360,7 +441,7 @@ def test_fuzzed_answers(n):
     verdicts, counts = check_answers(responses, ["123456789"] * n, ["math"] * n, timeout=1.0)
     assert not any(verdicts) and sum(counts.values()) == n
     assert counts["crashes"] == 0 and counts["timeouts"] < n / 100
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     for worker in verifier._IDLE:
         used = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{worker.pid}/status").read_text())[1]
         assert int(used) < 400_000  # kB
@@ -368,7 +449,7 @@ def test_fuzzed_answers(n):
 
 def test_workers_are_limited():
     """Address space and core files are limited from the start, processor time by the first task."""
-    assert is_correct("\\frac{3}{2}", "1.5")
+    assert is_correct("\\sqrt{9}/2", "1.5")
     limits = Path(f"/proc/{verifier._IDLE[0].pid}/limits").read_text()
     soft = {
         name: re.search(rf"^Max {name}\s+(\S+)", limits, re.M)[1]
@@ -379,21 +460,21 @@ def test_workers_are_limited():
 
 
 def test_a_killed_worker_is_replaced():
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     for worker in verifier._IDLE:
         os.kill(worker.pid, signal.SIGKILL)
-    verdicts, counts = check_answers(["\\frac{1}{3}", "\\frac{3}{4}"], ["2/6", "0.75"], ["math"] * 2)
+    verdicts, counts = check_answers(["\\sqrt{4}/6", "\\sqrt{9}/4"], ["1/3", "0.75"], ["math"] * 2)
     assert verdicts == [True, True] and counts["crashes"] == 0
 
 
 def test_a_worker_killed_at_work_is_replaced():
     """Its answer is tried once more; then it is late, which is counted, and the next worker is a new one."""
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     pid = verifier._IDLE[-1].pid
     timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
     timer.start()
     got, counts = check_answers(
-        ["9^{9^{9^9}}", "\\frac{3}{6}"], ["4", "0.5"], ["math"] * 2, timeout=2, workers=1
+        ["9^{9^{9^9}}", "\\sqrt{9}/6"], ["4", "0.5"], ["math"] * 2, timeout=2, workers=1
     )
     timer.join()
     assert got == [False, True] and counts["timeouts"] == 1 and counts["crashes"] == 0
@@ -407,7 +488,7 @@ def test_crashes_are_counted(monkeypatch):
         verifier, "_start", lambda: subprocess.Popen([sys.executable, "-c", "input()"], **pipes)
     )
     verifier.close_workers()
-    verdicts, counts = check_answers(["\\frac{1}{3}", "4"], ["2/6", "4"], ["math"] * 2)
+    verdicts, counts = check_answers(["\\sqrt{4}/6", "4"], ["1/3", "4"], ["math"] * 2)
     assert verdicts == [False, True] and counts["crashes"] == 1 and not verifier._IDLE
 
 
@@ -415,7 +496,7 @@ def test_threads_share_the_workers():
     results = {}
 
     def work(k):
-        results[k] = check_answers([f"\\frac{{{k}}}{{7}}"] * 3, [f"{2 * k}/14", "1/2", "9"], ["math"] * 3)[0]
+        results[k] = check_answers([f"{k}\\sqrt{{4}}"] * 3, [f"{2 * k}", "1/2", "\\pi"], ["math"] * 3)[0]
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 5)]
     for thread in threads:
@@ -426,15 +507,15 @@ def test_threads_share_the_workers():
 
 
 def test_forked_child_has_its_own_workers():
-    assert is_correct("\\frac{1}{2}", "0.5")
+    assert is_correct("\\sqrt{4}/4", "0.5")
     mine = [worker.pid for worker in verifier._IDLE]
     child = os.fork()
     if child == 0:
-        right = is_correct("\\frac{2}{3}", "4/6") and not set(mine) & {w.pid for w in verifier._IDLE}
+        right = is_correct("\\sqrt{4}/3", "2/3") and not set(mine) & {w.pid for w in verifier._IDLE}
         verifier.close_workers()
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert is_correct("\\frac{1}{4}", "0.25") and [w.pid for w in verifier._IDLE] == mine
+    assert is_correct("\\sqrt{4}/8", "0.25") and [w.pid for w in verifier._IDLE] == mine
 
 
 def run_script(code, tmp_path, **env):
@@ -453,7 +534,7 @@ def alive(pid):
 
 
 def test_script_without_main_guard_ends_quietly(tmp_path):
-    code = "import verifier\nprint(verifier.is_correct('\\\\frac12', '0.5'), verifier._IDLE[0].pid)\n"
+    code = "import verifier\nprint(verifier.is_correct('\\\\sqrt4/4', '0.5'), verifier._IDLE[0].pid)\n"
     done = run_script(code, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     verdict, pid = done.stdout.split()
@@ -462,7 +543,7 @@ def test_script_without_main_guard_ends_quietly(tmp_path):
 
 def test_workers_of_a_killed_caller_end(tmp_path):
     code = (
-        "import os, verifier, threading, time\nverifier.is_correct('1/2', '0.50')\n"
+        "import os, verifier, threading, time\nverifier.is_correct('\\\\sqrt4', '2')\n"
         "print(verifier._IDLE[0].pid, flush=True)\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), 9)).start()\n"
         "verifier.check_answers(['9^{9^{9^9}}'], ['4'], ['math'], timeout=1)\n"
@@ -477,21 +558,30 @@ def test_workers_of_a_killed_caller_end(tmp_path):
 
 def test_missing_library_is_said(tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
-    code = "import verifier\nprint(verifier.is_correct('4', '4'))\nverifier.is_correct('\\\\frac12', '0.5')\n"
+    code = (
+        "import verifier\nprint(verifier.is_correct('4', '4'))\nverifier.is_correct('\\\\sqrt4/4', '0.5')\n"
+    )
     done = run_script(code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.stdout == "True\n", "plain answers need no library"
     assert "did not start" in done.stderr and "No module named math_verify" in done.stderr
 
 
-@pytest.mark.slow
-def test_ten_thousand_answers_in_a_minute():
-    responses = [
-        f"\\boxed{{\\frac{{{i}}}{{{i + 1}}}}}" if i % 4 == 0 else f"\\boxed{{{i}}}" for i in range(10_000)
-    ]
-    start = time.perf_counter()
-    got, counts = check_answers(responses, ["1/2"] * 10_000, ["math"] * 10_000, workers=2)
-    assert time.perf_counter() - start < 60
-    assert sum(counts.values()) == 10_000 and counts["timeouts"] == 0
+def processor_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_ten_thousand_answers_in_ten_seconds():
+    """Processor time of the caller and its workers, so that a busy machine does not count."""
+    verifier.close_workers()
+    verifier.start_workers(2)
+    forms = ["\\boxed{%d}", "So she has %d apples left.", "The answer is $\\frac{%d}{7}$.", "#### %d.5"]
+    responses = [forms[i % 4] % i if i % 20 else rf"\boxed{{{i % 40 + 2}\sqrt{{3}}}}" for i in range(10_000)]
+    pids = [os.getpid()] + [worker.pid for worker in verifier._IDLE]
+    start = sum(map(processor_seconds, pids))
+    got, counts = check_answers(responses, [str(i) for i in range(10_000)], ["math"] * 10_000, workers=2)
+    assert sum(map(processor_seconds, pids)) - start < 10
+    assert sum(got) == 4500 and counts["solved"] == 500 and counts["timeouts"] == counts["crashes"] == 0
 
 
 def test_blanks_cost_nothing():
