@@ -78,7 +78,7 @@ class Nothing:
 
 if __name__ == "__main__":
     if train_grpo.WORLD > 1:
-        state = PartialState(cpu=True)
+        state = PartialState(cpu=train_grpo.DEVICE.type == "cpu")
     main(sys.argv[1], sys.argv[2], sys.argv[3:])
     if train_grpo.WORLD > 1:
         state.destroy_process_group()
