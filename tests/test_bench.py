@@ -92,12 +92,13 @@ def test_sampler(capsys):
         assert 4 <= cell["tokens"] <= 32 and cell["seconds"] > 0
 
 
-def test_plan_against_what_is_measured(capsys):
+def test_plan_against_what_is_measured(capsys, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "0")  # put back afterwards
     checks = json.dumps(["--micro-tokens 1000", "--micro-tokens 1000 --gradient-checkpointing --kl-coef 0.1"])
     found, table = run(capsys, "plan", "--model", "0.5B", "--set", *BIGGER, f"checks={checks}")
     plain, recomputed = found["checks"]
     for check in (plain, recomputed):  # 0.9 to 1.1 in larger sizes
-        assert 0.7 < check["ratio"] < 1.4, check
+        assert 0.85 < check["ratio"] < 1.15, check
     assert {row["model"] for row in found["rows"]} == {"Qwen2.5-0.5B"}
     assert all(r["fits"] for r in found["rows"]) and table[0].startswith("| model")
 
