@@ -279,7 +279,7 @@ def pick_sampler(name):
 def draw_rows(rows, position, n, seed):
     """n rows from `position` on, without end. A position says it all: a resumed run needs no iterator."""
     places = [divmod(p, len(rows)) for p in range(position, position + n)]
-    order = {e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in dict(places)}
+    order = {e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in {e for e, _ in places}}
     return [rows[order[e][i]] | {"position": position + k} for k, (e, i) in enumerate(places)]
 
 
@@ -346,7 +346,7 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
     groups that teach nothing, as all their responses are alike, are replaced: four more rounds at most."""
     groups, kept, seen, seen_rows, counts = [], [], [], [], {}
     for turn in range(5):
-        missing = -(-(args.prompts_per_step - len(groups)) // WORLD) * WORLD
+        missing = math.ceil((args.prompts_per_step - len(groups)) / WORLD) * WORLD  # equally many each
         new_rows = [method.row(row, step) for row in draw_rows(rows, position, missing, args.seed)]
         position += missing
         method.begin_step(step, turn, new_rows, rows, ask)
@@ -513,7 +513,7 @@ def update(model, reference, optimizer, batch, method, args):
             add_logps(reference, part, "ref_logps", args)
     learned = [p for group in optimizer.param_groups for p in group["params"]]
     for part in parts:
-        method.before_update(model, part, lambda model, part, name: add_logps(model, part, name, args))
+        method.before_update(model, part, lambda m, rs, name: add_logps(m, rs, name, args))
         for micro in micro_batches(part, args.micro_tokens):
             sums.update(backward(model, micro, args))
         for p in learned if WORLD > 1 else []:
@@ -525,8 +525,8 @@ def update(model, reference, optimizer, batch, method, args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     sums = add_up(gather_object([{k: float(v) for k, v in sums.items()}]))
-    per_token = [k for k in ("entropy", "clip_fraction", "logp_gap", "kl") if k in sums]
-    means = {k: sums[k] / max(sums["tokens"], 1) for k in per_token}
+    per_token = ["entropy", "clip_fraction", "logp_gap", *(["kl"] if args.kl_coef else [])]
+    means = {k: sums.get(k, 0.0) / max(sums.get("tokens", 0), 1) for k in per_token}
     means |= {"loss": sums.get("loss", 0.0) / max(len(parts), 1), "grad_norm": float(np.mean(norms or [0.0]))}
     return means | {"padding": 1 - sums.get("real", 0) / max(sums.get("padded", 0), 1)}
 
@@ -589,8 +589,8 @@ def newest_checkpoint(args):
 
 def open_run(args, step):
     """--out is made, and what lies after `step` is dropped from its metrics: these steps are taken again."""
-    if args.overwrite:
-        shutil.rmtree(args.out, ignore_errors=True)
+    if args.overwrite and os.path.exists(f"{args.out}/args.json"):  # only what is a run is ever deleted
+        shutil.rmtree(args.out)
     os.makedirs(args.out, exist_ok=True)
     path, kept = f"{args.out}/metrics.jsonl", []
     if os.path.exists(path):
@@ -625,7 +625,7 @@ def main(argv=None):
     kind, tokenizer, rows = pick_sampler(args.sampler), data.load_tokenizer(args.model), load_rows(args)
     method = methods.make(args, tokenizer, REWARDS[args.reward], ADVANTAGES[args.advantage])
     drawn = sorted({row["budget"] for row in rows if row.get("budget")})
-    first = [method.row(row | {"position": i}, 0) for i, row in enumerate(rows)]
+    first = [method.row(r | {"position": i}, s) for i, r in enumerate(rows) for s in (0, args.steps)]
     longest = max(len(q["prompt_ids"]) for row in first for q in method.requests(row)) + args.max_tokens
     if "budget" in REWARDS[args.reward].needs and not any(row.get("budget") for row in first):
         raise BadInput(f"--reward {args.reward} needs budgets, and the rows have none: give --budgets")
@@ -662,7 +662,7 @@ def main(argv=None):
     if args.check_memory:
         from scaling.memory import check_memory
 
-        check_memory(model, reference, optimizer, longest, args)
+        check_memory(model, reference, optimizer, longest, args, sampler)
     sampler.load(model)  # the engine was built from the starting model
 
     def ask(rows, n, key, starting=False):
@@ -712,7 +712,7 @@ def main(argv=None):
         if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
             sys.exit(f"train_grpo.py: error: step {step}, not finite: reward {reward.sum()}, {m}; lower --lr")
         # float32 engines agree to 2e-5 (measured), bf16 ones to hundredths: more is a lost sync.
-        if m.get("logp_gap", 0) > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
+        if m["logp_gap"] > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
             sys.exit(f"train_grpo.py: error: step {step}: the sampler lacks the trainer's weights: "
                      f"log-probs are {m['logp_gap']:.2g} apart on average")  # fmt: skip
         t2 = time.time()
@@ -784,7 +784,7 @@ def log(m, args, bar, tracker):
         error = f"  error {m['abs_error']:.1%}" if "abs_error" in m else ""
         bar.write(
             f"step {m['step'] + 1:4d}/{args.steps}  reward {m['reward']:+.3f}  accuracy {m['accuracy']:.2f}  "
-            f"length {m['length']:.1f}{error}  cut {m['truncated']:.2f}  entropy {m.get('entropy', 0):.2f}  "
+            f"length {m['length']:.1f}{error}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
             f"grad {m['grad_norm']:.2f}  {m['seconds_sample']:.1f} + {m['seconds_train']:.1f} s"
         )
         bar.update()

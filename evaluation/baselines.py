@@ -28,7 +28,7 @@ import numpy as np
 import data
 import evaluate
 from data import BadInput
-from evaluation import edits, engines, report
+from evaluation import engines, report
 from evaluation.samples import check_writable, run
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
@@ -302,8 +302,11 @@ def check_args(args: argparse.Namespace) -> None:
 def command(argv: list[str] | None) -> None:
     args = parse_args(argv)
     check_args(args)
-    commands = {"sweep": sweep, "merge": edits.merge, "thinkedit": edits.thinkedit, "tops": edits.tops}
-    commands[args.command](args)
+    if args.command == "sweep":
+        return sweep(args)
+    from studies import edits
+
+    getattr(edits, args.command)(args)
 
 
 def main(argv: list[str] | None = None) -> int:

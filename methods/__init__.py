@@ -100,7 +100,7 @@ def constants(name, function, words):
     """["alpha=0.1", "metric=shortest"] -> {"alpha": 0.1, "metric": "shortest"}, parameters of `function`."""
     known, found = inspect.signature(function).parameters, {}
     if isinstance(words, dict):  # of a resumed run
-        return words
+        words = [f"{k}={json.dumps(value)}" for k, value in words.items()]
     for word in words:
         k, _, value = word.partition("=")
         if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:

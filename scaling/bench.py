@@ -142,7 +142,10 @@ def step_worker(variant: str, s: dict, folder: str) -> None:
     args, model, reference, optimizer, held = make_trainer(s, folder)
     save_gradient(optimizer, os.path.join(folder, "ours.pt"))
     plain, batch = methods.Method(args, None), make_batch(s)
-    work = lambda: {"padding": update(model, reference, optimizer, batch, plain, args)["padding"]}  # noqa: E731
+
+    def work():
+        return {"padding": update(model, reference, optimizer, batch, plain, args)["padding"]}
+
     timed(work, DEVICE, held=held)
 
 

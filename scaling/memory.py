@@ -8,7 +8,7 @@ from data import BadInput
 from scaling.model import without_adapters
 
 
-def check_memory(model, reference, optimizer, longest: int, args) -> None:
+def check_memory(model, reference, optimizer, longest: int, args, sampler=None) -> None:
     """One update as large as any will be: prompt and response of `longest` tokens, --micro-tokens at once.
 
     Weights, moments and gradients are in memory meanwhile, as in the second minibatch of a step. Afterwards
@@ -19,6 +19,8 @@ def check_memory(model, reference, optimizer, longest: int, args) -> None:
     r |= {"logps": np.zeros(args.max_tokens, np.float32), "advantage": 0.0, "weight": 0.0}
     r["mask"] = np.zeros(args.max_tokens, np.float32)
     batch = [dict(r) for _ in range(train_grpo.WORLD * max(1, args.micro_tokens // longest))]
+    if args.vllm_sleep and sampler:  # as it is during an update; the next load() wakes it
+        sampler.sleep()
     try:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
@@ -32,7 +34,11 @@ def check_memory(model, reference, optimizer, longest: int, args) -> None:
         for micro in train_grpo.micro_batches(batch, args.micro_tokens):
             train_grpo.backward(model, micro, args)
     except (RuntimeError, MemoryError) as error:  # torch's own, on a GPU and on a CPU, is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if (
+            isinstance(error, RuntimeError)
+            and "out of memory" not in str(error)
+            and "allocate" not in str(error)
+        ):
             raise
         raise BadInput(
             f"--micro-tokens ({args.micro_tokens}) does not fit into memory: an update with responses of "

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import data
 import evaluate
-from evaluation import baselines, compare, edits, engines
+from evaluation import baselines, compare, engines
 from evaluation.samples import read_samples
+from studies import edits
 from toy import task as toy
 from toy.prepare import make_model
 

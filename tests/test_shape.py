@@ -26,10 +26,11 @@ NEEDED = {
     ("train_grpo", "methods"), ("train_grpo", "scaling"), ("train_grpo", "toy"), ("train_grpo", "evaluation"),
     ("train_grpo", "integrations"), ("evaluate", "evaluation"), ("evaluate", "toy"),
     ("data", "integrations"),  # --export
-    ("evaluation", "toy"), ("evaluation", "scaling"),  # the transformers sampler, a finished model
-    ("data", "toy"),  # the preset "toy"
+    ("evaluation", "toy"),  # the transformers sampler
     ("toy", "scaling"),  # which gathers the weights of a sharded model
-    ("methods", "toy"), ("scaling", "toy"),  # the toy's classifier for CRF; the toy's model to measure with
+    ("evaluation", "scaling"),  # a finished model
+    ("evaluation", "studies"),  # the edits of finished checkpoints, behind one command
+    ("methods", "toy"), ("scaling", "toy"), ("scaling", "methods"),  # CRF's classifier; what is measured
 }  # fmt: skip
 
 

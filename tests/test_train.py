@@ -356,7 +356,7 @@ def test_evaluations_during_training(tmp_path, capsys):
     train_grpo.main([*flags, "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
     table = [line for line in out.splitlines() if "->" in line]
-    assert len(table) == 3 and table[1].split()[0] == "8" and table[2].split()[0] == "16"
+    assert len(table) == 3 and [line.split()[:2] for line in table[1:]] == [["rows", "8"], ["rows", "16"]]
     assert {"eval-0", "eval-2", "eval"} <= set(os.listdir(tmp_path / "run"))
     with open(tmp_path / "run" / "eval" / "samples.jsonl") as f:
         prompts = {json.loads(line)["prompt"].splitlines()[-1] for line in f}

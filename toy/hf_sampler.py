@@ -24,6 +24,9 @@ class HFSampler:
         for name, weight in whole_weights(model):
             own[name].data.copy_(weight)
 
+    def sleep(self) -> None:
+        """It holds no memory of its own."""
+
     def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, logit_bias=None):
         """See VLLM.generate."""
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ They lie in toy/cache/, in a folder named after the code that makes them: no oth
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -47,7 +48,7 @@ def keep(name: str, make) -> str:
         os.makedirs(folder, exist_ok=True)
         beside = tempfile.mkdtemp(prefix=".making-", dir=folder)
         make(os.path.join(beside, name))
-        if not os.path.exists(path):  # another process may have been faster
+        with contextlib.suppress(OSError):  # another process may have been faster
             os.rename(os.path.join(beside, name), path)
         shutil.rmtree(beside)
     return path
