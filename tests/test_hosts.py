@@ -19,7 +19,6 @@ from conftest import ROOT
 
 import data
 from integrations import hosts
-from rewards import REWARDS
 from toy import prepare
 from toy import task as toy
 
@@ -162,7 +161,7 @@ def toy_model(tmp_path_factory, tokenizer):
     rows = [(row["prompt"], row["answer"]) for row in toy_rows(64)]
     turns = [(f"<user> {prompt} <think>", f"=9 </think> {answer} <eos>") for prompt, answer in rows]
     for _ in range(25):
-        ids, labels = toy.warmup_batch(tokenizer, iter(turns), 64)
+        ids, labels = prepare.warmup_batch(tokenizer, iter(turns), 64)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -175,19 +174,17 @@ def toy_model(tmp_path_factory, tokenizer):
 
 def our_rewards(name, rows, responses, tokenizer, **options):
     """What the training loop here makes of the same responses."""
-    import rollouts
-
+    import methods
     import train_grpo
 
-    args = train_grpo.build_parser().parse_args([])
-    group = [
-        {"ids": ids, "finish_reason": "stop" if ids[-1] == tokenizer.eos_token_id else "length"}
-        for ids in responses
-    ]
+    args = train_grpo.build_parser().parse_args(["--reward", name])
+    args.reward_args, args.advantage_args = options, {}
+    group = [{"ids": np.array(ids), "truncated": int(ids[-1] != tokenizer.eos_token_id)} for ids in responses]
     groups = [group[i : i + 4] for i in range(0, len(group), 4)]
-    rollouts.score(groups, rows[::4], tokenizer, args)
-    table = rollouts.to_rollouts(groups, rows[::4], args, 0, {})
-    return REWARDS[name](table, **options).reshape(-1), table
+    train_grpo.check(groups, rows[::4], tokenizer, args)
+    plain = methods.Method(args, tokenizer)
+    table, total, _, _ = train_grpo.reward_and_advantage(groups, rows[::4], plain, args, 0)
+    return total.reshape(-1), table
 
 
 def test_two_grpo_steps_in_trl(tmp_path, toy_model, monkeypatch):
