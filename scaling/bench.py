@@ -487,8 +487,7 @@ def settings(args: argparse.Namespace) -> dict:
     return s
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = one_line_errors(argparse.ArgumentParser("scaling.bench", description=__doc__, **options))
     parser.add_argument("command", choices=COMMANDS)
@@ -496,8 +495,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="plan: folder, hub id or 0.5B, 1.5B, ... (default: all these)")
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="change sizes (see SETTINGS)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(argv)
         if args.worker:  # stdout is for its answers, what libraries print goes to stderr
             from scaling import race
 
