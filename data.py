@@ -791,7 +791,7 @@ def main(argv=None):
         args = parse_args(argv)
         print(build(args, check_args(args)))
     except BadInput as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
+        print(f"data.py: error: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     return 0
 

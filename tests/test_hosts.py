@@ -20,6 +20,7 @@ from conftest import ROOT
 import data
 from integrations import hosts
 from rewards import REWARDS
+from toy import prepare
 from toy import task as toy
 
 RIGHT, WRONG = "3 +6 =9 </think> 9 <eos>", "3 +6 =9 wait =9 </think> 8 <eos>"  # 6 and 8 tokens
@@ -156,7 +157,7 @@ def toy_model(tmp_path_factory, tokenizer):
     """A toy model that has learned to end: some of its answers are right, some are cut off."""
     import torch
 
-    model = toy.make_model(tokenizer, seed=0).train()
+    model = prepare.make_model(tokenizer, seed=0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = [(row["prompt"], row["answer"]) for row in toy_rows(64)]
     turns = [(f"<user> {prompt} <think>", f"=9 </think> {answer} <eos>") for prompt, answer in rows]
@@ -461,6 +462,7 @@ def test_page_trl(tmp_path, toy_model, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "integrations"))  # the page's reader has copied hosts.py
     data.write_rows(hosts.export(toy_rows(8), "trl"), "rows.parquet")
     small = 'max_completion_length=12, max_steps=1, use_cpu=True, bf16=False, report_to="none"'
     model = "agentica-org/DeepScaleR-1.5B-Preview"
@@ -469,8 +471,9 @@ def test_page_trl(tmp_path, toy_model, monkeypatch):
     assert np.isfinite(names["trainer"].state.log_history[-1]["train_loss"])
 
 
-def test_page_open_instruct(tmp_path, tokenizer):
+def test_page_open_instruct(tmp_path, tokenizer, monkeypatch):
     """VerifierFunction and VerificationResult stand in for open-instruct's: their documented fields only."""
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "integrations"))  # the page's reader has copied hosts.py
 
     class VerifierFunction:
         def __init__(self, name, weight=1.0, verifier_config=None):
@@ -527,6 +530,6 @@ def test_two_nodes(tiny, tmp_path):
     ]
     told = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
-    assert "2 process(es)" in told[0] and "2 process(es)" not in told[1]
+    assert "2 x cpu" in told[0] and "2 x cpu" not in told[1]
     with open(tmp_path / "out" / "metrics.jsonl") as f:
         assert len(list(f)) == 2

@@ -28,7 +28,6 @@ NEEDED = {
     ("data", "integrations"),  # --export
     ("evaluation", "toy"),  # the transformers sampler
     ("toy", "scaling"),  # which gathers the weights of a sharded model
-    ("evaluation", "scaling"),  # a finished model
     ("evaluation", "studies"),  # the edits of finished checkpoints, behind one command
     ("methods", "toy"), ("scaling", "toy"), ("scaling", "methods"),  # CRF's classifier; what is measured
 }  # fmt: skip
