@@ -50,9 +50,10 @@ It counts the generated tokens of the whole response. Sample at temperature {tem
 {settings}
 ```
 """
-COLUMNS = {  # figure in results.json: heading
-    "n": "samples", "accuracy": "accuracy", "mean_length": "mean length", "abs_error": "mean error",
-    "signed_error": "signed error", "within_10": "within 10%", "over_budget": "over budget",
+COLUMNS = {  # figure in results.json: heading, how it is written
+    "n": ("samples", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean_length": ("mean length", "{:.0f}"),
+    "abs_error": ("mean error", "{:.1%}"), "signed_error": ("signed error", "{:.1%}"),
+    "within_10": ("within 10%", "{:.1%}"), "over_budget": ("over budget", "{:.1%}"),
 }  # fmt: skip
 
 
@@ -60,20 +61,15 @@ def table(evaluation: str) -> str:
     """Markdown: a line per data set and budget of the results.json in the folder `evaluation`."""
     with open(os.path.join(evaluation, "results.json"), encoding="utf-8") as f:
         results = json.load(f)
-    lines = ["| data | asked for | " + " | ".join(COLUMNS.values()) + " |"]
+    lines = ["| data | asked for | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
     lines.append("| --- | ---: |" + " ---: |" * len(COLUMNS))
     for name, part in results["datasets"].items():
         for budget, cell in part["budgets"].items():
-            values = [(key, cell.get(key)) for key in COLUMNS]
-            shown = [
-                "" if v is None else f"{v:.0f}" if k in ("n", "mean_length") else f"{v:.1%}"
-                for k, v in values
-            ]
+            known = {key: value for key, value in cell.items() if value is not None}
+            shown = (form.format(known[key]) if key in known else "" for key, (_, form) in COLUMNS.items())
             lines.append(f"| {name} | {budget} | {' | '.join(shown)} |")
-    return (
-        "\n".join(lines)
-        + "\n\nLengths in generated tokens, end token included; error: |length - budget| / budget."
-    )
+    note = "Lengths in generated tokens, end token included; error: |length - budget| / budget."
+    return "\n".join([*lines, "", note])
 
 
 def template(rows: list[dict]) -> str:
@@ -99,9 +95,7 @@ def write_card(folder: str, evaluation: str | None) -> None:
     done = evaluation or os.path.join(out, "eval")
     measured = os.path.exists(os.path.join(done, "results.json"))
     if evaluation and not measured:
-        raise BadInput(
-            f"--eval ({evaluation}) holds no results.json: name the folder of a finished evaluation"
-        )
+        raise BadInput(f"--eval ({evaluation}) holds no results.json: name a finished evaluation's folder")
     text = table(done) if measured else "Not measured yet."
     for picture in sorted(os.listdir(done)) if measured else []:
         if picture.startswith("violins") and picture.endswith(".png"):
@@ -136,9 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
     parser = argparse.ArgumentParser("integrations.card", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
-    parser.add_argument(
-        "--eval", help="folder of a finished evaluation (default: eval beside the checkpoint)"
-    )
+    parser.add_argument("--eval", help="folder of an evaluation (default: eval beside the checkpoint)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the hub")
     try:
         args = one_line_errors(parser).parse_args(argv)

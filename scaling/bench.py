@@ -43,8 +43,6 @@ HALF_B = {"layers": 24, "width": 896, "vocab": 151_936, "prompt": 256, "low": 10
 HALF_B |= {"flags": "--dtype bfloat16", "sequences": 64}
 BASE = HALF_B if DEVICE == "cuda" else TINY
 ACCEPTED = {"layers": 8, "vocab": 151_936, "sequences": 32, "high": 512} if DEVICE == "cpu" else {}
-CHECKS = ["--micro-tokens 1024", "--micro-tokens 2048 --gradient-checkpointing --kl-coef 0.1",
-          "--micro-tokens 1024 --dtype bfloat16"]  # fmt: skip
 SETTINGS = {
     "step": (BASE, ACCEPTED),
     "logprobs": ({"vocabs": [32_768, 131_072, 262_144], "tokens": 512, "width": 64, "dtype": "float32",
@@ -56,7 +54,9 @@ SETTINGS = {
     "sampler": (BASE | {"vocab": 67, "prompts": 16, "group": 8, "max_tokens": 96}, {"max_tokens": 192}),
     "verify": ({"problems": 16, "group": 16, "rounds": 3}, {"problems": 128}),
     "plan": (TINY | {"budgets": [4096, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
-                     "rounds": 1, "checks": CHECKS}, ACCEPTED),
+                     "rounds": 1,
+                     "checks": ["--micro-tokens 1024", "--micro-tokens 1024 --dtype bfloat16",
+                                "--micro-tokens 2048 --gradient-checkpointing --kl-coef 0.1"]}, ACCEPTED),
 }  # fmt: skip
 
 
@@ -110,26 +110,26 @@ def make_args(s: dict) -> argparse.Namespace:
     return train_grpo.build_parser().parse_args(shlex.split(flags))
 
 
-def make_trainer(s: dict, folder: str) -> tuple:
-    """(args, model, reference, optimizer, memory held by libraries before there was a model)"""
+def make_trainer(s: dict, folder: str, variant: str) -> tuple:
+    """(args, model, reference, optimizer, memory held by libraries before there was a model)
+
+    The gradient that the optimizer's first step is about to use is written to `folder`.
+    """
     import train_grpo
     from scaling import model as net
 
-    args = make_args(s)
+    args, path = make_args(s), os.path.join(folder, f"{variant}.pt")
     args.model = os.path.join(folder, "model")
     make_model({"width": 64, "layers": 1, "vocab": 8})  # loads transformers' Qwen2
     held = memory(DEVICE, "VmRSS")
-    return args, *net.build(args, make_model(s).train(), args.kl_coef > 0, train_grpo.DEVICE), held
+    made = net.build(args, make_model(s).train(), args.kl_coef > 0, train_grpo.DEVICE)
 
-
-def save_gradient(optimizer, path: str) -> None:
-    """Writes the gradient that the optimizer's first step is about to use."""
-
-    def save(optimizer, args, kwargs):
+    def save(optimizer, *_):
         if not os.path.exists(path):
             torch.save([p.grad for group in optimizer.param_groups for p in group["params"]], path)
 
-    optimizer.register_step_pre_hook(save)
+    made[2].register_step_pre_hook(save)
+    return args, *made, held
 
 
 def step_worker(variant: str, s: dict, folder: str) -> None:
@@ -139,8 +139,7 @@ def step_worker(variant: str, s: dict, folder: str) -> None:
     import methods
     from train_grpo import update
 
-    args, model, reference, optimizer, held = make_trainer(s, folder)
-    save_gradient(optimizer, os.path.join(folder, "ours.pt"))
+    args, model, reference, optimizer, held = make_trainer(s, folder, variant)
     plain, batch = methods.Method(args, None), make_batch(s)
 
     def work():
@@ -160,8 +159,7 @@ def trl_worker(s: dict, folder: str) -> None:
     batch, groups = make_batch(s), s["sequences"] // 8
     inner = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "prompt": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
-    args, model, _, optimizer, held = make_trainer(s, folder)
-    save_gradient(optimizer, os.path.join(folder, "trl.pt"))
+    args, model, _, optimizer, held = make_trainer(s, folder, "trl")
     # TRL's defaults are kept where they do not change the mathematics: 8 sequences per device, padding,
     # recomputed activations (gradient_checkpointing), its chunked head.
     config = GRPOConfig(
@@ -305,7 +303,7 @@ def scale_worker(variant: str, s: dict, folder: str) -> None:
     import train_grpo
 
     state = PartialState(cpu=DEVICE == "cpu")
-    args, model, _, optimizer, _ = make_trainer(s, folder)
+    args, model, _, optimizer, _ = make_trainer(s, folder, variant)
     # Evenly spread lengths: n times the sequences are n times the tokens, and the same padding.
     batches = [make_batch(s | {"sequences": n}, spread=True) for n in s["sequences"]]
     found = {"tokens": [sum(map(train_grpo.size, batch)) for batch in batches], "seconds": []}
@@ -412,31 +410,27 @@ def answers_to_check(s: dict) -> tuple[list[str], list[str]]:
     return responses, references
 
 
-def verify_worker(variant: str, s: dict, folder: str) -> None:
-    """Worker: checks the answers."""
+def bench_verify(s: dict, folder: str) -> dict:
+    """Answers per second of verifier.check_answers, and of math-verify called for one after the other."""
     from math_verify import parse, verify
 
     from verifier import check_answers
 
     responses, golds = answers_to_check(s)
-
-    def work():
-        if variant == "ours":
-            verdicts, counts = check_answers(responses, golds, ["math"] * len(golds))
-            return {"right": sum(verdicts), "counts": counts}
-        pairs = zip(golds, responses, strict=True)
-        return {"right": sum(verify(parse(f"${gold}$"), parse(response)) for gold, response in pairs)}
-
-    timed(work, "cpu")
-
-
-def bench_verify(s: dict, folder: str) -> dict:
-    """Answers per second of verifier.check_answers, and of math-verify called for one after the other."""
-    found, n = race("verify", ["ours", "math_verify"], s, folder), s["problems"] * s["group"]
-    rows = [[name, f"{n / f['seconds']:,.0f}", f["right"]] for name, f in found.items()]
+    found = {"ours": {"all": []}, "math_verify": {"all": []}}
+    for _ in range(1 + s["rounds"]):  # the first turn is a warm-up
+        for name, f in found.items():
+            before, pairs = time.perf_counter(), zip(golds, responses, strict=True)
+            if name == "ours":
+                right, f["counts"] = check_answers(responses, golds, ["math"] * len(golds))
+            else:
+                right = [verify(parse(f"${gold}$"), parse(response)) for gold, response in pairs]
+            f["all"].append(time.perf_counter() - before)
+            f |= {"right": sum(right), "per_second": len(golds) / np.median(f["all"][1:] or f["all"])}
+    rows = [[name, f"{f['per_second']:,.0f}", f["right"]] for name, f in found.items()]
     print_table(["checker", "answers/s", "right"], rows)
-    print(f"{n} answers; ours: {found['ours']['counts']}")
-    return {"answers": n, "variants": found}
+    print(f"{len(golds)} answers; ours: {found['ours']['counts']}")
+    return {"answers": len(golds), "variants": found}
 
 
 # -----------------------------------------------------------------------------
@@ -473,7 +467,7 @@ def bench_plan(s: dict, folder: str) -> dict:
 COMMANDS = {
     "step": (bench_step, step_worker), "logprobs": (bench_logprobs, logprobs_worker),
     "padding": (bench_padding, None), "scale": (bench_scale, scale_worker), "plan": (bench_plan, None),
-    "sampler": (bench_sampler, sampler_worker), "verify": (bench_verify, verify_worker),
+    "sampler": (bench_sampler, sampler_worker), "verify": (bench_verify, None),
 }  # fmt: skip
 
 

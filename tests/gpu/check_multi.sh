@@ -13,7 +13,7 @@ settings=("" "--fsdp" "--fsdp --dtype bfloat16" "--lora 4" "--fsdp --lora 4 --gr
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 tiny="$folder/tiny" taught=tests/data/freeze/model
-$python tests/tiny.py "$tiny"
+$python tests/tiny.py "$tiny" > /dev/null
 [ "$gpus" -eq 0 ] || echo "devices: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c)"
 for flags in "" "--lora 4"; do
     $python tests/two_processes.py "$tiny" "$folder/one$flags.pt" $flags > "$folder/log" 2>&1 || { tail -20 "$folder/log"; exit 1; }
