@@ -25,6 +25,10 @@ RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), 
 # the text where that is a special token. Other servers refuse what they do not know.
 VLLM = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
 TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
+# What servers call the end of a response, and a cut at the cap. Any other word is a failure of the request.
+ENDS = dict.fromkeys(("stop", "eos", "end_turn", "tool_calls"), "stop") | dict.fromkeys(
+    ("length", "max_tokens"), "length"
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # In this process
@@ -188,17 +192,20 @@ class Server:
         choice = answer.choices[0] if answer.choices else None
         if choice is None:
             return {"error": "an answer without choices"}
-        if choice.message is None or choice.finish_reason not in ("stop", "length"):
+        finish = ENDS.get(str(choice.finish_reason).lower())
+        if choice.message is None or finish is None:
             return {"error": f"finish_reason {choice.finish_reason}"}
         # A server that parses the thinking sends it apart, under one of two names.
         extra, text = choice.message.model_extra or {}, choice.message.content or ""
+        if isinstance(text, list):  # of parts
+            text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
         if thinking := extra.get("reasoning_content") or extra.get("reasoning"):
             # Cut off in the thinking, nothing closed it.
-            cut_there = choice.finish_reason == "length" and not text
+            cut_there = finish == "length" and not text
             text = thinking + ("" if cut_there else think_end) + text
         usage = getattr(answer, "usage", None)
         out = {"response": text, "length": getattr(usage, "completion_tokens", None)}
-        out["finish_reason"] = choice.finish_reason
+        out["finish_reason"] = finish
         details = getattr(usage, "completion_tokens_details", None)
         if tokens := getattr(details, "reasoning_tokens", None):
             out["thinking_length"] = tokens

@@ -617,6 +617,17 @@ def with_choice(reply, **fields):
         ({"finish_reason": "length", "message": {"content": None}}, "", "length"),
         ({"message": {"content": "4", "reasoning": "hm"}}, "hm</think>4", "stop"),
         ({"finish_reason": "length", "message": {"content": None, "reasoning": "hm"}}, "hm", "length"),
+        ({"finish_reason": "eos"}, "T", "stop"),
+        ({"finish_reason": "end_turn"}, "T", "stop"),
+        ({"finish_reason": "tool_calls"}, "T", "stop"),
+        ({"finish_reason": "max_tokens"}, "T", "length"),
+        ({"finish_reason": "MAX_TOKENS"}, "T", "length"),
+        (
+            {"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}},
+            "ab",
+            "stop",
+        ),
+        ({"message": {"content": [{"type": "image"}]}}, "", "stop"),
     ],
 )
 def test_answers_as_servers_write_them(fields, response, finish):
