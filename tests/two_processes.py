@@ -81,4 +81,7 @@ if __name__ == "__main__":
         state = PartialState(cpu=train_grpo.DEVICE.type == "cpu")
     main(sys.argv[1], sys.argv[2], sys.argv[3:])
     if train_grpo.WORLD > 1:
+        state.wait_for_everyone()
         state.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads now and then abort the interpreter's own end
