@@ -7,8 +7,6 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import data
 import methods
@@ -109,56 +107,3 @@ def test_its_method_acts_in_the_frozen_run(name):
         assert len(parts[name]) in (2, 3, 4) and sum(parts[name]) / len(parts[name]) == pytest.approx(
             last["length"]
         )
-
-
-# The study --------------------------------------------------------------------------------------------------
-
-
-def test_toy_line_is_read_like_a_shell_does():
-    assert zoo.toy_flags("# A\n# toy: --a 1 'x=b c'\n--toy 2") == ["--a", "1", "x=b c"]
-    with pytest.raises(ValueError, match="has 0"):
-        zoo.toy_flags("# no such line")
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.floats(50, 550), st.floats(50, 350)), min_size=1, max_size=25))
-def test_labels_never_overlap(points):
-    boxes = zoo.place(points, [(60, 12)] * len(points), (0, 0, 600, 400))
-    dots = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
-    for i, box in enumerate(boxes):
-        assert box[0] >= 0 and box[1] >= 0 and box[2] <= 600 and box[3] <= 400
-        assert not any(zoo.overlap(box, other) for other in boxes[:i] + dots)
-
-
-def test_report_of_the_study(tmp_path, monkeypatch, capsys):
-    """Two runs with figures that a reader can add up; a third, unfinished one is left out."""
-
-    def cell(accuracy, length):
-        figures = {"accuracy": accuracy, "mean_length": length, "truncated": 0.25, "abs_error": None}
-        return figures | ({} if length is None else {"abs_error": 0.5})
-
-    four = (("16", 0.5, 10), ("32", 0.7, 30), ("48", 0.9, 50), ("64", 0.9, 70))
-    asked = {budget: cell(*figures) for budget, *figures in four}
-    for name, before, after in (
-        ("kimi", {"none": cell(0.6, 50)}, {"none": cell(0.8, 20)}),
-        ("l1_exact", asked, {b: cell(0.8, int(b)) for b in (*asked, "128")}),
-    ):
-        for folder, cells in (("eval-0", before), ("eval", after)):
-            os.makedirs(tmp_path / name / folder)
-            path = tmp_path / name / folder / "results.json"
-            path.write_text(json.dumps({"datasets": {"toy-test": {"budgets": cells}}}))
-        (tmp_path / name / "args.json").write_text(
-            json.dumps({"reward": name, "advantage": "grpo", "method": "plain"})
-        )
-        (tmp_path / name / "metrics.jsonl").write_text('{"kl": 1}\n{"kl": 0.125, "reward": 3}\n')
-    os.makedirs(tmp_path / "dler")
-    monkeypatch.setattr(zoo, "OUT", str(tmp_path))
-    monkeypatch.setattr(zoo, "STEPS", "2")
-    zoo.report()
-    text = (tmp_path / "zoo.md").read_text()
-    assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 50.0% |" in text
-    assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 50.0% | kl 0.125 |" in text
-    assert "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 25.0% | kl 0.125 |" in text and "dler" not in text
-    assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == ["kimi", "l1_exact"]
-    assert (tmp_path / "zoo.png").stat().st_size > 10_000
-    assert "2 of" in capsys.readouterr().out
