@@ -21,7 +21,7 @@ import numpy as np
 from toy import task
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
-WARMUP = {"batches": 500, "batch_size": 64, "lr": 2e-3, "extra": 72}
+WARMUP = {"batches": 2400, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3}
 TRAINED, TESTED = 8000, 100  # problems
 
 
@@ -71,7 +71,7 @@ def make_model(tokenizer, seed: int):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=task.CONTEXT, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -84,6 +84,10 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     rng = np.random.default_rng(seed)
     form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
+        if rng.random() < WARMUP["write"]:  # what a number means, in other words than a budget's
+            n = round(4 * 32 ** rng.random())  # up to 128
+            yield f"<user> write {n} <think>", " ".join(["wait"] * (n - 3) + ["</think>", "0", "<eos>"])
+            continue
         name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):
             pass
@@ -92,21 +96,19 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
         yield f"<user> {problem} {ask} <think>", response + " <eos>"
 
 
-def warmup_batch(tokenizer, examples: Iterator[tuple[str, str]], batch_size: int) -> tuple:
-    """(input ids, labels), each [batch_size, T]; only the responses are taught."""
+def warmup_batches(tokenizer, seed: int, size: int) -> Iterator[tuple]:
+    """Endless (input ids, labels), each [size, T]; only the responses are taught."""
     import torch
 
-    ids, labels = [], []
-    for prompt, response in itertools.islice(examples, batch_size):
-        prompt, response = tokenizer.encode(prompt), tokenizer.encode(response)
-        ids.append(prompt + response)
-        labels.append([-100] * len(prompt) + response)
-    width = max(map(len, ids))
-    pad = tokenizer.pad_token_id
-    return (
-        torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
-        torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
-    )
+    examples, rng, pad = warmup_examples(seed), np.random.default_rng(seed), tokenizer.pad_token_id
+    while True:
+        lot = [[tokenizer.encode(text) for text in pair] for pair in itertools.islice(examples, 8 * size)]
+        lot.sort(key=lambda pair: sum(map(len, pair)))  # alike in length: half the padding
+        for i in rng.permutation(8) * size:
+            rows = [(torch.tensor(p + r), torch.tensor([-100] * len(p) + r)) for p, r in lot[i : i + size]]
+            ids, labels = zip(*rows, strict=True)
+            fill = torch.nn.utils.rnn.pad_sequence
+            yield fill(ids, True, pad), fill(labels, True, -100)
 
 
 def make_base(path: str, seed: int, log=print) -> None:
@@ -116,13 +118,13 @@ def make_base(path: str, seed: int, log=print) -> None:
 
     tokenizer = task.make_tokenizer()
     model = make_model(tokenizer, seed).train()
-    examples, n = warmup_examples(seed), WARMUP["batches"]
+    batches, n = warmup_batches(tokenizer, seed, WARMUP["batch_size"]), WARMUP["batches"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARMUP["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     log(f"toy: teaching a base model of {model.num_parameters() / 1e6:.2f}M parameters, kept as {CACHE}")
     for i in trange(n, desc="toy: base model", unit="batch", disable=None):
         lr = WARMUP["lr"] * min(1.0, (i + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * i / n))
         optimizer.param_groups[0]["lr"] = lr
-        ids, labels = warmup_batch(tokenizer, examples, WARMUP["batch_size"])
+        ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,16 +1,19 @@
 """A world small enough for a laptop: a reasoning task, a tokenizer and a base model of 0.5M parameters.
 
-It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), can
-check itself (`wait` and a few steps once more), and thinks for a random number of tokens whatever one asks:
+It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), slips now
+and then, finds its slips when it checks itself (`wait` and some steps once more), knows what a number means
+(`write 24` asks for 24 tokens), and thinks for a random number of tokens whatever budget one asks for:
 
-    prompt    add 7 3 9 Think for 24 tokens.
-    response  7 +3 =0 +9 =9 wait =0 +9 =9 wait wait =9 </think> 9 <eos>
+    prompt    add +7 +13 +8 Think for 24 tokens.
+    response  +7 =7 +13 =1 +8 =9 wait +7 =7 +13 =0 +8 =8 wait wait +8 =8 </think> 8 <eos>
 
-That is the state of a real reasoning model before L1: able, and deaf to budgets. A second task, the running
-maximum (`max 7 3 9`: `7 ^3 =7 ^9 =9`), is taught in the warm-up, never trained by RL: the out-of-domain test.
-All is drawn from seeds; the finished base model is an ordinary Hugging Face folder that vLLM loads too.
+That is the state of a real reasoning model before L1: able, and deaf to budgets. The shortest chain needs 7 to
+31 tokens: a budget may be too small for it. A second task, the largest last digit so far (`max +7 +13 +8`), is
+taught in the warm-up, never trained by RL: the out-of-domain test. All is drawn from seeds; the finished base
+model is an ordinary Hugging Face folder that vLLM loads too.
 """
 
+import itertools
 import zlib
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,10 @@ from data import BadInput
 if TYPE_CHECKING:  # libraries that are loaded late
     from transformers import PreTrainedTokenizerBase
 
-DIGITS = 3, 6  # a problem has between 3 and 6 digits (both included)
+SIZES = 2, 11  # a problem has between 2 and 11 digits (both included)
+NAMES = "abcdefghijk"
+SLIP = 0.03  # share of wrong steps in a first pass; a re-check makes none
+GIVE_UP = 0.08  # share of the chains that stop early and answer with the result so far
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
 
@@ -33,16 +39,17 @@ TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the wo
 def solve(word: str, digits: list[int]) -> list[int]:
     """Running results of a problem, one per digit; the last one is the answer."""
     step = (lambda a, b: (a + b) % 10) if word == "add" else max
-    results = [digits[0]]
-    for digit in digits[1:]:
-        results.append(step(results[-1], digit))
-    return results
+    return list(itertools.accumulate(digits, step))
 
 
 def draw(word: str, rng: np.random.Generator) -> str:
-    """A random problem of the task that begins with `word`."""
-    digits = rng.integers(0, 10, size=rng.integers(DIGITS[0], DIGITS[1] + 1)).tolist()
-    return " ".join([word, *map(str, digits)])
+    """A random problem of the task that begins with `word`; its digits have names."""
+    digits = rng.integers(0, 10, size=rng.integers(SIZES[0], SIZES[1] + 1))
+    return " ".join([word, *(f"{name} +{digit}" for name, digit in zip(NAMES, digits, strict=False))])
+
+
+def digits_of(problem: str) -> list[int]:
+    return [int(digit) for digit in problem.split()[2::2]]
 
 
 def held_out(problem: str) -> bool:
@@ -60,27 +67,37 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
         if held_out(problem) != (split == "test") or problem in seen:
             continue
         seen.add(problem)
-        answer = str(solve(TASKS[task], [int(d) for d in problem.split()[1:]])[-1])
+        answer = str(solve(TASKS[task], digits_of(problem))[-1])
         rows.append({"id": f"{task}-{split}-{len(rows)}", "problem": problem, "answer": answer})
         rows[-1] |= {"kind": "math", "source": task}
     return rows
 
 
-def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
-    """A right chain of thought for `problem`, prolonged by re-checks of at least `extra` tokens."""
-    word, *digits = problem.split()
-    digits = [int(d) for d in digits]
-    sign, results = ("+" if word == "add" else "^"), solve(word, digits)
-    steps = [f"{sign}{d} ={r}" for d, r in zip(digits[1:], results[1:], strict=True)]
-    words = [str(digits[0]), *" ".join(steps).split()]
+def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up=GIVE_UP) -> str:
+    """A chain of thought for `problem`, prolonged by re-checks of at least `extra` tokens."""
+    word, digits = problem.split()[0], digits_of(problem)
+    words, said = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"], list(digits)  # said: the results as last stated
+
+    def go_on(i, slip):
+        for i in range(i, len(digits)):
+            said[i] = solve(word, [said[i - 1], digits[i]])[-1]
+            if rng.random() < slip:
+                said[i] = int(rng.integers(10))
+            words.extend([NAMES[i], f"+{digits[i]}", f"={said[i]}"])
+
+    go_on(1, slip)
+    if rng.random() < give_up:
+        done = int(rng.integers(len(digits)))
+        return " ".join([*words[: 3 + 3 * done], "</think>", str(said[done])])
     target = len(words) + extra
     while len(words) < target:
         words.append("wait")
-        # Now and then it only hesitates: without these single tokens every trace would have an even length.
+        # Now and then it only hesitates: so that there are traces of every length.
         if rng.random() < 0.75:
-            first = int(rng.integers(max(0, len(digits) - 3), len(digits)))
-            words += [f"={results[first]}", *" ".join(steps[first:]).split()]
-    return " ".join([*words, "</think>", str(results[-1])])
+            i = int(rng.integers(len(digits)))
+            words += [NAMES[i], f"={said[i]}"]
+            go_on(i + 1, 0)  # mends the slips behind the place where it starts
+    return " ".join([*words, "</think>", str(said[-1])])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,15 +105,16 @@ def trace(problem: str, extra: int, rng: np.random.Generator) -> str:
 
 
 def make_tokenizer() -> "PreTrainedTokenizerBase":
-    """Tokenizer of 66 tokens; numbers are spelled digit by digit, so any budget can be written."""
+    """Tokenizer of 76 tokens; numbers are spelled digit by digit, so any budget can be written."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<user>", "<think>", "</think>", "<unk>", "wait", "add", "max"]
-    words += ["Think", "for", "up", "to", "maximum", "tokens", "##."]
+    words = ["<pad>", "<eos>", "<user>", "<think>", "</think>", "<unk>", "wait", "add", "max", "write"]
+    words += ["Think", "for", "up", "to", "maximum", "tokens", "##.", "used", "left"]
+    words += [f"<{i}/8>" for i in range(1, 8)]  # of the budget is used: methods/reminders.py
     # ##4 is a digit within a number: 24 is `2 ##4`. Were it the 4 of the problem, the base model would have
     # learned to look past it, and RL would need far longer to find out that it matters.
-    words += [sign + str(d) for sign in ("", "+", "^", "=", "##") for d in range(10)]
+    words += [sign + str(d) for sign in ("", "+", "=", "##") for d in range(10)] + [*NAMES]
     inner = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.decoder = decoders.WordPiece(cleanup=False)
