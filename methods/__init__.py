@@ -29,14 +29,12 @@ class Method:
     """Plain GRPO: every hook does nothing."""
 
     provides = ()  # fields of the rollouts that reward_inputs() adds, for rewards that read them
+    moves = {}  # {reward: the constant of it that stands still without this method}
     asks_starting_model = False  # a copy of it is kept, for begin_step's ask(..., starting=True)
 
     def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.state = (
-            args,
-            tokenizer,
-            {},
-        )  # state: plain numbers, saved with checkpoints
+        self.args, self.tokenizer = args, tokenizer
+        self.state = {}  # plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
         """Before sampling; `turn` counts its refills. ask(rows, n, key, starting) samples and checks."""
@@ -93,6 +91,11 @@ def make(args, tokenizer, *readers):
         if field not in method.provides:
             having = [name for name in names() if field in find(name).provides]
             raise BadInput(f"--reward and --advantage read {field!r}: give --method {' or '.join(having)}")
+    for name in names():
+        constant = find(name).moves.get(args.reward)
+        if constant and args.reward not in method.moves and constant not in args.reward_args:
+            raise BadInput(f"--reward {args.reward} stands still without --method {name}, which moves its "
+                           f"{constant}: give it, or mean it by --reward-args {constant}=...")  # fmt: skip
     return method(args, tokenizer, **args.method_args)
 
 
