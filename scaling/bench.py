@@ -54,7 +54,7 @@ SETTINGS = {
     "sampler": (BASE | {"vocab": 67, "prompts": 16, "group": 8, "max_tokens": 96}, {"max_tokens": 192}),
     "verify": ({"problems": 16, "group": 16, "rounds": 3}, {"problems": 128}),
     "plan": (TINY | {"budgets": [4096, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
-                     "rounds": 1,
+                     "rounds": 1, "recipe": "",
                      "checks": ["--micro-tokens 1024", "--micro-tokens 1024 --dtype bfloat16",
                                 "--micro-tokens 2048 --gradient-checkpointing --kl-coef 0.1"]}, ACCEPTED),
 }  # fmt: skip
@@ -440,6 +440,17 @@ def bench_verify(s: dict, folder: str) -> dict:
 def bench_plan(s: dict, folder: str) -> dict:
     """The memory table of plan.py, and how well its formula does on a model that fits here."""
     configs = plan.load_configs(s["model"])
+    if s["recipe"]:
+        import train_grpo
+
+        args = train_grpo.build_parser().parse_args([f"@recipes/{s['recipe']}.args"])
+        rows = [
+            plan.of_flags(c, args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]) for c in configs.values()
+        ]
+        cells = [[name, *(f"{r[k]:.1f}" for k in ("trainer_gib", "engine_gib", "peak_gib")), r["fits"]]
+                 for name, r in zip(configs, rows, strict=True)]  # fmt: skip
+        print_table(["model", "trainer, GiB", "engine, GiB", "peak, GiB", f"fits {s['gpu_gib']}"], cells)
+        return {"rows": rows}
     rows = plan.table(configs, s["budgets"], s["gpus"], s["gpu_gib"], s["longest_prompt"])
     print(plan.markdown(rows))
     print(f"per GPU of {s['gpu_gib']} GiB, prompts of {s['longest_prompt']} tokens; computed, not measured")

@@ -145,15 +145,26 @@ def attempts(c: dict, longest: int, gpus: int, gpu_gib: float) -> Iterator[dict]
         how |= {"shards": gpus if "--fsdp" in flags else 1, "lora": 32 if "--lora" in flags else 0}
         how["recompute"] = "--gradient-checkpointing" in flags
         for tokens in sorted({max(16_384, longest), longest}, reverse=True):
-            # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
-            trainer = 1.1 * trainer_bytes(c, tokens, "bfloat16", how, cuda=True) / GIB + 1
-            peak = trainer + engine
-            if "--vllm-sleep" in flags:
-                sampling = 1.1 * state_bytes(c, "bfloat16", how, gradients=False) / GIB + 1 + engine
-                peak = max(trainer + 2, sampling)
             words = f"{flags} --micro-tokens {tokens} --vllm-memory {share:.2f}".strip()
-            found = {"flags": words, "fits": peak <= gpu_gib, "peak_gib": peak}
-            yield found | {"trainer_gib": trainer, "engine_gib": engine}
+            yield {"flags": words} | peak(c, tokens, how, engine, "--vllm-sleep" in flags, gpu_gib)
+
+
+def peak(c: dict, tokens: int, how: dict, engine: float, sleep: bool, gpu_gib: float) -> dict:
+    """{"fits", "peak_gib", "trainer_gib", "engine_gib"} with an engine that holds `engine` GiB."""
+    # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
+    trainer = 1.1 * trainer_bytes(c, tokens, "bfloat16", how, cuda=True) / GIB + 1
+    most = trainer + engine
+    if sleep:
+        most = max(trainer + 2, 1.1 * state_bytes(c, "bfloat16", how, gradients=False) / GIB + 1 + engine)
+    return {"fits": most <= gpu_gib, "peak_gib": most, "trainer_gib": trainer, "engine_gib": engine}
+
+
+def of_flags(c: dict, args, gpus: int, gpu_gib: float, prompt: int) -> dict:
+    """peak() of the trainer's flags as they are; the engine takes all of --vllm-memory."""
+    how = {"optim": args.optim, "shards": gpus if args.fsdp else 1, "lora": args.lora}
+    how |= {"recompute": args.gradient_checkpointing, "reference": args.kl_coef > 0}
+    tokens = max(args.micro_tokens, prompt + args.max_tokens)
+    return peak(c, tokens, how, args.vllm_memory * gpu_gib, args.vllm_sleep, gpu_gib)
 
 
 def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, prompt: int) -> list[dict]:

@@ -14,7 +14,7 @@ import rewards
 import train_grpo
 from studies import zoo
 
-RUNS = zoo.runs()
+RUNS = zoo.runs() | {name: zoo.toy_flags(zoo.recipe(name)) for name in zoo.CARDS}
 RECIPES = [name for name in RUNS if name not in zoo.EXTRA]
 
 # What a method adds to metrics.jsonl: the proof that more of it runs than its reward.
