@@ -25,9 +25,9 @@ import numpy as np
 
 import data
 import evaluate
-from data import BadInput
+from data import BadInput, run
 from evaluation import engines, report
-from evaluation.samples import check_writable, run
+from evaluation.samples import check_writable
 from studies import edits
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
