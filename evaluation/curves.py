@@ -74,7 +74,7 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
                 ax.plot(x, smooth(y, len(y) // 40), lw=1.7, label=label, **style)
                 if not others:
                     ax.plot(x, y, lw=0.8, alpha=0.25, **style)
-            ax.set_title(title, loc="left", fontsize=11)
+            ax.set_title(title)
             ax.grid(color="0.92")
             ax.legend(fontsize=8)
         # A beginning that is far off would flatten the rest.

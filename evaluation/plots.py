@@ -20,6 +20,7 @@ import numpy as np
 # Told apart by shape and brightness too, so that a greyscale print loses nothing.
 DARK, LIGHT, OTHER, GREEN = "#1f3f5f", "#8fb8dc", "#8a4b08", "#4f8a5b"
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE |= {"axes.titlelocation": "left", "axes.titlesize": 11}
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def canvas(path: str, rows: int = 1, columns: int = 1, sharey: bool = True) -> I
     matplotlib.use("Agg")  # files only: a training machine has no screen
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE | {"text.parse_math": False}):  # a $ in a name starts no formula
         several, share = rows * columns > 1, {"sharex": True, "sharey": sharey, "layout": "constrained"}
         size = (6 * columns, 4 * rows + rows % 2) if several else (7.5, 5)
         picture, axes = plt.subplots(rows, columns, figsize=size, **share)
@@ -56,7 +57,7 @@ def draw(datasets: dict, lengths: dict, out: str, trained: list[int] | None = No
             paths[name].append(path_of(out, kind, name, datasets))
             with canvas(paths[name][-1]) as ax:
                 function(ax, shown, trained)
-                set_title(ax, f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}")
+                ax.set_title(f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}")
     return paths
 
 
@@ -64,11 +65,6 @@ def path_of(out: str, kind: str, name: str, names: Sequence[str]) -> str:
     """OUT/KIND.png, or OUT/KIND_NAME.png where there are several data sets."""
     suffix = "" if len(names) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
     return os.path.join(out, f"{kind}{suffix}.png")
-
-
-def set_title(ax, text: str) -> None:
-    """A dollar sign in a name starts no formula."""
-    ax.set_title(text.replace("$", r"\$"), loc="left", fontsize=11)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,14 +87,6 @@ def error_bar(figures: dict, key: str) -> tuple[float, float]:
     value = figures[key]
     low, high = figures.get("ci", {}).get(key, (value, value))
     return max(0.0, 100 * (value - low)), max(0.0, 100 * (high - value))
-
-
-def length_axis(ax, lengths: Sequence[float]) -> None:
-    """A logarithmic length axis where lengths lie far apart: accuracy grows with the logarithm, if at all."""
-    if max(lengths) > 8 * min(lengths) > 0:
-        ax.set_xscale("log", base=2)
-        low, high = (int(np.log2(f(lengths))) for f in (min, max))
-        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
 
 
 def legend(ax) -> None:
@@ -194,7 +182,10 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
             place = dict(xytext=(7, -14), ha="left") if k % 2 else dict(xytext=(-6, 6), ha="right")
             ax.annotate(budget, (x[budget], y[budget]), fontsize=9, textcoords="offset points", **place)
         lengths, heights = [*lengths, *x.values()], [*heights, *y.values()]
-    length_axis(ax, lengths)
+    if max(lengths) > 8 * min(lengths) > 0:  # far apart: accuracy grows with the logarithm, if at all
+        ax.set_xscale("log", base=2)
+        low, high = (int(np.log2(f(lengths))) for f in (min, max))
+        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
     low, high = ax.get_ylim()
@@ -237,8 +228,7 @@ def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:
     """
     paths = []
     for name, models in curves.items():
-        shown = {m: cells for m, cells in lengths[name].items() if set(cells) - {None}}
-        shown = dict(list(shown.items())[:4])
+        shown = dict([(m, cells) for m, cells in lengths[name].items() if set(cells) - {None}][:4])
         axis = sorted({b for cells in shown.values() for b in cells if b is not None})
         if len(shown) > 1:
             paths.append(path_of(out, "side_by_side", name, curves))
@@ -247,13 +237,13 @@ def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:
                 for ax, (model, cells) in zip(axes, shown.items(), strict=True):
                     draw_violins(ax, cells, None, axis)
                     limits.append(ax.get_ylim())
-                    set_title(ax, f"{name}: {model}")
+                    ax.set_title(f"{name}: {model}")
                 axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         known = {m: {b: c for b, c in cells.items() if c["mean_length"] is not None}
                  for m, cells in models.items()}  # fmt: skip
         if any(known.values()):
             paths.append(path_of(out, "models", name, curves))
             with canvas(paths[-1]) as ax:
-                draw_accuracy(ax, {m.replace("$", r"\$"): cells for m, cells in known.items()})
-                set_title(ax, f"{name}: points are budgets, bars 95% intervals")
+                draw_accuracy(ax, known)
+                ax.set_title(f"{name}: points are budgets, bars 95% intervals")
     return paths
