@@ -577,17 +577,10 @@ def open_source(name, split):
     return *read_hub(hub_id, (config,) if config else (), split), stem
 
 
-def find_layout(columns, name, need_answer=True):
-    """The function that reads these columns; BadInput with the columns found and those wanted."""
+def find_layout(columns):
+    """The function of LAYOUTS that reads these columns; the plain one where no other does."""
     lower = {str(column).lower() for column in columns}
-    for wanted, function in LAYOUTS.values():
-        if wanted and lower.issuperset(wanted):
-            return function
-    golds = {"answer", "answers", "solution", *ALIASES["answer"]}
-    if lower & {"problem", "question"} and (lower & golds or not need_answer):
-        return LAYOUTS["plain"][1]
-    told = f"{name} has the columns {', '.join(map(str, columns)) or '(none: it is empty)'}; wanted: problem"
-    raise BadInput(f"{told} or question, answer or solution (or --columns problem=COLUMN answer=COLUMN)")
+    return next(function for wanted, function in LAYOUTS.values() if lower.issuperset(wanted))
 
 
 def to_problems(records, function, name, tally, need_answer=True, renamed=()):
@@ -619,11 +612,14 @@ def load_problems(name_or_path, split=None, limit=None, counts=None, need_answer
     renamed = {field: column.lower() for field, column in dict(columns).items()}
     if missing := sorted(set(renamed.values()) - {str(column).lower() for column in found}):
         raise BadInput(f"--columns: no {missing[0]} in {name_or_path}, only {', '.join(map(str, found))}")
-    function, tally = find_layout([*found, *renamed], name_or_path, need_answer), Counter()
-    usable = to_problems(records, function, name, tally, need_answer, renamed)
+    tally = Counter()
+    usable = to_problems(records, find_layout([*found, *renamed]), name, tally, need_answer, renamed)
     problems = list(itertools.islice(usable, limit))
     if not problems:
-        raise BadInput(f"{name_or_path}: none of its {tally['read']} rows can be used ({reasons(tally)})")
+        why, columns = reasons(tally) or "it is empty", ", ".join(map(str, found))
+        told = f"{name_or_path}: none of its {tally['read']} rows can be used ({why}): it has the columns "
+        told += f"{columns}; wanted: problem or question, answer or solution"
+        raise BadInput(f"{told} (say which are which: --columns problem=COLUMN answer=COLUMN)")
     # What was left out is never silent: it goes to the caller's counts ("read" counts all), else to stderr.
     (Counter() if counts is None else counts).update(tally)
     if counts is None and len(tally) > 1:

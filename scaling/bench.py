@@ -80,17 +80,13 @@ def make_model(s: dict, kind: str = "Qwen2"):
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
-def make_batch(s: dict, spread: bool = False) -> list[dict]:
-    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8.
-
-    With `spread` the lengths are not drawn but spread evenly from low to high.
-    """
+def make_batch(s: dict) -> list[dict]:
+    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8."""
     rng, batch, n = np.random.default_rng(0), [], s["sequences"]
     advantages = rng.normal(size=(-(-n // 8), 8))
     advantages = (advantages - advantages.mean(1, keepdims=True)).flatten().tolist()
-    lengths = rng.integers(s["low"], s["high"] + 1, n)
-    lengths = np.linspace(s["low"], s["high"], n).astype(int) if spread else lengths
-    for length, advantage in zip(lengths.tolist(), advantages, strict=False):
+    lengths = rng.integers(s["low"], s["high"] + 1, n).tolist()
+    for length, advantage in zip(lengths, advantages, strict=False):
         # Ids from 3 on: TRL's tokenizer needs a few special ones.
         ids, mask = rng.integers(3, s["vocab"], length).astype(np.int32), np.ones(length, np.float32)
         r = {"prompt_ids": rng.integers(3, s["vocab"], s["prompt"]).tolist(), "ids": ids, "weight": 1.0}
@@ -297,8 +293,9 @@ def scale_worker(s: dict, folder: str, threads: int) -> dict:
 
     state = PartialState(cpu=DEVICE == "cpu")
     args, model, _, optimizer, _ = make_trainer(s, folder, f"scale-{state.num_processes}")
-    # Evenly spread lengths: n times the sequences are n times the tokens, and the same padding.
-    batches = [make_batch(s | {"sequences": n}, spread=True) for n in s["sequences"]]
+    # All of the mean length: n times the sequences are n times the tokens.
+    mean = (s["low"] + s["high"]) // 2
+    batches = [make_batch(s | {"sequences": n, "low": mean, "high": mean}) for n in s["sequences"]]
     plain, turns = methods.Method(args, None), []
     for _ in range(1 + s["rounds"]):
         seconds, norms = [], []

@@ -176,13 +176,9 @@ def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, promp
 
 
 def markdown(rows: list[dict]) -> str:
-    """table() as the table of docs/scaling.md, which `python -m scaling.plan` prints."""
+    """table() as the table of docs/scaling.md, which `python -m scaling.bench plan` prints."""
     lines = ["| model | response cap | GPUs | peak, GiB | flags |", "| --- | ---: | ---: | ---: | --- |"]
     for r in rows:
         flags = f"`{r['flags']}`" if r["fits"] else "does not fit"
         lines.append(f"| {r['model']} | {r['cap']:,} | {r['gpus']} or more | {r['peak_gib']:.0f} | {flags} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown(table(MODELS, [4096, 16_384], [1, 4, 8], 80, 1024)))

@@ -193,7 +193,7 @@ def test_state_of_a_trainer(tiny):
 def test_the_table_in_the_docs_is_the_plan():
     rows = plan.table(plan.MODELS, [4096, 16_384], [1, 4, 8], 80, 1024)
     with open(os.path.join(ROOT, "docs", "scaling.md"), encoding="utf-8") as f:
-        assert plan.markdown(rows) in f.read(), "python -m scaling.plan prints the new one"
+        assert plan.markdown(rows) in f.read(), "python -m scaling.bench plan prints the new one"
 
 
 @given(

@@ -39,7 +39,7 @@ def rows_of(path):
 
 def one(row):
     """Normalises one record through the layout that its columns select."""
-    function = data.find_layout(list(row), "test")
+    function = data.find_layout(list(row))
     return data.normalise(function({key.lower(): value for key, value in row.items()}), "test", 0)
 
 
