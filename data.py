@@ -386,7 +386,7 @@ def clean_answer(value):
 
 
 def find_choices(row):
-    """(option texts, their labels) of a record, ([], []) where it has none; Skip where they cannot be read.
+    """(option texts, their labels) of a record, no texts where it has none; Skip where they cannot be read.
     A list, {label: text}, ARC's {"text": [...], "label": [...]}, or columns option_a, option_b, ..."""
     value = row["choices"]
     for names in OPTION_COLUMNS:
@@ -396,8 +396,8 @@ def find_choices(row):
     if value is None:
         if any(re.match(r"(option|choice)s?[ _]?\w?$", key) and row[key] for key in row):
             raise Skip("options that are not read: name them choices, or option_a, option_b, ...")
-        return [], []
-    texts, labels = value, []
+        return [], [*LETTERS]
+    texts, labels = value, [*LETTERS]
     if isinstance(value, dict):
         texts, labels = value.get("text", [*value.values()]), [str(x) for x in value.get("label", value)]
     if not isinstance(texts, (list, tuple)) or not 2 <= len(texts) <= len(LETTERS):
@@ -407,18 +407,16 @@ def find_choices(row):
         raise Skip("an empty choice")
     # Labels that stand in the texts, "(A)", "A)" or "A.", are taken off.
     marks = [re.match(rf"\(?{x}\)\s*|{x}\.\s+", text) for x, text in zip(LETTERS, texts, strict=False)]
-    return [t[m.end() :] for t, m in zip(texts, marks, strict=True)] if all(marks) else texts, labels
+    texts = [t[m.end() :] for t, m in zip(texts, marks, strict=True)] if all(marks) else texts
+    return texts, labels[: len(texts)]
 
 
 def answer_letter(value, choices, labels):
     """The letter of a gold: a letter, a label, an index from 0 (as in MMLU) or an option's whole text."""
-    letters = LETTERS[: len(choices)] if choices else LETTERS
-    text = clean_answer(value)
+    text, letters = clean_answer(value), LETTERS[: len(labels)]
     text = text if isinstance(text, str) else ""
-    if text in labels:
-        return letters[labels.index(text)]
-    if match := re.fullmatch(r"\(?([A-J])\)?\.?", text):
-        return match[1] if match[1] in letters else None
+    if (bare := text.strip("().")) in labels:  # "(C)", "C."
+        return letters[labels.index(bare)]
     is_index = re.fullmatch(r"\d+", text, re.ASCII) and int(text) < len(letters)
     readings = {letters[int(text)]} if is_index else set()
     # As text (CSV), "2" may be an index or the option that reads "2": it counts where only one can be meant.

@@ -129,13 +129,11 @@ def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] |
         kept = kept if len(kept) else lengths[budget]
         (body,) = ax.violinplot(kept, [budget], widths=right - left, showextrema=False)["bodies"]
         body.set(facecolor=LIGHT if filled else "white", edgecolor=DARK, lw=1, alpha=1, zorder=4)
-        ax.plot([left, right], [median, median], color="black", lw=2.4, zorder=6)
+        body.set_label(None if filled else "budget not trained")
+        ax.plot([left, right], [median, median], color="black", lw=2.4, zorder=6, label="median")
         style = dict(fontsize=9, zorder=7, bbox=dict(fc="white", ec="none", alpha=0.7, pad=0.5))
         above = dict(xytext=(0, 5), textcoords="offset points", ha="center")
         ax.annotate(f"{median:.0f}", (budget, most), **above, **style)
-    if not known.all():
-        ax.fill_between([], [], fc="white", ec=DARK, label="budget not trained")
-    ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
     if None in cut:
         label = f"median without a budget: {cut[None][1]:.0f}"
         ax.axhline(cut[None][1], color=OTHER, lw=1.4, ls="-.", zorder=2, label=label)
