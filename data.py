@@ -693,22 +693,6 @@ def select(problems, excluded, limit, counts):
     return kept
 
 
-def summary(rows, counts, lengths, tokenizer):
-    """What was read, what was dropped and why, and what the rows ask for."""
-    lines = [f"read {counts['read']} rows, wrote {len(rows)}"]
-    lines += [f"  dropped {n}: {reason}" for reason, n in counts.most_common() if reason != "read"]
-    if chats := sum("turns" in row for row in rows):
-        lines.append(f"  kept with a system prompt or earlier turns: {chats}")
-    for field in ("mode", "kind"):
-        found = Counter(row[field] or "none" for row in rows)
-        lines.append(f"{field}: " + ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
-    longest = f"{max(lengths)} {'tokens' if tokenizer else 'characters'}"
-    lines.append(f"prompt length: mean {np.mean(lengths):.1f}, longest {longest}")
-    if budgets := [row["budget"] for row in rows if row["budget"] is not None]:
-        lines.append(f"budget (tokens): mean {np.mean(budgets):.1f}, from {min(budgets)} to {max(budgets)}")
-    return "\n".join(lines)
-
-
 def parse_args(argv):
     """The flags as given; check_args fills in what depends on another flag."""
     parser = argparse.ArgumentParser("data.py", epilog=f"Presets: {', '.join(PRESETS)}.", allow_abbrev=False)
@@ -783,7 +767,21 @@ def build(argv):
 
         written = export(rows, args.export)
     write_rows(written, args.out)
-    print(f"{summary(rows, +counts, lengths, tokenizer)}\nwritten to {args.out}")
+    # What was read, what was dropped and why, and what the rows ask for.
+    print(f"read {counts['read']} rows, wrote {len(rows)}")
+    for reason, n in (+counts).most_common():
+        if reason != "read":
+            print(f"  dropped {n}: {reason}")
+    if chats := sum("turns" in row for row in rows):
+        print(f"  kept with a system prompt or earlier turns: {chats}")
+    for field in ("mode", "kind"):
+        found = Counter(row[field] or "none" for row in rows)
+        print(f"{field}:", ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
+    longest = f"{max(lengths)} {'tokens' if tokenizer else 'characters'}"
+    print(f"prompt length: mean {np.mean(lengths):.1f}, longest {longest}")
+    if asked := [row["budget"] for row in rows if row["budget"] is not None]:
+        print(f"budget (tokens): mean {np.mean(asked):.1f}, from {min(asked)} to {max(asked)}")
+    print(f"written to {args.out}")
 
 
 def main(argv=None):

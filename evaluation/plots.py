@@ -1,11 +1,5 @@
 """The pictures of an evaluation, from plain numbers to PNG files.
 
-    violins       produced against requested length, a violin per budget with its median
-    accuracy      accuracy against mean produced length, with 95% intervals over problems
-    error         mean absolute and mean signed length error per budget
-    models        accuracy-length curves of several models
-    side_by_side  violins of several models on the same axes
-
 A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
 response that never ends would flatten all others. Figures in results.json always count every response.
 """

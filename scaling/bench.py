@@ -455,18 +455,6 @@ def mib(n: float) -> str:
     return f"{n / 2**20:,.0f}"
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """The sizes that the flags ask for."""
-    small, full = SETTINGS[args.command]
-    s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
-    for word in args.set:
-        k, _, value = word.partition("=")
-        if k not in s or not value:
-            raise BadInput(f"--set ({word}) must be K=V with K one of: {', '.join(s)}")
-        s[k] = value if isinstance(s[k], str) else json.loads(value)
-    return s
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = one_line_errors(argparse.ArgumentParser("scaling.bench", description=__doc__, **options))
@@ -478,9 +466,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def command(argv: list[str] | None) -> None:
-    """Measure; the last line is JSON."""
     args = parse_args(argv)
-    s = settings(args)
+    small, full = SETTINGS[args.command]
+    s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
+    for word in args.set:
+        k, _, value = word.partition("=")
+        if k not in s or not value:
+            raise BadInput(f"--set ({word}) must be K=V with K one of: {', '.join(s)}")
+        s[k] = value if isinstance(s[k], str) else json.loads(value)
     with tempfile.TemporaryDirectory() as folder:
         found = COMMANDS[args.command](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -164,14 +164,14 @@ def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, promp
     rows = []
     for name, c in configs.items():
         for cap in caps:
-            flags = set()
+            found = {}
             for n in sorted(gpus):
                 ways = list(attempts(c, prompt + cap, n, gpu_gib))
                 least = min(ways, key=lambda w: w["peak_gib"]) | {"flags": "does not fit"}
                 way = next((w for w in ways if w["fits"]), least)
-                if way["flags"] not in flags:
-                    rows.append({"model": name, "parameters": parameters(c), "cap": cap, "gpus": n} | way)
-                flags.add(way["flags"])
+                way |= {"model": name, "parameters": parameters(c), "cap": cap, "gpus": n}
+                found.setdefault(way["flags"], way)
+            rows += found.values()
     return rows
 
 
