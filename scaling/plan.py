@@ -175,25 +175,21 @@ def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, promp
     rows = []
     for name, c in configs.items():
         for cap in caps:
-            flags = set()
+            found = {}
             for n in sorted(gpus):
                 ways = list(attempts(c, prompt + cap, n, gpu_gib))
                 least = min(ways, key=lambda w: w["peak_gib"]) | {"flags": "does not fit"}
                 way = next((w for w in ways if w["fits"]), least)
-                if way["flags"] not in flags:
-                    rows.append({"model": name, "parameters": parameters(c), "cap": cap, "gpus": n} | way)
-                flags.add(way["flags"])
+                way |= {"model": name, "parameters": parameters(c), "cap": cap, "gpus": n}
+                found.setdefault(way["flags"], way)
+            rows += found.values()
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    """table() as the table of docs/scaling.md, which `python -m scaling.plan` prints."""
+    """table() as the table of docs/scaling.md, which `python -m scaling.bench plan` prints."""
     lines = ["| model | response cap | GPUs | peak, GiB | flags |", "| --- | ---: | ---: | ---: | --- |"]
     for r in rows:
         flags = f"`{r['flags']}`" if r["fits"] else "does not fit"
         lines.append(f"| {r['model']} | {r['cap']:,} | {r['gpus']} or more | {r['peak_gib']:.0f} | {flags} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown(table(MODELS, [4096, 16_384], [1, 4, 8], 80, 1024)))
