@@ -28,6 +28,8 @@ SHOWS = {
     "da_dler": GROUPS, "dapo": GROUPS, "gdpo": GROUPS, "drpo": ["drpo_kl"], "elastic": ["forced_share"],
     "hbpo": ["length_by_subgroup", "reward_by_subgroup"], "tldr": ["length_by_level"],
     "adaptive_deep": ["short_accuracy", "long_accuracy", "short_length", "long_length"],
+    "toggle": ["toggle_limited", "toggle_over", "toggle_budget"], "grlc": ["think_length", "answer_length"],
+    "brpo": ["accuracy_by_budget"], "effort": ["length_by_level"],
 }  # fmt: skip
 # The parts of a method that its toy line must share with its recipe; sizes and constants differ.
 SAME = """reward advantage method ratio clip_low clip_high dual_clip loss_reduction overlong_filter kl_coef
