@@ -20,7 +20,7 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
 BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
-# Runs without a recipe: the toy's own default, L1-Max alone, its ablation that the paper warns of, plain RLOO.
+# Runs without a recipe: the toy's own default, L1-Max alone, its ablation that the paper warns of, RLOO.
 LCPO_MAX = "--mode max --advantage grpo --reward lcpo_max --reward-args alpha=0.02"
 EXTRA = {"peaked_exact": "", "lcpo_max": LCPO_MAX, "lcpo_max_additive": LCPO_MAX + " additive=true"}
 EXTRA |= {"rloo": "--budgets none --reward correct --advantage rloo --steps 120"}

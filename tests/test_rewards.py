@@ -86,7 +86,7 @@ BY_HAND = [
     ("truncation_adaptive", {}, one_prompt([1, 1, 0, 0], [2000, 2001, 9, 9]), [1, 0, 0, 0]),
     ("truncation_adaptive", {}, one_prompt([1, 0, 0], [4000, 9, 9]), [1, 0, 0]),
     ("palu", {}, one_prompt([1, 1, 0], [900, 901, 9], target=900), [1, 0, 0]),
-    # lam 0.5: half are right, so the budget holds; one of three is not enough; the other m steps have no budget
+    # lam 0.5: half are right, so the budget holds; one of three is too few; other steps have no budget
     ("toggle", {}, one_prompt([1, 1, 0, 0], [900, 901, 9, 9], target=900), [1, 0, 0, 0]),
     ("toggle", {}, one_prompt([1, 0, 0], [901, 9, 9], target=900), [1, 0, 0]),
     ("toggle", {}, one_prompt([1, 1], [900, 9999], target=None), [1, 1]),
@@ -163,8 +163,8 @@ def test_grlc():
 
 
 def test_gr3_rule_of_alpha():
-    """r_max / (1 + alpha) >= the group's mean: 1/1.3 = .7692 against (1/1.15 + 1/1.45 + 0) / 3 = .5197 with a
-    wrong answer among three; with three right ones (1/1.15 + 1/1.3 + 1/1.45) / 3 = .7761: no, for no alpha."""
+    """r_max / (1 + alpha) >= the group's mean: 1/1.3 = .7692 against (1/1.15 + 1/1.45 + 0) / 3 = .5197 with
+    a wrong answer among three; of three right ones (1/1.15 + 1/1.3 + 1/1.45) / 3 = .7761: never."""
     for right, mean, holds in (([1, 0, 1], 0.5197, True), ([1, 1, 1], 0.7761, False)):
         got = REWARDS["gr3"](one_prompt(right, [100, 200, 300])).mean()
         assert got == pytest.approx(mean, abs=1e-4) and (got <= 1 / 1.3) == holds
