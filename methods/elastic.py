@@ -16,9 +16,7 @@ class Elastic(Method):
         self.end = tokenizer.encode(args.think_end, add_special_tokens=False)
         room = think + len(self.end) + solution
         if args.max_tokens < room:
-            raise BadInput(
-                f"--max-tokens ({args.max_tokens}) is too small for --method elastic: {room} are needed"
-            )
+            raise BadInput(f"--max-tokens ({args.max_tokens}): for --method elastic {room} are needed")
 
     def requests(self, row):
         return [request(prompt_ids(self.tokenizer, row), self.args.group_size, self.think)]

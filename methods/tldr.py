@@ -16,9 +16,7 @@ class Tldr(Method):
         super().__init__(args, tokenizer)
         self.texts = texts
         if isinstance(texts, str) or len(texts) != 3:
-            raise BadInput(
-                '--method-args texts of tldr must be a list of three: \'texts=["...","...","..."]\''
-            )
+            raise BadInput('--method tldr: texts must be a list of three: \'texts=["...","...","..."]\'')
 
     def requests(self, row):
         k = row["position"] % len(self.levels)
