@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import types
 
@@ -665,6 +666,7 @@ def test_reference_samples_come_from_the_starting_model(tiny, tmp_path, monkeypa
 
 
 LASER = "--method laser_d --method-args every=3 size=4 samples=3 low=8 step=8"
+BRPO = """--reward correct --method brpo --method-args budgets=[8,24] weights=[1,2] answers=1 length=4 'cut=""' 'ask=""'"""
 ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --ratio sequence"
 
 
@@ -674,10 +676,12 @@ ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --rati
         "--reward hapo_cosine --method hapo --dynamic-sampling reward",
         f"--reward adaptthink --advantage raw {ADAPTTHINK}",
         f"--reward laser_d {LASER} --minibatches 2",
+        "--reward toggle --method toggle --method-args m=2 samples=2",
+        f"{BRPO} --minibatches 2",
     ],
 )
 def test_resume_is_exact(world, words, tmp_path):
-    words = [*world, *words.split(), "--prompts-per-step", "2"]
+    words = [*world, *shlex.split(words), "--prompts-per-step", "2"]
     whole, parted = str(tmp_path / "whole"), str(tmp_path / "parted")
     train_grpo.main([*words, "--steps", "4", "--out", whole])
     train_grpo.main([*words, "--steps", "2", "--out", parted])
