@@ -666,7 +666,8 @@ def test_reference_samples_come_from_the_starting_model(tiny, tmp_path, monkeypa
 
 
 LASER = "--method laser_d --method-args every=3 size=4 samples=3 low=8 step=8"
-BRPO = """--reward correct --method brpo --method-args budgets=[8,24] weights=[1,2] answers=1 length=4 'cut=""' 'ask=""'"""
+BRPO = """--reward correct --method brpo --method-args budgets=[8,24] weights=[1,2] answers=1 length=4
+    'cut=""' 'ask=""'"""
 ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --ratio sequence"
 
 
