@@ -11,6 +11,8 @@ import inspect
 import json
 import os
 
+import numpy as np
+
 from data import BadInput, encode_prompt
 from rewards import DERIVED
 
@@ -23,6 +25,27 @@ def prompt_ids(tokenizer, row, added=""):
 def request(ids, n, cap, forced=(), **tags):
     """n responses to a prompt, of `cap` tokens at most; `forced` begin each, `tags` are noted on each."""
     return {"prompt_ids": ids, "n": n, "cap": cap, "forced": list(forced), "tags": tags}
+
+
+def end_of(ids, words):
+    """Number of tokens in a list up to the end of the first `words` in it; None where there are none."""
+    n = len(words)
+    return next((t for t in range(n, len(ids) + 1) if ids[t - n : t] == words), None)
+
+
+def extend(r, ids, logps=None):
+    """Response r goes on with these tokens. Without log-probs they are forced, and have no loss."""
+    if logps is None or "mask" in r:
+        mask = r.get("mask", np.ones(len(r["ids"]), np.float32))
+        r["mask"] = np.append(mask, np.full(len(ids), logps is not None, np.float32))
+    logps = np.full(len(ids), np.nan, np.float32) if logps is None else logps
+    r |= {"ids": np.append(r["ids"], np.array(ids, np.int32)), "logps": np.append(r["logps"], logps)}
+
+
+def go_on(responses, sampler, args, seed, n=1):
+    """n continuations of each response, of r["room"] tokens at most."""
+    prompts = [r["prompt_ids"] + r["ids"].tolist() for r in responses]
+    return sampler.generate(prompts, n, [r["room"] for r in responses], args.temperature, seed + 1)
 
 
 class Method:

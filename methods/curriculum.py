@@ -22,16 +22,12 @@ class Curriculum(Method):
         if schedule not in SCHEDULES:
             raise BadInput(f"--method-args schedule={schedule} must be one of {', '.join(SCHEDULES)}")
         if min(start, gamma, period, end, steps) <= 0:
-            raise BadInput(
-                "--method-args start, gamma, period, end and steps of curriculum must be more than 0"
-            )
+            raise BadInput("--method curriculum: start, gamma, period, end and steps must be more than 0")
         self.schedule, self.start, self.gamma, self.period = SCHEDULES[schedule], start, gamma, period
         self.end, self.steps = end, steps
         highest = max(self.budget(0), self.budget(args.steps))
         if highest > args.max_tokens:
-            raise BadInput(
-                f"--method curriculum asks for {highest} tokens: raise --max-tokens ({args.max_tokens})"
-            )
+            raise BadInput(f"--max-tokens ({args.max_tokens}): --method curriculum asks for {highest} tokens")
 
     def budget(self, step):
         """In whole tokens: one number for the prompt, the reward and the metrics."""
