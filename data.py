@@ -52,9 +52,18 @@ def one_line_errors(parser):
     return parser
 
 
+def run(name, command, argv):
+    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
+    try:
+        command(argv)
+    except BadInput as error:
+        print(f"{name}: error: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Prompts: what the model is asked. The wordings are those of the published training data; any other sentence
-# with {N} in it is a wording, too.
+# Prompts, in the wordings of the published training data; any other sentence with {N} is a wording, too.
 
 STEPS = "Let's think step by step and output the final answer"
 SENTENCES = {
@@ -269,12 +278,10 @@ def read_prompt(row):
 def from_verl(row):
     """verl (L1, Eurus-2): L1 puts the budget in reward_model.num_tokens; its sign is the mode, -1 is none.
     Without num_tokens it is in extra_info, which stock verl gives to the scorer, or in the text alone."""
-    tokens, budget, mode = row["reward_model"].get("num_tokens"), None, None
-    if tokens not in (None, -1):
-        budget, mode = abs(int(tokens)), "exact" if tokens > 0 else "max"
-    info = row.get("extra_info") or {}
-    if tokens is None:
-        budget, mode = info.get("budget"), info.get("mode")
+    tokens, info = row["reward_model"].get("num_tokens"), row.get("extra_info") or {}
+    budget, mode = info.get("budget"), info.get("mode")
+    if tokens is not None:
+        budget, mode = (None, None) if tokens == -1 else (abs(int(tokens)), "exact" if tokens > 0 else "max")
     found = {"answers": row["reward_model"]["ground_truth"], "source": row.get("data_source")}
     found |= {"prompt": row["prompt"], "budget": budget, "mode": mode, "kind": row.get("ability")}
     # --export verl keeps the rest of a row there; L1 has the subject of MMLU.
@@ -290,8 +297,7 @@ def from_messages(row):
     golds, names = row.get("ground_truth"), row.get("dataset")
     if golds is None:
         return {"solution": row["messages"][-1]["content"]} | row | {"prompt": list(row["messages"])}
-    # The old encoding joins both in one string: "42<sep>1234" with dataset "MATH,max_length".
-    if isinstance(golds, str) and "<sep>" in golds:
+    if isinstance(golds, str):  # the old encoding joins both: "42<sep>1234" with dataset "MATH,max_length"
         golds, names = golds.split("<sep>"), str(names).split(",")
     golds = golds if isinstance(golds, list) else [golds]
     names = names if isinstance(names, list) else [names] * len(golds)
@@ -318,27 +324,27 @@ LAYOUTS = {
 }  # fmt: skip
 
 TOPICS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
-# name: (hub id, configs, split, layout). `~`: columns and splits only seen in public code that loads the set.
+# name: (hub id, configs, split). `~`: columns and splits only seen in public code that loads the set.
 PRESETS = {
-    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", (), "train", "plain"),
-    "eurus2": ("PRIME-RL/Eurus-2-RL-Data", (), "train", "verl"),
-    "eurus2_ai2": ("ai2-adapt-dev/eurus2_ground_truth", (), "train", "messages"),
-    "math500": ("HuggingFaceH4/MATH-500", (), "test", "plain"),
-    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train", "plain"),  # ~
-    "aime2022_2024": ("AI-MO/aimo-validation-aime", (), "train", "plain"),
-    "aime2024": ("HuggingFaceH4/aime_2024", (), "train", "plain"),  # ~
-    "aime2025": ("opencompass/AIME2025", ("AIME2025-I", "AIME2025-II"), "test", "plain"),
-    "amc": ("AI-MO/aimo-validation-amc", (), "train", "plain"),
-    "amc23": ("math-ai/amc23", (), "test", "plain"),  # ~
-    "olympiadbench": ("Hothan/OlympiadBench", ("OE_TO_maths_en_COMP",), "train", "olympiad"),
-    "minerva": ("math-ai/minervamath", (), "test", "plain"),  # ~
-    "gpqa": ("Idavidrein/gpqa", ("gpqa_diamond",), "train", "gpqa"),  # gated: accept its terms there first
-    **{f"lsat_{x}": (f"dmayhem93/agieval-lsat-{x}", (), "test", "lsat") for x in ("ar", "lr", "rc")},
-    **dict.fromkeys(("mmlu_1000", "mmlu"), ("cais/mmlu", ("all",), "test", "plain")),  # 1000: L1's draw
-    "gsm8k": ("openai/gsm8k", ("main",), "test", "plain"),
-    "omni_math": ("KbsdJames/Omni-MATH", (), "test", "plain"),
-    "svamp": ("ChilleD/SVAMP", (), "test", "svamp"),  # ~
-    "gsm_plus": ("qintongli/GSM-Plus", (), "testmini", "plain"),  # ~
+    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", (), "train"),
+    "eurus2": ("PRIME-RL/Eurus-2-RL-Data", (), "train"),
+    "eurus2_ai2": ("ai2-adapt-dev/eurus2_ground_truth", (), "train"),
+    "math500": ("HuggingFaceH4/MATH-500", (), "test"),
+    "math": ("EleutherAI/hendrycks_math", tuple(TOPICS.split()), "train"),  # ~
+    "aime2022_2024": ("AI-MO/aimo-validation-aime", (), "train"),
+    "aime2024": ("HuggingFaceH4/aime_2024", (), "train"),  # ~
+    "aime2025": ("opencompass/AIME2025", ("AIME2025-I", "AIME2025-II"), "test"),
+    "amc": ("AI-MO/aimo-validation-amc", (), "train"),
+    "amc23": ("math-ai/amc23", (), "test"),  # ~
+    "olympiadbench": ("Hothan/OlympiadBench", ("OE_TO_maths_en_COMP",), "train"),
+    "minerva": ("math-ai/minervamath", (), "test"),  # ~
+    "gpqa": ("Idavidrein/gpqa", ("gpqa_diamond",), "train"),  # gated: accept its terms there first
+    **{f"lsat_{x}": (f"dmayhem93/agieval-lsat-{x}", (), "test") for x in ("ar", "lr", "rc")},
+    **dict.fromkeys(("mmlu_1000", "mmlu"), ("cais/mmlu", ("all",), "test")),  # 1000: L1's draw
+    "gsm8k": ("openai/gsm8k", ("main",), "test"),
+    "omni_math": ("KbsdJames/Omni-MATH", (), "test"),
+    "svamp": ("ChilleD/SVAMP", (), "test"),  # ~
+    "gsm_plus": ("qintongli/GSM-Plus", (), "testmini"),  # ~
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -380,7 +386,7 @@ def clean_answer(value):
 
 
 def find_choices(row):
-    """(option texts, their labels) of a record, ([], []) where it has none; Skip where they cannot be read.
+    """(option texts, their labels) of a record, no texts where it has none; Skip where they cannot be read.
     A list, {label: text}, ARC's {"text": [...], "label": [...]}, or columns option_a, option_b, ..."""
     value = row["choices"]
     for names in OPTION_COLUMNS:
@@ -390,8 +396,8 @@ def find_choices(row):
     if value is None:
         if any(re.match(r"(option|choice)s?[ _]?\w?$", key) and row[key] for key in row):
             raise Skip("options that are not read: name them choices, or option_a, option_b, ...")
-        return [], []
-    texts, labels = value, []
+        return [], [*LETTERS]
+    texts, labels = value, [*LETTERS]
     if isinstance(value, dict):
         texts, labels = value.get("text", [*value.values()]), [str(x) for x in value.get("label", value)]
     if not isinstance(texts, (list, tuple)) or not 2 <= len(texts) <= len(LETTERS):
@@ -401,18 +407,16 @@ def find_choices(row):
         raise Skip("an empty choice")
     # Labels that stand in the texts, "(A)", "A)" or "A.", are taken off.
     marks = [re.match(rf"\(?{x}\)\s*|{x}\.\s+", text) for x, text in zip(LETTERS, texts, strict=False)]
-    return [t[m.end() :] for t, m in zip(texts, marks, strict=True)] if all(marks) else texts, labels
+    texts = [t[m.end() :] for t, m in zip(texts, marks, strict=True)] if all(marks) else texts
+    return texts, labels[: len(texts)]
 
 
 def answer_letter(value, choices, labels):
     """The letter of a gold: a letter, a label, an index from 0 (as in MMLU) or an option's whole text."""
-    letters = LETTERS[: len(choices)] if choices else LETTERS
-    text = clean_answer(value)
+    text, letters = clean_answer(value), LETTERS[: len(labels)]
     text = text if isinstance(text, str) else ""
-    if text in labels:
-        return letters[labels.index(text)]
-    if match := re.fullmatch(r"\(?([A-J])\)?\.?", text):
-        return match[1] if match[1] in letters else None
+    if (bare := text.strip("().")) in labels:  # "(C)", "C."
+        return letters[labels.index(bare)]
     is_index = re.fullmatch(r"\d+", text, re.ASCII) and int(text) < len(letters)
     readings = {letters[int(text)]} if is_index else set()
     # As text (CSV), "2" may be an index or the option that reads "2": it counts where only one can be meant.
@@ -466,8 +470,7 @@ def normalise(row, name, index, need_answer=True):
     kind = KINDS.get(str(row.get("kind") or "").lower())
     if kind is None:
         raise Skip("not mathematics")
-    prompt = read_prompt(row)
-    row |= prompt
+    row |= (prompt := read_prompt(row))
     choices, labels = find_choices(row)
     kind, problem = "choice" if choices else kind, show_problem(row, choices)
     if problem is None:
@@ -498,8 +501,7 @@ def read_file(path):
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path).to_pylist()
-        newline = "" if kind == "csv" else None  # the csv module wants line ends as they are
-        with (gzip.open if match[2] else open)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        with (gzip.open if match[2] else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind == "json":
                 records = json.load(file)
             elif kind == "csv":
@@ -548,46 +550,35 @@ def read_hub(hub_id, configs, split):
 
 
 def open_source(name, split):
-    """A file, preset, folder or hub id -> (records, columns, layout or None, short name)."""
+    """A file, preset, folder or hub id -> (records, columns, short name)."""
     stem = re.sub(SUFFIX, "", os.path.basename(name.rstrip("/")))
     if os.path.isfile(name):
         if split is not None:
             raise BadInput(f"split {split!r} was asked of {name}: a local file has no splits")
         records = read_file(name)
-        columns = list(dict.fromkeys(key for row in records if isinstance(row, dict) for key in row))
-        return records, columns, None, stem
+        return records, dict.fromkeys(key for row in records if isinstance(row, dict) for key in row), stem
     # A preset goes by its name or by the hub id that it stands for.
     preset = {value[0]: key for key, value in PRESETS.items()}.get(name, name)
     if preset in PRESETS and not os.path.isdir(name):
-        hub_id, configs, default_split, layout = PRESETS[preset]
+        hub_id, configs, default_split = PRESETS[preset]
         # GSM8K by name is its test split: say what is read before anybody trains on it.
         print(f"data.py: {hub_id}, split {split or default_split}", file=sys.stderr)
         records, columns = read_hub(hub_id, configs, split or default_split)
-        return (draw_1000(records) if preset == "mmlu_1000" else records), columns, layout, preset
+        if preset == "mmlu_1000":  # what L1 drew: the first 1,000 of numpy's old shuffle with seed 42
+            records = list(records)
+            records = [records[i] for i in np.random.RandomState(42).permutation(len(records))[:1000]]
+        return records, columns, preset
     hub = re.fullmatch(r"[\w-][^/]*/[^/]+", name) and not re.search(SUFFIX, name.lower())
     if not hub and not os.path.isdir(name):
         raise BadInput(f"{name}: no such file, and not one of the named sets ({', '.join(PRESETS)})")
     hub_id, _, config = name.partition(":")
-    return *read_hub(hub_id, (config,) if config else (), split), None, stem
+    return *read_hub(hub_id, (config,) if config else (), split), stem
 
 
-def draw_1000(records):
-    """The rows of MMLU that L1 drew: the first 1,000 of numpy's old shuffle with seed 42."""
-    records = list(records)
-    return [records[i] for i in np.random.RandomState(42).permutation(len(records))[:1000]]
-
-
-def find_layout(columns, layout, name, need_answer=True):
-    """The function that reads these columns; BadInput with the columns found and those wanted."""
-    lower, golds = {str(column).lower() for column in columns}, {"answer", "answers", "solution"}
-    is_plain = lower & {"problem", "question"} and (lower & {*golds, *ALIASES["answer"]} or not need_answer)
-    for key in [layout] if layout else LAYOUTS:
-        wanted, function = LAYOUTS[key]
-        if lower.issuperset(wanted) and (is_plain or key != "plain"):
-            return function
-    wanted = ", ".join(LAYOUTS[layout or "plain"][0]) or "problem or question, answer or solution"
-    told = f"{name} has the columns {', '.join(map(str, columns)) or '(none: it is empty)'}; wanted: {wanted}"
-    raise BadInput(f"{told} (say which are which: --columns problem=COLUMN answer=COLUMN)")
+def find_layout(columns):
+    """The function of LAYOUTS that reads these columns; the plain one where no other does."""
+    lower = {str(column).lower() for column in columns}
+    return next(function for wanted, function in LAYOUTS.values() if lower.issuperset(wanted))
 
 
 def to_problems(records, function, name, tally, need_answer=True, renamed=()):
@@ -615,15 +606,18 @@ def reasons(counts):
 def load_problems(name_or_path, split=None, limit=None, counts=None, need_answer=True, columns=()):
     """The first `limit` problems of a file, a preset, a hub id (owner/name[:config]) or a folder.
     `columns`: {field: column} of tables that call them otherwise, {"problem": "frage"}."""
-    records, found, layout, name = open_source(name_or_path, split)
+    records, found, name = open_source(name_or_path, split)
     renamed = {field: column.lower() for field, column in dict(columns).items()}
     if missing := sorted(set(renamed.values()) - {str(column).lower() for column in found}):
         raise BadInput(f"--columns: no {missing[0]} in {name_or_path}, only {', '.join(map(str, found))}")
-    function, tally = find_layout([*found, *renamed], layout, name_or_path, need_answer), Counter()
-    usable = to_problems(records, function, name, tally, need_answer, renamed)
+    tally = Counter()
+    usable = to_problems(records, find_layout([*found, *renamed]), name, tally, need_answer, renamed)
     problems = list(itertools.islice(usable, limit))
     if not problems:
-        raise BadInput(f"{name_or_path}: none of its {tally['read']} rows can be used ({reasons(tally)})")
+        why, columns = reasons(tally) or "it is empty", ", ".join(map(str, found))
+        told = f"{name_or_path}: none of its {tally['read']} rows can be used ({why}): it has the columns "
+        told += f"{columns}; wanted: problem or question, answer or solution"
+        raise BadInput(f"{told} (say which are which: --columns problem=COLUMN answer=COLUMN)")
     # What was left out is never silent: it goes to the caller's counts ("read" counts all), else to stderr.
     (Counter() if counts is None else counts).update(tally)
     if counts is None and len(tally) > 1:
@@ -639,7 +633,12 @@ def write_rows(rows, path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             if path.endswith(".parquet"):
-                write_parquet(rows, file)
+                import pyarrow.parquet
+
+                rows = same_types(rows)
+                types = {"budget": pyarrow.int64(), "mode": pyarrow.string()}  # or null in all rows
+                table = {key: pyarrow.array([row[key] for row in rows], types.get(key)) for key in rows[0]}
+                pyarrow.parquet.write_table(pyarrow.table(table), file)
             else:
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
                 file.write(gzip.compress(text, mtime=0) if path.endswith(".gz") else text)  # no time in it
@@ -651,18 +650,19 @@ def write_rows(rows, path):
             os.remove(temporary)
 
 
-def write_parquet(rows, file):
-    """Parquet wants one type a column: answers become lists where any is one, levels text where any is."""
-    import pyarrow.parquet
-
-    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
-    if any(isinstance(answer, list) for answer in columns.get("answer", [])):
-        columns["answer"] = [a if isinstance(a, list) else [a] for a in columns["answer"]]
-    if any(isinstance(level, str) for level in columns.get("level", [])):
-        columns["level"] = [None if level is None else str(level) for level in columns["level"]]
-    types = {"budget": pyarrow.int64(), "mode": pyarrow.string()}  # all null in an unbudgeted file
-    arrays = {key: pyarrow.array(values, types.get(key)) for key, values in columns.items()}
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file)
+def same_types(rows):
+    """Rows with equal keys and one type a column, as Parquet and `datasets` want it: answers become lists
+    where any is one, levels text where any is."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key) for key in keys} for row in rows]
+    lists = any(isinstance(row.get("answer"), list) for row in rows)
+    texts = any(isinstance(row.get("level"), str) for row in rows)
+    for row in rows:
+        if lists and not isinstance(row["answer"], list):
+            row["answer"] = [row["answer"]]
+        if texts and row["level"] is not None:
+            row["level"] = str(row["level"])
+    return rows
 
 
 def check_out(path):
@@ -691,22 +691,6 @@ def select(problems, excluded, limit, counts):
             n = ids[problem["id"]]
             kept.append(problem | {"id": f"{problem['id']}-{n}" if n > 1 else problem["id"]})
     return kept
-
-
-def summary(rows, counts, lengths, tokenizer):
-    """What was read, what was dropped and why, and what the rows ask for."""
-    lines = [f"read {counts['read']} rows, wrote {len(rows)}"]
-    lines += [f"  dropped {n}: {reason}" for reason, n in counts.most_common() if reason != "read"]
-    if chats := sum("turns" in row for row in rows):
-        lines.append(f"  kept with a system prompt or earlier turns: {chats}")
-    for field in ("mode", "kind"):
-        found = Counter(row[field] or "none" for row in rows)
-        lines.append(f"{field}: " + ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
-    longest = f"{max(lengths)} {'tokens' if tokenizer else 'characters'}"
-    lines.append(f"prompt length: mean {np.mean(lengths):.1f}, longest {longest}")
-    if budgets := [row["budget"] for row in rows if row["budget"] is not None]:
-        lines.append(f"budget (tokens): mean {np.mean(budgets):.1f}, from {min(budgets)} to {max(budgets)}")
-    return "\n".join(lines)
 
 
 def parse_args(argv):
@@ -742,10 +726,9 @@ def check_args(args):
     dist = parse_budgets(args.budgets)
     annotate([], dist, args.mode)
     budget_prompt("", 1, "exact", wording=args.wording)
-    for flag, least in (("--copies", 1), ("--limit", 1), ("--max-prompt-tokens", 1), ("--seed", 0)):
-        value = getattr(args, flag[2:].replace("-", "_"))
-        if value is not None and value < least:
-            raise BadInput(f"{flag} ({value}) must be {least} or more")
+    for name, least in {"copies": 1, "limit": 1, "max_prompt_tokens": 1, "seed": 0}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {least} or more")
     for word in args.columns:
         if word.partition("=")[0] not in FIELDS.split() or not word.partition("=")[2]:
             raise BadInput(f"--columns {word}: write FIELD=COLUMN, the field being one of {FIELDS}")
@@ -758,8 +741,10 @@ def check_args(args):
     return dist
 
 
-def build(args, dist):
-    """Reads, selects, annotates, filters, writes; returns the summary."""
+def build(argv):
+    """Reads, selects, annotates, filters, writes; prints the summary."""
+    args = parse_args(argv)
+    dist = check_args(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     counts, columns = Counter(), dict(word.split("=", 1) for word in args.columns)
     problems, excluded = [], []
@@ -782,18 +767,25 @@ def build(args, dist):
 
         written = export(rows, args.export)
     write_rows(written, args.out)
-    return f"{summary(rows, +counts, lengths, tokenizer)}\nwritten to {args.out}"
+    # What was read, what was dropped and why, and what the rows ask for.
+    print(f"read {counts['read']} rows, wrote {len(rows)}")
+    for reason, n in (+counts).most_common():
+        if reason != "read":
+            print(f"  dropped {n}: {reason}")
+    if chats := sum("turns" in row for row in rows):
+        print(f"  kept with a system prompt or earlier turns: {chats}")
+    for field in ("mode", "kind"):
+        found = Counter(row[field] or "none" for row in rows)
+        print(f"{field}:", ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
+    longest = f"{max(lengths)} {'tokens' if tokenizer else 'characters'}"
+    print(f"prompt length: mean {np.mean(lengths):.1f}, longest {longest}")
+    if asked := [row["budget"] for row in rows if row["budget"] is not None]:
+        print(f"budget (tokens): mean {np.mean(asked):.1f}, from {min(asked)} to {max(asked)}")
+    print(f"written to {args.out}")
 
 
 def main(argv=None):
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        args = parse_args(argv)
-        print(build(args, check_args(args)))
-    except BadInput as error:
-        print(f"data.py: error: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
-    return 0
+    return run("data.py", build, argv)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,6 @@ the whole response, end token included. Numbers like 2503.04697 are arXiv ids of
 >>> batch = {"correct": [[1, 0]], "truncated": [[0, 0]], "length": [[1200, 1200]], "budget": [1000]}
 >>> REWARDS["lcpo_exact"](batch, alpha=3e-4).round(2).tolist()
 [[0.94, -0.06]]
->>> terms = REWARDS["lcpo_exact"](batch, alpha=3e-4, parts=True)  # rewards that are sums show their terms
->>> terms["length"].round(2).tolist()
-[[-0.06, -0.06]]
 >>> ADVANTAGES["dr_grpo"](REWARDS["correct"](batch), batch).tolist()
 [[0.5, -0.5]]
 """
@@ -17,17 +14,15 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
 
 import numpy as np
 
 # ----------------------------------------------------------------------------------------------------------
-# 1. The tables. What is written below `@reward(...)` is in REWARDS under its name. Its attribute `needs`
-#    holds the fields that it reads besides correct, truncated and length; `compares_group` says whether the
-#    reward of a response depends on the other responses to its prompt.
+# 1. The tables. What is written below `@reward(...)` is in REWARDS under its name; its `needs` are the fields
+#    that it reads besides correct, truncated and length; `compares_group`: does it depend on the whole group?
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word, known):
     """The end of a message about an unknown word: the nearest known one, else all of them."""
     near = difflib.get_close_matches(str(word), known, 1)
     return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known) or '(none)'}"
@@ -36,14 +31,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class Table(dict):
     """Functions by name; a KeyError says which name was probably meant."""
 
-    def __missing__(self, name: str):
+    def __missing__(self, name):
         raise KeyError(f"{name!r} is not known: {did_you_mean(name, self)}")
 
 
-def register(table: Table, *needs: str, compares_group: bool = False, name: str | None = None) -> Callable:
+def register(table, *needs, compares_group=False, name=None):
     """A decorator that puts a function into a table; the function then refuses constants it does not have."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function):
         known = list(inspect.signature(function).parameters)[1:]
 
         @functools.wraps(function)
@@ -92,26 +87,13 @@ def _column(rollouts, name, values):
     return np.array([[values(word)] for word in words])
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{\s*[^\s}].*\}|[^\s{])", re.S)
-
-
 def is_well_formed(text, require_think=False):
     r"""One </think> (none is fine unless required), then \boxed{...} or nothing but a bare word (the toy)."""
     ends, answer = text.count("</think>"), text.rsplit("</think>", 1)[-1].strip()
     closed = ends == 1 or (ends == 0 and not require_think)
-    box = BOX.match(answer, max(answer.rfind("\\boxed"), answer.rfind("\\fbox"), 0))  # the last one
+    box = re.compile(r"\\(?:boxed|fbox)\s*(?:\{\s*[^\s}].*\}|[^\s{])", re.S)
+    box = box.match(answer, max(answer.rfind("\\boxed"), answer.rfind("\\fbox"), 0))  # the last one
     return closed and bool(box or re.fullmatch(r"[-+\w./,%$]+", answer))
-
-
-def is_repetitive(text):
-    """Whether its last ten words occur four times or more (LASER-DE's own detector has other constants)."""
-    words = text.split()
-    return len(words) >= 40 and " ".join(words).count(" ".join(words[-10:])) >= 4
-
-
-def count_labels(text):
-    """Comma-separated labels in the answer, the text after </think>."""
-    return sum(bool(label.strip()) for label in text.rsplit("</think>", 1)[-1].split(","))
 
 
 def _each_text(rollouts, function):
@@ -120,19 +102,17 @@ def _each_text(rollouts, function):
     return _get(rollouts | {"text": values}, "text")  # which tells a wrong shape
 
 
-def _well_formed(rollouts):
-    think = rollouts.get("require_think", False)  # a scalar beside `step`
-    return _each_text(rollouts, lambda text: is_well_formed(text, think)) * _finished(rollouts)
-
-
-# Fields that a batch need not bring: (the field they are worked out from, how).
+# Fields that a batch need not bring: (the field they are worked out from, how). require_think is a scalar.
 DERIVED = {
-    "well_formed": ("text", _well_formed),
-    "repetitive": ("text", lambda rollouts: _each_text(rollouts, is_repetitive)),
-    "labels": ("text", lambda rollouts: _each_text(rollouts, count_labels)),
-    # How hard a question is for CRF was not found: the group's accuracy stands in for it.
+    "well_formed": ("text", lambda rollouts: _finished(rollouts) * _each_text(
+        rollouts, lambda text: is_well_formed(text, rollouts.get("require_think", False)))),
+    "repetitive": ("text", lambda rollouts: _each_text(  # last ten words four times (LASER-DE's own differs)
+        rollouts, lambda text: len(w := text.split()) >= 40 and " ".join(w).count(" ".join(w[-10:])) >= 4)),
+    "labels": ("text", lambda rollouts: _each_text(  # with commas between, after </think>
+        rollouts, lambda text: sum(map(bool, map(str.strip, text.rsplit("</think>", 1)[-1].split(",")))))),
     "difficulty": ("correct", lambda rollouts: _c(rollouts).mean(1)),
-}
+}  # fmt: skip
+LASER_TARGETS = {"easy": 1024, "medium": 2048, "hard": 4096}
 
 
 def _finished(rollouts):
@@ -186,15 +166,14 @@ def lcpo_max(rollouts, alpha=3e-4, delta=0.5, additive=False):
     additive: c + clip(...), right or wrong, the paper's ablation that collapses to very short answers."""
     budget = _get(rollouts, "budget")
     factor = np.clip(alpha * (budget - _get(rollouts, "length")) + delta, 0, 1)
-    if additive:
-        return _c(rollouts) + np.nan_to_num(factor)
-    return _c(rollouts) * np.where(np.isnan(budget), 1.0, factor)
+    factor = np.where(np.isnan(budget), 0.0 if additive else 1.0, factor)
+    return _c(rollouts) + factor if additive else _c(rollouts) * factor
 
 
 @reward("budget", "mode")
-def lcpo_dual(rollouts, alpha_exact=3e-4, alpha_max=3e-4, delta=0.5):
-    """lcpo_exact where the prompt's mode is "exact", lcpo_max where it is "max", else c. 2503.04697 (L1-Max).
-    The authors' later code has one multiplier flag for both modes: exact prompts earn 0. Not copied."""
+def lcpo_dual(rollouts, alpha_exact=1 / 3000, alpha_max=1e-3, delta=0.5):
+    """lcpo_exact where the prompt's mode is "exact", lcpo_max where it is "max", else c. 2503.04697 (L1-Max),
+    alphas of the first commit. Their later code has one multiplier for both modes: exact prompts earn 0."""
     mode = _column(rollouts, "mode", str)
     rest = np.where(mode == "max", lcpo_max(rollouts, alpha_max, delta), _c(rollouts))
     return np.where(mode == "exact", lcpo_exact(rollouts, alpha_exact), rest)
@@ -227,8 +206,7 @@ def peaked_exact(rollouts, tau=6.0, parts=False):
 @reward("budget", "range")
 def longwriter_range(rollouts, l_max=14000, width=0.1):
     """Length part only: 1 in range [lo, hi], L/lo below, (l_max - L)/(l_max - hi) above. 2506.18841.
-    `range` [P][lo, hi], or the budget -+ `width` of it. The paper's lengths are probably words; its other
-    rewards come from models."""
+    `range` [P][lo, hi], or budget -+ `width` of it. The paper: probably words; other rewards from models."""
     length = _get(rollouts, "length")
     if "range" in rollouts:
         low, high = np.array(rollouts["range"], np.float64).reshape(len(length), 2, 1).swapaxes(0, 1)
@@ -278,8 +256,7 @@ def curriculum_band(
 @reward("subgroup_budget")
 def hbpo(rollouts, alpha=1 / 4096, beta=4.0, l_max=4096):
     """Right and L <= l_max: beta cos(pi max(L, b) / (2 l_max)) - alpha max(L - b, 0); else 0. 2507.15844.
-    b is `subgroup_budget` [P, G]. The paper's form: the code's min(f1, f2) lowers answers far below b, and
-    gives -1 for a format error."""
+    b: `subgroup_budget`. The paper's form; the code's min(f1, f2) is lower far below b, and malformed -1."""
     length, b = _get(rollouts, "length"), _get(rollouts, "subgroup_budget")
     value = beta * np.cos(np.pi * np.maximum(length, b) / (2 * l_max)) - alpha * np.maximum(length - b, 0)
     return _c(rollouts) * np.where(length <= l_max, value, 0)
@@ -298,9 +275,8 @@ def truncation(rollouts, limit=4000):
 @reward(compares_group=True)
 def truncation_adaptive(rollouts, threshold=0.5, limit_short=2000, limit_long=4000):
     """truncation at limit_short where the group's mean c >= threshold, else at limit_long. DA-DLER."""
-    c = _c(rollouts)
-    limit = np.where(c.mean(1, keepdims=True) >= threshold, limit_short, limit_long)
-    return c * (_get(rollouts, "length") <= limit)
+    easy = _c(rollouts).mean(1, keepdims=True) >= threshold
+    return truncation(rollouts, np.where(easy, limit_short, limit_long))
 
 
 @reward(compares_group=True)
@@ -316,19 +292,15 @@ def grpo_lambda(rollouts, lam=0.2, alpha=0.6, ddof=0):
     2505.18086, formula second-hand. Ties go to the lower prompt; the ranking sees the whole batch."""
     c = _c(rollouts)
     count = max(1, int(np.ceil(lam * len(c) - 1e-9)))
-    chosen = np.argsort(-c.mean(1), kind="stable")[:count]
-    reward = c.copy()
-    reward[chosen] = efficient_reasoning(rollouts, alpha, ddof=ddof)[chosen]
-    return reward
+    rank = np.argsort(np.argsort(-c.mean(1), kind="stable"))
+    return np.where(rank[:, None] < count, efficient_reasoning(rollouts, alpha, ddof=ddof), c)
 
 
 @reward("conciseness", "difficulty")
 def crf(rollouts, alpha=0.2, s=0.5):
-    """c (1 + alpha conciseness (s + difficulty)); wrong 0. CRF, "Efficient Reasoning via Reward Model".
-    Second-hand. `conciseness` [P, G] of a reward model; `difficulty` [P], if not given the share of right
-    answers; how s anneals was not found."""
-    bonus = alpha * _get(rollouts, "conciseness") * (s + _get(rollouts, "difficulty"))
-    return _c(rollouts) * (1 + bonus)
+    """c (1 + alpha conciseness (s + difficulty)); wrong 0. CRF, 2511.09158; alpha, s and d were not found.
+    `conciseness` [P, G] of a model; `difficulty` [P], else the share of right answers; there s anneals."""
+    return _c(rollouts) * (1 + alpha * _get(rollouts, "conciseness") * (s + _get(rollouts, "difficulty")))
 
 
 @reward("history")
@@ -345,11 +317,10 @@ def hapo_cosine(rollouts, w=1.0, clip=-0.7, parts=False):
 def hapo_linear(rollouts, w=1.0, clip=-0.7, parts=False):
     """c + w r; right: r = 1 - L/h below h, 0 to 1.1h, then max(clip, 1.1 - L/h).
     Wrong: 0 to 1.1h, then max(-1, 1.1 - L/h). HAPO's linear variant, 2505.11225; h as in hapo_cosine."""
-    c, h = _c(rollouts), np.maximum(_get(rollouts, "history"), 1)
-    x, late = _get(rollouts, "length") / h, _get(rollouts, "length") >= 1.1 * h
-    falling = np.where(late, 1.1 - x, 0)
-    right = np.where(x < 1, 1 - x, np.maximum(clip, falling))
-    term = np.where(np.isnan(x), 0, np.where(c > 0, right, np.maximum(-1, falling)))
+    c, x = _c(rollouts), _get(rollouts, "length") / np.maximum(_get(rollouts, "history"), 1)
+    falling = np.minimum(1.1 - x, 0)
+    term = np.where(c > 0, np.where(x < 1, 1 - x, np.maximum(clip, falling)), np.maximum(-1, falling))
+    term = np.where(np.isnan(x), 0, term)
     return _sum({"correct": c, "length": w * term}, parts)
 
 
@@ -367,6 +338,14 @@ def palu(rollouts, l_max=4096):
     """c if L <= `target` [P] (None: l_max), else 0. PALU, 2510.10168, second-hand; targets move by epoch."""
     target = _get(rollouts, "target")
     return _c(rollouts) * (_get(rollouts, "length") <= np.where(np.isnan(target), l_max, target))
+
+
+@reward("target", compares_group=True)
+def toggle(rollouts, lam=0.5):
+    """Where the group's mean c is lam or more: palu without l_max; else c. Toggle, Kimi K2.5, 2602.02276. The
+    method sets `target` and lifts it every other m steps; lam, m and the percentile are not published."""
+    c = _c(rollouts)
+    return np.where(c.mean(1, keepdims=True) < lam, c, palu(rollouts, np.inf))
 
 
 @reward()
@@ -394,9 +373,6 @@ def shorter_better(rollouts, alpha=2.0, beta=1e-3, parts=False):
     shortest = np.where(c > 0, length, np.inf).min(1, keepdims=True)
     sol = np.where(np.isinf(shortest), length.mean(1, keepdims=True), shortest)
     return _sum({"correct": alpha * c, "length": -beta * np.abs(length - sol)}, parts)
-
-
-LASER_TARGETS = {"easy": 1024, "medium": 2048, "hard": 4096}
 
 
 @reward("well_formed")
@@ -486,6 +462,36 @@ def prime_linear(rollouts, w_out=0.25, parts=False):
     return _sum({"correct": c, "length": -c.mean(1, keepdims=True) * w_out * share}, parts)
 
 
+@reward(compares_group=True)
+def gr3(rollouts, alpha=0.3):
+    """c / (1 + alpha L / mean_G L); wrong 0. GR3, 2603.10535. alpha: the largest with r_max / (1 + alpha) >=
+    the group's mean of the result in nearly all groups; 0.3 in a replication (QGLAS, 2026)."""
+    length = _get(rollouts, "length")
+    return _c(rollouts) / (1 + alpha * length / np.maximum(length.mean(1, keepdims=True), 1))
+
+
+@reward("think_length", compares_group=True)
+def grlc(rollouts, weight=0.5, bonus=0.5, percentile=80, parts=False):
+    """c + weight (w - mean_G w) for thinking and answer, w = 1 - (l - min)/(max - min) in the group; + bonus
+    for the shortest, if its c >= the group's percentile. Nemotron 3 Nano, 2512.20848 Eq. 4-6; there a model
+    scores c: of verdicts, where few are right, the percentile is 0, and the shortest has it though wrong."""
+    c, think = _c(rollouts), _get(rollouts, "think_length")
+    terms, top = {"correct": c}, c >= np.percentile(c, percentile, axis=1, keepdims=True)
+    for name, length in {"think": think, "answer": _get(rollouts, "length") - think}.items():
+        low, high = length.min(1, keepdims=True), length.max(1, keepdims=True)
+        w = (high - length) / np.maximum(high - low, 1)
+        terms[name] = weight * (w - w.mean(1, keepdims=True)) + bonus * (top & (length == low))
+    return _sum(terms, parts)
+
+
+@reward("token_cost")
+def effort(rollouts, parts=False):
+    """c - lambda(e) L, right or wrong; lambda(e) = `token_cost` [P] of the effort that the prompt asks for.
+    Inkling (Thinking Machines, 2026), second-hand: it varies a token's cost; lambda is not published."""
+    cost = _get(rollouts, "token_cost") * _get(rollouts, "length")
+    return _sum({"correct": _c(rollouts), "length": -cost}, parts)
+
+
 @reward("ref_accuracy", "ref_length")
 def o1_pruner(rollouts, lam=5.0, clip=None):
     """ref_length / L - 1 + lam (c - ref_accuracy), both [P], of the reference model. 2501.12570, paper form.
@@ -532,13 +538,6 @@ def affectgpt(rollouts, k_max=8, weight=1.0, parts=False):
     k = `labels` [P, G], the number of emotion words given, not tokens; wrong answers pay too."""
     excess = np.clip((_get(rollouts, "labels") - k_max) / k_max, 0, 1)
     return _sum({"correct": _c(rollouts), "length": -weight * excess}, parts)
-
-
-@reward(compares_group=True)
-def gr3(rollouts, alpha=0.5):
-    """RECONSTRUCTION of GR3, 2603.10535: c / (1 + alpha L / mean_G L); wrong 0. Alpha is not calibrated."""
-    length = _get(rollouts, "length")
-    return _c(rollouts) / (1 + alpha * length / np.maximum(length.mean(1, keepdims=True), 1))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -61,7 +61,6 @@ def build_parser():
         parser.add_argument(name, default=default, help=help, **options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
-
     # model, data, output
     add("--model", help="folder or hub id; without --model and --data: the toy, as in recipes/toy.args")
     add("--data", help="rows of data.py (.jsonl), a preset or a hub id")
@@ -74,11 +73,11 @@ def build_parser():
     add("--overwrite", False, "delete the run in --out first")
     add("--seed", 0, "of prompts, budgets and samples")
     # reward and method
-    add("--reward", "lcpo_exact", "see rewards.py", choices=REWARDS, metavar="NAME")
+    known, named = [r for r in REWARDS if r != "dot_threshold"], ["plain", *methods.names()]
+    add("--reward", "lcpo_exact", "see rewards.py", choices=known, metavar="NAME")
     add("--reward-args", [], "its constants, as alpha=0.0003", **pairs)
     add("--advantage", "grpo", "see rewards.py", choices=ADVANTAGES, metavar="NAME")
     add("--advantage-args", [], "its constants", **pairs)
-    named = ["plain", *methods.names()]
     add("--method", "plain", "what its paper does besides", choices=named, metavar="NAME")
     add("--method-args", [], "its constants", **pairs)
     add("--require-think", False, "an answer without the end of thinking is wrong")
@@ -115,8 +114,9 @@ def build_parser():
     reductions = ["token_mean", "sequence_mean", "constant"]  # 1 / (all tokens, N x own tokens, N x cap)
     add("--loss-reduction", "token_mean", "what a token weighs", choices=reductions)
     add("--kl-coef", 0.0, "weight of the KL to the starting model; 0 loads no such model")
-    add("--kl-estimator", "k3", "of that KL", choices=["k1", "k2", "k3"])
+    add("--kl-estimator", "k3", "of that KL; k1 has no gradient in a loss", choices=["k2", "k3"])
     add("--tis-cap", 2.0, "cap of the trainer/sampler importance weight; 0: off")
+    add("--tis-mode", "token", "cut or masked", choices=["token", "sequence", "token_mask", "sequence_mask"])
     # evaluation and checkpoints
     add("--eval-data", help="held-out problems for evaluate.py: files or presets, comma-separated")
     add("--eval-every", 0, "evaluate before training, every N steps and at the end; 0: never")
@@ -169,7 +169,7 @@ def parse_args(argv=None):
         (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
         (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
-        (args.kl_coef and args.kl_estimator == "k1", "--kl-estimator k1 has no gradient: use k3 or k2"),
+        (0 < args.tis_cap <= 1 and "mask" in args.tis_mode, f"--tis-cap ({args.tis_cap}) must exceed 1"),
         (lacking, f"a flag needs a package that is not installed: pip install {' '.join(lacking)}"),
     ):  # fmt: skip
         if wrong:
@@ -213,8 +213,7 @@ class VLLM:
             f = torch.nn.functional.linear
             ops.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: vars(layer).update(cpu_linear=f)
             options = {"enforce_eager": True}
-        if WORLD > 1:
-            options["distributed_executor_backend"] = "external_launcher"
+        options |= {"distributed_executor_backend": "external_launcher"} if WORLD > 1 else {}
         self.llm = vllm.LLM(
             model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(sequences, 512),
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled, temperature included
@@ -293,15 +292,14 @@ def roll_out(sampler, rows, requests, method, tokenizer, args, key):
     prompts = [q["prompt_ids"] + q["forced"] for q in flat]
     caps = [q["cap"] - len(q["forced"]) for q in flat]
     answers = iter(sampler.generate(prompts, flat[0]["n"], caps, args.temperature, seed) if flat else [])
-    groups = []
-    for group in requests:
-        groups.append([])
-        for q in group:
+    groups = [[] for _ in requests]
+    for group, parts in zip(groups, requests, strict=True):
+        for q in parts:
             forced = np.array(q["forced"], np.int32)
             unknown = np.full(len(forced), np.nan, np.float32)  # the sampler did not choose them
             for r in next(answers):
                 r["ids"], r["logps"] = np.append(forced, r["ids"]), np.append(unknown, r["logps"])
-                groups[-1].append(r | {"prompt_ids": q["prompt_ids"], **q["tags"]})
+                group.append(r | {"prompt_ids": q["prompt_ids"], **q["tags"]})
     method.complete(groups, sampler, seed)
     counts = check(groups, rows, tokenizer, args)
     method.revise(groups, rows)
@@ -333,9 +331,8 @@ def reward_and_advantage(groups, rows, method, args, step):
     rollouts |= {"mode": [row.get("mode") for row in rows], "step": step, "require_think": args.require_think}
     rollouts |= method.reward_inputs(groups, rows, step)
     reward, options = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
-    total, parts = reward(rollouts, **options), {}
-    if "parts" in inspect.signature(reward).parameters:
-        parts = reward(rollouts, **options, parts=True)
+    total, sums = reward(rollouts, **options), "parts" in inspect.signature(reward).parameters
+    parts = reward(rollouts, **options, parts=True) if sums else {}
     # GDPO normalises each part by itself before they are added; all others see their sum.
     scored = np.stack(list(parts.values()) or [total]) if args.advantage == "gdpo" else total
     return rollouts, total, parts, ADVANTAGES[args.advantage](scored, rollouts, **args.advantage_args)
@@ -361,15 +358,15 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
             groups, kept = (groups + [group], kept + [row]) if differs else (groups, kept)
         if len(groups) >= args.prompts_per_step:
             break
-    n, right = args.prompts_per_step, [r["correct"] for group in seen for r in group]
-    counts |= {"sampled_groups": len(seen), "sampled_accuracy": np.mean(right)}
+    n, right = args.prompts_per_step, np.mean([r["correct"] for group in seen for r in group])
+    counts |= {"sampled_groups": len(seen), "kept_groups": min(len(groups), n), "sampled_accuracy": right}
     counts["kept_groups"] = min(len(groups), n)
     groups, kept = (groups, kept) if groups else (seen, seen_rows)
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
 
 # -----------------------------------------------------------------------------
-# Loss. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says of which response each is.
+# Loss and update. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says of which response.
 
 
 def token_weights(lengths, reduction, cap):
@@ -383,17 +380,21 @@ def token_weights(lengths, reduction, cap):
     return np.full_like(lengths, 1 / (len(lengths) * cap))  # constant: Dr. GRPO, 2503.20783
 
 
+def response_sums(x, t, n):
+    """The sum of x [T] over the tokens with a loss of each of n responses, at each of its tokens [T]."""
+    return x.new_zeros(n).index_add(0, t["row"], x * t["mask"])[t["row"]]
+
+
 def sequence_ratio(logp, t, n):
     """GSPO, 2507.18071: exp of the mean of logp - old_logp over a response, at each of its tokens [T]."""
-    tokens = logp.new_zeros(n).index_add(0, t["row"], t["mask"]).clamp(min=1)
-    mean = logp.new_zeros(n).index_add(0, t["row"], (logp - t["old_logp"]) * t["mask"]) / tokens
-    return mean.clamp(-20, 20).exp()[t["row"]]
+    mean = response_sums(logp - t["old_logp"], t, n) / response_sums(torch.ones_like(logp), t, n).clamp(min=1)
+    return mean.clamp(-20, 20).exp()
 
 
 def policy_loss(logp, t, args):
     """The clipped objective of the tokens [T], and sums of its diagnostics over those that have a loss.
 
-    t: old_logp, sampler_logp, ref_logp, advantage, weight, mask [T], and for GSPO sequence_ratio [T].
+    t: old_logp, sampler_logp, ref_logp, advantage, weight, mask [T]; sequence_ratio, _gap: see backward().
     """
     old = logp.detach() if t["old_logp"] is None else t["old_logp"]  # at first it is the policy that sampled
     # Ratios beyond e^20 only come from a broken run; the clamp keeps them finite, so that it can be seen.
@@ -409,9 +410,11 @@ def policy_loss(logp, t, args):
         outside = clipped * advantage < ratio * advantage
         if args.dual_clip:  # 1912.09729
             loss = torch.where(advantage < 0, torch.minimum(loss, -args.dual_clip * advantage), loss)
-    gap = old - torch.where(t["sampler_logp"].isnan(), old, t["sampler_logp"])
-    if args.tis_cap:  # vLLM's numbers are not the trainer's: truncated importance weight between the two
-        loss = loss * gap.clamp(max=60).exp().clamp(max=args.tis_cap)
+    gap = (old - t["sampler_logp"]).nan_to_num(0.0)  # nan: the token was forced, not sampled
+    if args.tis_cap:  # vLLM's numbers are not the trainer's: an importance weight between the two
+        weight = (t["sequence_gap"] if "sequence" in args.tis_mode else gap).clamp(max=60).exp()
+        near = (weight * args.tis_cap >= 1) & (weight <= args.tis_cap)
+        loss = loss * (weight * near if "mask" in args.tis_mode else weight.clamp(max=args.tis_cap))
     stats = {"clip_fraction": (outside * t["mask"]).sum(), "logp_gap": (gap.abs() * t["mask"]).sum()}
     if t["ref_logp"] is not None:
         d = (logp - t["ref_logp"]).clamp(-20, 20)
@@ -420,10 +423,6 @@ def policy_loss(logp, t, args):
         loss, stats["kl"] = loss + args.kl_coef * kl, (kl * t["mask"]).sum()
     loss = (loss * t["weight"]).sum()
     return loss, stats | {"loss": loss}
-
-
-# -----------------------------------------------------------------------------
-# Update
 
 
 def size(r):
@@ -459,8 +458,7 @@ def to_tensors(micro):
     flat["mask"] = np.concatenate([r["mask"] for r in micro])
     flat["weight"] = np.array([r["weight"] for r in micro], np.float32)[row] * flat["mask"]
     # One number for all tokens of a response or, where a method says so, an array of one for each.
-    spread = [np.broadcast_to(np.float32(r["advantage"]), n) for r, n in zip(micro, lengths, strict=True)]
-    flat["advantage"] = np.concatenate(spread)
+    flat["advantage"] = np.concatenate([np.full(len(r["ids"]), r["advantage"], np.float32) for r in micro])
     for name in ("old_logp", "ref_logp"):
         flat[name] = np.concatenate([r[name + "s"] for r in micro]) if name + "s" in micro[0] else None
     t = {k: None if v is None else torch.from_numpy(v).to(DEVICE) for k, v in flat.items()}
@@ -482,8 +480,12 @@ def backward(model, micro, args):
     """Adds the gradient of a micro-batch's loss to p.grad; sums of its diagnostics."""
     t, sums = to_tensors(micro), Counter(real=sum(map(size, micro)))
     head = net.output_head(model, t, args)
-    if args.ratio == "sequence" and t["old_logp"] is not None:  # of whole responses: the head runs once more
-        t["sequence_ratio"] = sequence_ratio(head.all_logps(t["target"]), t, len(micro))
+    of_responses = args.tis_cap and "sequence" in args.tis_mode
+    if of_responses or (args.ratio == "sequence" and t["old_logp"] is not None):  # the head runs once more
+        logp, n = head.all_logps(t["target"]), len(micro)
+        t["old_logp"] = logp if t["old_logp"] is None else t["old_logp"]
+        t["sequence_ratio"] = sequence_ratio(logp, t, n)
+        t["sequence_gap"] = response_sums((t["old_logp"] - t["sampler_logp"]).nan_to_num(0.0), t, n)
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
         of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
         logp, entropy = head.logps(part, of_part["target"])
@@ -560,8 +562,7 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
         os.rename(beside, folder)  # there completely or not at all
         for old in checkpoints(out)[:-2]:
             shutil.rmtree(f"{out}/checkpoint-{old}")
-    if WORLD > 1:
-        dist.barrier()
+    PartialState().wait_for_everyone()
 
 
 def checkpoints(out):
@@ -571,17 +572,20 @@ def checkpoints(out):
 
 def newest_checkpoint(args):
     """(state, model) to go on from, ({}, None) where there is nothing. A damaged checkpoint is skipped."""
-    damaged, safe = "", {"map_location": "cpu", "weights_only": True}  # no code in it is ever run
-    for step in reversed(checkpoints(args.out)) if args.resume else ():
-        folder = f"{args.out}/checkpoint-{step}"
+    damaged, safe = "", {"map_location": "cpu", "mmap": True, "weights_only": True}  # runs no code in it
+    for step in reversed(gather_object([checkpoints(args.out)])[0]) if args.resume else ():  # of rank 0
+        folder, wrong, empty = f"{args.out}/checkpoint-{step}", "", args.fsdp and RANK > 0
         try:
             state = torch.load(f"{folder}/trainer_state.pt", **safe)
-            return state, net.load_model(args.model if args.lora else folder, args)
+            model = net.load_model(args.model if args.lora else folder, args, empty=empty)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, BadInput) as error:
             if "allocate" in str(error):  # out of memory is no damage
                 raise
-            damaged = f"--resume: {folder} is damaged ({repr(error)[:120]})"
-            print0(f"{damaged}: skipped")
+            wrong = repr(error)[:120]
+        if not (wrong := max(gather_object([wrong]))):  # damaged for one process, damaged for all
+            return state, model
+        damaged = f"--resume: {folder} is damaged ({wrong})"
+        print0(f"{damaged}: skipped")
     if damaged:
         raise BadInput(f"{damaged}, and nothing before it is whole: start again with --overwrite")
     return {}, None
@@ -645,8 +649,7 @@ def main(argv=None):
     model, reference, optimizer = net.build(args, model, args.kl_coef or method.asks_starting_model, DEVICE)
     step, position = saved.get("step", 0), saved.get("position", 0)
     method.state |= saved.get("method", {})
-    if saved:
-        net.load_trained_state(model, optimizer, saved)
+    net.load_trained_state(model, optimizer, saved)
 
     # ---- the engine on the same GPU, with room for the longest prompt and response
     stops = data.stop_ids(model.generation_config, tokenizer)
@@ -768,25 +771,22 @@ def length_metrics(rollouts, drawn):
         m |= {"within_10": (np.abs(e) <= 0.1).mean(), "error_by_budget": {}}
     for low, high in zip(lowest, [*lowest[1:], math.inf], strict=False):
         if (inside := (budget >= low) & (budget < high)).any():
-            e = error[inside]
-            cell = {"signed": e.mean(), "abs": np.abs(e).mean(), "length": length[inside].mean()}
-            m["error_by_budget"][str(low)] = cell
+            e, mean = error[inside], length[inside].mean()
+            m["error_by_budget"][str(low)] = {"signed": e.mean(), "abs": np.abs(e).mean(), "length": mean}
     return m
 
 
 def log(m, args, bar, tracker):
-    """A step into metrics.jsonl, to the tracker and onto the screen."""
-    m = {k: v.item() if hasattr(v, "item") else v for k, v in m.items()}
-    m = {k: v if v == v else None for k, v in m.items()}  # JSON knows no nan
+    """A step into metrics.jsonl (nan: null, JSON knows none), to the tracker and onto the screen."""
+    m = {k: None if v != v else v.item() if hasattr(v, "item") else v for k, v in m.items()}
     if RANK == 0:
         with open(f"{args.out}/metrics.jsonl", "a") as f:
             f.write(json.dumps(m) + "\n")
         error = f"  error {m['abs_error']:.1%}" if "abs_error" in m else ""
-        bar.write(
-            f"step {m['step'] + 1:4d}/{args.steps}  reward {m['reward']:+.3f}  accuracy {m['accuracy']:.2f}  "
-            f"length {m['length']:.1f}{error}  cut {m['truncated']:.2f}  entropy {m['entropy']:.2f}  "
-            f"grad {m['grad_norm']:.2f}  {m['seconds_sample']:.1f} + {m['seconds_train']:.1f} s"
-        )
+        bar.write(f"step {m['step'] + 1:4d}/{args.steps}  reward {m['reward']:+.3f}  accuracy "
+                  f"{m['accuracy']:.2f}  length {m['length']:.1f}{error}  cut {m['truncated']:.2f}  entropy "
+                  f"{m['entropy']:.2f}  grad {m['grad_norm']:.2f}  {m['seconds_sample']:.1f} + "
+                  f"{m['seconds_train']:.1f} s")  # fmt: skip
         bar.update()
         if tracker:
             tracker(m)

@@ -1,9 +1,7 @@
 r"""What people do instead of RL: length control at decoding time, and small edits of finished checkpoints.
 
     python -m evaluation.baselines sweep --model DIR --data math500 --budgets 512,1024 --n 16 --out out/base
-    python -m evaluation.baselines merge --base A --tuned B --out C
-    python -m evaluation.baselines thinkedit --model A --samples out/eval/samples.jsonl --out C --heads 20
-    python -m evaluation.baselines tops --samples out/eval/samples.jsonl --out rows.jsonl
+    python -m evaluation.baselines merge|thinkedit|tops ...         see studies/edits.py
 
 sweep asks without a budget sentence; each METHOD's evaluation goes to OUT/METHOD, one table to the screen:
   none        no control
@@ -27,9 +25,10 @@ import numpy as np
 
 import data
 import evaluate
-from data import BadInput
+from data import BadInput, run
 from evaluation import engines, report
-from evaluation.samples import check_writable, run
+from evaluation.samples import check_writable
+from studies import edits
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
 WAITS = 100  # stops that s1 overrides at most, per response (L1's choice)
@@ -87,32 +86,25 @@ class Baseline:
         return budget, budget + (least and min(least - 1 + self.answer_tokens, self.room - budget))
 
     def generate(self, prompts: list, n: int, budget: int | None, seed: int, **sampling) -> list[list[dict]]:
-        """n responses per prompt: {"ids", "truncated"} and further fields; `sampling`: temperature, top_p."""
+        """n responses per prompt: {"ids", "truncated"} and further fields; `sampling`: temperature, top_p.
+
+        s1 replaces a stop before the budget by "Wait". Thinking that did not end by itself then gets
+        `</think>` and the final text; under stop_scale the response ends there instead.
+        """
         think, total = self.caps(budget)
         if self.method in ("none", "cut"):
             return self.sampler.generate(prompts, n, [total] * len(prompts), seed=seed, **sampling)
-        return self.think_then_answer(prompts, n, think, total, seed, sampling, self.scales.get(budget, 1.0))
-
-    def think_then_answer(
-        self, prompts: list, n: int, think: int, total: int, seed: int, sampling: dict, scale: float
-    ) -> list[list[dict]]:
-        """n responses per prompt that think for at most `think` tokens and are at most `total` tokens long.
-
-        s1 replaces a stop before `think` by "Wait". Thinking that did not end by itself then gets `</think>`
-        and the final text; under stop_scale the response ends there instead.
-        """
         rng, stop_ids = np.random.default_rng(seed), [*self.sampler.stop_ids, self.end]
-        options = sampling | {"stop_ids": stop_ids, "logit_bias": stop_bias(stop_ids, scale) or None}
+        bias = stop_bias(stop_ids, self.scales.get(budget, 1.0))
         start = {"waits": 0, "injected": 0, "forced": False, "truncated": None, "done": False}
         rows = [start | {"prompt": list(prompt), "ids": []} for prompt in prompts for _ in range(n)]
-        thinking = rows
-        while thinking:
-            for row, response in zip(thinking, self.go_on(thinking, think, rng, options), strict=True):
+        while thinking := [row for row in rows if not row["done"]]:
+            made = self.go_on(thinking, think, rng, stop_ids=stop_ids, logit_bias=bias, **sampling)
+            for row, response in zip(thinking, made, strict=True):
                 self.add_thinking(row, response, think)
-            thinking = [row for row in thinking if not row["done"]]
         # The answer is sampled as the model gives it: the odds of its end are not scaled.
         asked = [row for row in rows if row["truncated"] is None and len(row["ids"]) < total]
-        for row, response in zip(asked, self.go_on(asked, total, rng, sampling), strict=True):
+        for row, response in zip(asked, self.go_on(asked, total, rng, **sampling), strict=True):
             row["ids"] += response["ids"].tolist()
             row["truncated"] = response["truncated"]
         for row in rows:
@@ -120,7 +112,7 @@ class Baseline:
             row["ids"] = np.array(row["ids"], np.int32)
         return [rows[i : i + n] for i in range(0, len(rows), n)]
 
-    def go_on(self, rows: list[dict], total: int, rng: np.random.Generator, options: dict) -> list[dict]:
+    def go_on(self, rows: list[dict], total: int, rng: np.random.Generator, **options) -> list[dict]:
         """One continuation of every row, up to `total` tokens of the response."""
         prompts = [row["prompt"] + row["ids"] for row in rows]
         caps, seed = [total - len(row["ids"]) for row in rows], int(rng.integers(2**31))
@@ -184,6 +176,7 @@ def fit_scale(baseline: Baseline, prompts: list, budget: int, sampling: dict, tr
 
 def sweep(args: argparse.Namespace) -> None:
     """All baselines of --methods on one model and one set of problems; one table at the end."""
+    check_args(args)
     budgets = evaluate.budget_list(args.budgets)
     if None in budgets:
         raise BadInput(f"--budgets {args.budgets!r}: give token counts; the run without a budget is a method")
@@ -226,16 +219,17 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of all commands, not yet checked."""
+    """The flags of all commands, not yet checked; `run` is the command's function."""
     about = "Length control without RL, edits of checkpoints, selection of samples."
     parser = argparse.ArgumentParser("-m evaluation.baselines", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, text):
-        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(function, text):
+        made = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=function)
         return data.one_line_errors(made).add_argument
 
-    add = command("sweep", "run decoding-time baselines over budgets")
+    add = command(sweep, "run decoding-time baselines over budgets")
     add("--model", required=True, help="model folder or hub id")
     add("--data", required=True, help="data sets, comma-separated: presets, files of problems, toy, toy_ood")
     add("--budgets", required=True, help="tokens, comma-separated: 512,1024")
@@ -249,64 +243,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
-
-    add = command("merge", "DLER: base + scale x the largest updates of the tuned model")
-    add("--base", required=True, help="folder of the model before training")
-    add("--tuned", required=True, help="folder of the model after training")
-    add("--out", required=True, help="folder to write")
-    add("--keep", type=float, default=0.25, help="share of the weights that keep their update (default 0.25)")
-    add("--scale", type=float, default=0.7, help="factor on the kept updates (default 0.7)")
-
-    add = command("thinkedit", "ThinkEdit: no head writes the direction of short thinking any more")
-    add("--model", required=True, help="model folder or hub id")
-    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) of this model, by evaluate.py")
-    add("--out", required=True, help="folder to write")
-    add("--heads", type=int, default=20, help="heads to edit (paper: 20 at 1.5B, 40 at 8B, 160 at 32B)")
-    add("--long", type=int, default=1000, help="thinking of more tokens than this is long (default 1000)")
-    add("--short", type=int, default=100, help="thinking of fewer tokens than this is short (default 100)")
-
-    add = command("tops", "TOPS: the shortest right response of every problem, as supervised rows")
-    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) at several budgets or efforts")
-    add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
+    edits.add_commands(command)
     return data.one_line_errors(parser).parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a model is opened; turn the methods into a list."""
-    least = {"n": 1, "max_tokens": 1, "answer_tokens": 1, "seed": 0, "limit": 1, "heads": 1}
-    for name, low in (least | {"long": 0, "short": 1, "temperature": 0}).items():
-        value = getattr(args, name, None)
+    least = {"n": 1, "max_tokens": 1, "answer_tokens": 1, "seed": 0, "limit": 1, "temperature": 0}
+    for name, low in least.items():
+        value = getattr(args, name)
         # Written so that nan, which compares false with everything, is refused as well.
         if value is not None and not low <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {low} or more")
-    for name in ("top_p", "keep"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise BadInput(f"--{name.replace('_', '-')} ({getattr(args, name)}) is a share from 0 to 1")
-    if args.command == "thinkedit" and not args.short <= args.long:
-        raise BadInput(f"--short ({args.short}) must not be above --long ({args.long})")
-    if args.command == "tops":
-        data.check_out(args.out)
-        return
+    if not 0 < args.top_p <= 1:
+        raise BadInput(f"--top-p ({args.top_p}) is a share above 0, at most 1")
     check_writable(args.out)
-    if args.command != "sweep" and os.path.exists(args.out):
-        raise BadInput(f"--out {args.out} exists: name a new folder")
-    if args.command == "sweep":
-        args.methods = list(dict.fromkeys(args.methods.split(",")))
-        for method in args.methods:
-            if method not in METHODS:
-                raise BadInput(f"--methods {method!r} is unknown: use some of {', '.join(METHODS)}")
-            if os.path.exists(os.path.join(args.out, method)):
-                raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
+    args.methods = list(dict.fromkeys(args.methods.split(",")))
+    for method in args.methods:
+        if method not in METHODS:
+            raise BadInput(f"--methods {method!r} is unknown: use some of {', '.join(METHODS)}")
+        if os.path.exists(os.path.join(args.out, method)):
+            raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
 
 
 def command(argv: list[str] | None) -> None:
     args = parse_args(argv)
-    check_args(args)
-    if args.command == "sweep":
-        return sweep(args)
-    from studies import edits
-
-    getattr(edits, args.command)(args)
+    args.run(args)
 
 
 def main(argv: list[str] | None = None) -> int:

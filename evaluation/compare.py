@@ -12,12 +12,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 
-import data
-from data import BadInput
+from data import BadInput, one_line_errors, run
 from evaluation import metrics, plots, report
-from evaluation.samples import check_writable, name_folders, read_samples, run, write_json
+from evaluation.samples import check_writable, name_folders, read_samples, write_json
 
 COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs error", "over_budget": "over"}
 
@@ -34,22 +32,20 @@ def read_table(folder: str) -> dict:
     return table
 
 
-def compare_cells(parts: dict, cells: dict, seed: int) -> dict:
+def compare_cells(parts: dict, cells: dict) -> dict:
     """{"problems", "figures", "difference" to the first}; `parts`, `cells`: {label: of one data set, budget}.
 
     On the problems that all of them have; the bootstrap draws are the same for all.
     """
-    asked = []
-    for label, cell in cells.items():
-        there = set(cell["problem"])
-        asked.append({i for i, row in parts[label]["ids"].items() if row in there})
+    names = {label: list(part["ids"]) for label, part in parts.items()}
+    asked = [{names[label][i] for i in set(cell["problem"])} for label, cell in cells.items()]
     shared = sorted(set.intersection(*asked), key=str)
     figures, drawn = {}, {}
     for label, cell in cells.items():
         rows = [parts[label]["ids"][i] for i in shared]
-        columns = metrics.columns_of(cell, len(parts[label]["ids"]))
+        columns = metrics.columns_of(cell, len(names[label]))
         columns = {key: [sums[rows] for sums in columns[key]] for key in metrics.FIGURES}
-        drawn[label] = metrics.bootstrap(columns, seed) if rows else {}
+        drawn[label] = metrics.bootstrap(columns) if rows else {}
         figures[label] = {key: float(metrics.ratio(t.sum(), b.sum())) for key, (t, b) in columns.items()}
         figures[label]["ci"] = {key: metrics.interval(x) for key, x in drawn[label].items()}
     first, gaps = next(iter(cells)), {}
@@ -60,7 +56,7 @@ def compare_cells(parts: dict, cells: dict, seed: int) -> dict:
     return {"problems": len(shared), "figures": figures, "difference": gaps}
 
 
-def compare_set(parts: dict, seed: int) -> dict:
+def compare_set(parts: dict) -> dict:
     """{budget: what compare_cells found} of one data set; `parts`: {label: its part of the table}."""
     texts = {}
     for label, part in parts.items():
@@ -77,7 +73,7 @@ def compare_set(parts: dict, seed: int) -> dict:
         cells = {m: part["cells"].get(None if m in alone else budget) for m, part in parts.items()}
         cells = {label: cell for label, cell in cells.items() if cell}
         if len(cells) > 1 and next(iter(parts)) in cells:
-            out[metrics.label(budget)] = compare_cells(parts, cells, seed)
+            out[metrics.label(budget)] = compare_cells(parts, cells)
     return out
 
 
@@ -97,55 +93,48 @@ def table_rows(budgets: dict) -> list[list[str]]:
     return rows
 
 
-def compare(specs: list[str], out: str, seed: int = 0, log: Callable = print) -> dict:
-    """Compare finished evaluations; compare.json, pictures and report.html go to `out`."""
-    models = name_folders(specs)
+def compare(argv: list[str] | None) -> None:
+    """Compare finished evaluations; compare.json, pictures and report.html go to --out."""
+    parser = argparse.ArgumentParser("-m evaluation.compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
+    parser.add_argument("--out", required=True, help="folder for table, pictures and report")
+    args = one_line_errors(parser).parse_args(argv)
+    check_writable(args.out)
+    if os.path.exists(os.path.join(args.out, "results.json")):
+        raise BadInput(f"--out {args.out} holds an evaluation: name another folder")
+    models = name_folders(args.folders)
     if len(models) < 2:
         raise BadInput("to compare takes two finished evaluations or more")
     tables = {label: read_table(folder) for label, folder in models.items()}
     names = [name for name in next(iter(tables.values())) if all(name in t for t in tables.values())]
-    sets = {name: compare_set({label: t[name] for label, t in tables.items()}, seed) for name in names}
+    sets = {name: compare_set({label: t[name] for label, t in tables.items()}) for name in names}
     sets = {name: {"budgets": budgets} for name, budgets in sets.items() if budgets}
     if not sets:
         held = "; ".join(f"{label}: {', '.join(table)}" for label, table in tables.items())
         raise BadInput(f"no data set and budget is in all of them ({held})")
     result = metrics.jsonable({"models": models, "datasets": sets})
-    os.makedirs(out, exist_ok=True)
-    curves, sections = {}, []
+    os.makedirs(args.out, exist_ok=True)
+    curves, lengths, sections = {}, {}, []
     for name, part in result["datasets"].items():
         curves[name] = {label: {} for label in models}
         for budget, cell in part["budgets"].items():
             for label, figures in cell["figures"].items():
                 curves[name][label][budget] = figures
+        lengths[name] = {label: metrics.lengths_of(table[name]) for label, table in tables.items()}
         summary, rows = report.summary_rows(curves[name]), table_rows(part["budgets"])
         text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"
-        log(f"\n{name}: differences are to {next(iter(models))}, on the same problems\n{text}")
+        print(f"\n{name}: differences are to {next(iter(models))}, on the same problems\n{text}")
         sections.append((name, "", [summary, rows], []))
-    lengths = {name: {m: metrics.lengths_of(t[name]) for m, t in tables.items()} for name in curves}
-    pictures = plots.draw_models(curves, lengths, out)
-    sections.insert(0, ("Lengths, accuracy", "", [], pictures))
+    pictures = plots.draw_models(curves, lengths, args.out)
+    sections = [("Lengths, accuracy", "", [], pictures), *sections]
     result["pictures"] = [os.path.basename(p) for p in pictures]
-    report.write(os.path.join(out, "report.html"), " / ".join(models), models, sections, [])
-    write_json(os.path.join(out, "compare.json"), result)
-    log(f"compare: compare.json, pictures and report.html in {out}")
-    return result
-
-
-def command(argv: list[str] | None) -> None:
-    about = "Finished evaluations against each other: paired differences, violins on the same axes."
-    parser = argparse.ArgumentParser("-m evaluation.compare", description=about, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
-    parser.add_argument("--out", required=True, help="folder for table, pictures and report")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    args = data.one_line_errors(parser).parse_args(argv)
-    check_writable(args.out)
-    if os.path.exists(os.path.join(args.out, "results.json")):
-        raise BadInput(f"--out {args.out} holds an evaluation: name another folder")
-    compare(args.folders, args.out, args.seed)
+    report.write(os.path.join(args.out, "report.html"), " / ".join(models), models, sections, [])
+    write_json(os.path.join(args.out, "compare.json"), result)
+    print(f"compare: compare.json, pictures and report.html in {args.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.compare", command, argv)
+    return run("evaluation.compare", compare, argv)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,25 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
-import data
-from data import BadInput
+from data import BadInput, one_line_errors, run
 from evaluation import plots
-from evaluation.samples import check_writable, name_folders, run
+from evaluation.samples import check_writable, name_folders
 
 COLOURS = ("#1f3f5f", "#8a4b08", "#3a7d44", "#7b3f8c", "#c0392b", "#2a9d8f", "#6b6b6b", "#b8860b")
 
 
 def read_metrics(folder: str) -> list[dict]:
     """The steps in FOLDER/metrics.jsonl; a last line that is still being written is left out."""
-    path, steps = os.path.join(folder, "metrics.jsonl"), {}
-    if not os.path.exists(path):
+    path = Path(folder, "metrics.jsonl")
+    if not path.exists():
         raise BadInput(f"{folder}: no metrics.jsonl in it: give the --out folder of a training run")
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            if line.endswith("\n"):
-                step = json.loads(line)
-                steps[step["step"]] = step  # a step that was taken again counts as it came last
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    # A step that was taken again counts as it came last.
+    steps = {step["step"]: step for step in map(json.loads, lines)}
     if not steps:
         raise BadInput(f"{folder}: no step is finished yet: come back later")
     return [steps[step] for step in sorted(steps)]
@@ -40,18 +38,14 @@ def series(steps: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     for step in steps:
         value = step
         for key in name.split("/"):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            points.append((step["step"] + 1, float(value)))
-    x, y = np.array(points).reshape(-1, 2).T
-    return x, y
+            value = (value or {}).get(key)
+        points += [] if value is None else [(step["step"] + 1, float(value))]
+    return tuple(np.array(points).reshape(-1, 2).T)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over the last `width` values (fewer at the beginning): no value waits for later ones."""
-    sums, ends = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - max(1, width), 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return np.array([values[max(0, i - max(1, width)) : i].mean() for i in range(1, len(values) + 1)])
 
 
 def draw(runs: dict[str, list[dict]], path: str) -> None:
@@ -80,7 +74,7 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
                 ax.plot(x, smooth(y, len(y) // 40), lw=1.7, label=label, **style)
                 if not others:
                     ax.plot(x, y, lw=0.8, alpha=0.25, **style)
-            ax.set_title(title, loc="left", fontsize=11)
+            ax.set_title(title)
             ax.grid(color="0.92")
             ax.legend(fontsize=8)
         # A beginning that is far off would flatten the rest.
@@ -92,11 +86,10 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
 
 def command(argv: list[str] | None) -> None:
     """Draw the curves of these runs, say where each stands."""
-    about = "Learning curves of runs, also of those that still train."
-    parser = argparse.ArgumentParser("-m evaluation.curves", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser("-m evaluation.curves", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="--out folders of runs, or LABEL=FOLDER")
     parser.add_argument("--out", help="folder of curves.png (default: the first run's)")
-    args = data.one_line_errors(parser).parse_args(argv)
+    args = one_line_errors(parser).parse_args(argv)
     named = name_folders(args.runs)
     out = args.out or next(iter(named.values()))
     check_writable(out)

@@ -1,11 +1,5 @@
 """The pictures of an evaluation, from plain numbers to PNG files.
 
-    violins       produced against requested length, a violin per budget with its median
-    accuracy      accuracy against mean produced length, with 95% intervals over problems
-    error         mean absolute and mean signed length error per budget
-    models        accuracy-length curves of several models
-    side_by_side  violins of several models on the same axes
-
 A violin shows the middle 90% of a budget's responses: the shortest and the longest 5% are cut, since one
 response that never ends would flatten all others. Figures in results.json always count every response.
 """
@@ -20,6 +14,7 @@ import numpy as np
 # Told apart by shape and brightness too, so that a greyscale print loses nothing.
 DARK, LIGHT, OTHER, GREEN = "#1f3f5f", "#8fb8dc", "#8a4b08", "#4f8a5b"
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE |= {"axes.titlelocation": "left", "axes.titlesize": 11}
 
 
 @contextlib.contextmanager
@@ -30,7 +25,7 @@ def canvas(path: str, rows: int = 1, columns: int = 1, sharey: bool = True) -> I
     matplotlib.use("Agg")  # files only: a training machine has no screen
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE | {"text.parse_math": False}):  # a $ in a name starts no formula
         several, share = rows * columns > 1, {"sharex": True, "sharey": sharey, "layout": "constrained"}
         size = (6 * columns, 4 * rows + rows % 2) if several else (7.5, 5)
         picture, axes = plt.subplots(rows, columns, figsize=size, **share)
@@ -56,7 +51,7 @@ def draw(datasets: dict, lengths: dict, out: str, trained: list[int] | None = No
             paths[name].append(path_of(out, kind, name, datasets))
             with canvas(paths[name][-1]) as ax:
                 function(ax, shown, trained)
-                set_title(ax, f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}")
+                ax.set_title(f"{name}: {part['problems']} problems, mode {part['mode'] or 'none'}")
     return paths
 
 
@@ -64,11 +59,6 @@ def path_of(out: str, kind: str, name: str, names: Sequence[str]) -> str:
     """OUT/KIND.png, or OUT/KIND_NAME.png where there are several data sets."""
     suffix = "" if len(names) == 1 else "_" + re.sub(r"[^\w.-]+", "_", name)
     return os.path.join(out, f"{kind}{suffix}.png")
-
-
-def set_title(ax, text: str) -> None:
-    """A dollar sign in a name starts no formula."""
-    ax.set_title(text.replace("$", r"\$"), loc="left", fontsize=11)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,14 +81,6 @@ def error_bar(figures: dict, key: str) -> tuple[float, float]:
     value = figures[key]
     low, high = figures.get("ci", {}).get(key, (value, value))
     return max(0.0, 100 * (value - low)), max(0.0, 100 * (high - value))
-
-
-def length_axis(ax, lengths: Sequence[float]) -> None:
-    """A logarithmic length axis where lengths lie far apart: accuracy grows with the logarithm, if at all."""
-    if max(lengths) > 8 * min(lengths) > 0:
-        ax.set_xscale("log", base=2)
-        low, high = (int(np.log2(f(lengths))) for f in (min, max))
-        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
 
 
 def legend(ax) -> None:
@@ -141,13 +123,11 @@ def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] |
         kept = kept if len(kept) else lengths[budget]
         (body,) = ax.violinplot(kept, [budget], widths=right - left, showextrema=False)["bodies"]
         body.set(facecolor=LIGHT if filled else "white", edgecolor=DARK, lw=1, alpha=1, zorder=4)
-        ax.plot([left, right], [median, median], color="black", lw=2.4, zorder=6)
+        body.set_label(None if filled else "budget not trained")
+        ax.plot([left, right], [median, median], color="black", lw=2.4, zorder=6, label="median")
         style = dict(fontsize=9, zorder=7, bbox=dict(fc="white", ec="none", alpha=0.7, pad=0.5))
         above = dict(xytext=(0, 5), textcoords="offset points", ha="center")
         ax.annotate(f"{median:.0f}", (budget, most), **above, **style)
-    if not known.all():
-        ax.fill_between([], [], fc="white", ec=DARK, label="budget not trained")
-    ax.plot([], [], color="black", lw=2.4, label="median")  # the legend's one entry for all of them
     if None in cut:
         label = f"median without a budget: {cut[None][1]:.0f}"
         ax.axhline(cut[None][1], color=OTHER, lw=1.4, ls="-.", zorder=2, label=label)
@@ -194,7 +174,10 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
             place = dict(xytext=(7, -14), ha="left") if k % 2 else dict(xytext=(-6, 6), ha="right")
             ax.annotate(budget, (x[budget], y[budget]), fontsize=9, textcoords="offset points", **place)
         lengths, heights = [*lengths, *x.values()], [*heights, *y.values()]
-    length_axis(ax, lengths)
+    if max(lengths) > 8 * min(lengths) > 0:  # far apart: accuracy grows with the logarithm, if at all
+        ax.set_xscale("log", base=2)
+        low, high = (int(np.log2(f(lengths))) for f in (min, max))
+        plain_ticks(ax.xaxis, [2**i for i in range(low, high + 2)])
     ax.set(xlabel="mean produced length (tokens); the labels are budgets", ylabel="accuracy (%)")
     # At least 16 points of accuracy are shown, so that noise does not look like a trend.
     low, high = ax.get_ylim()
@@ -237,8 +220,7 @@ def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:
     """
     paths = []
     for name, models in curves.items():
-        shown = {m: cells for m, cells in lengths[name].items() if set(cells) - {None}}
-        shown = dict(list(shown.items())[:4])
+        shown = dict([(m, cells) for m, cells in lengths[name].items() if set(cells) - {None}][:4])
         axis = sorted({b for cells in shown.values() for b in cells if b is not None})
         if len(shown) > 1:
             paths.append(path_of(out, "side_by_side", name, curves))
@@ -247,13 +229,13 @@ def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:
                 for ax, (model, cells) in zip(axes, shown.items(), strict=True):
                     draw_violins(ax, cells, None, axis)
                     limits.append(ax.get_ylim())
-                    set_title(ax, f"{name}: {model}")
+                    ax.set_title(f"{name}: {model}")
                 axes[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         known = {m: {b: c for b, c in cells.items() if c["mean_length"] is not None}
                  for m, cells in models.items()}  # fmt: skip
         if any(known.values()):
             paths.append(path_of(out, "models", name, curves))
             with canvas(paths[-1]) as ax:
-                draw_accuracy(ax, {m.replace("$", r"\$"): cells for m, cells in known.items()})
-                set_title(ax, f"{name}: points are budgets, bars 95% intervals")
+                draw_accuracy(ax, known)
+                ax.set_title(f"{name}: points are budgets, bars 95% intervals")
     return paths

@@ -12,9 +12,10 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 SHOWN = 800  # samples in the page's browser: all of some problems, rather than one of each
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_page.html")
+TEMPLATE = Path(__file__).with_name("report_page.html")
 FIELDS = "id sample source problem answer prompt budget mode response length finish_reason correct".split()
 LONGEST = 20_000  # characters of a response that are shown; what is left out of its middle is said
 COLUMNS = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length", "signed": "signed_error"}
@@ -131,9 +132,7 @@ def html_table(rows: list[list[str]]) -> str:
 
 def html_picture(path: str) -> str:
     """A PNG file inside the page."""
-    with open(path, "rb") as f:
-        encoded = base64.b64encode(f.read()).decode()
-    name = html.escape(os.path.basename(path))
+    encoded, name = base64.b64encode(Path(path).read_bytes()).decode(), html.escape(os.path.basename(path))
     wide = " class=wide" if name.startswith("side_by_side") else ""
     return f'<img{wide} alt="{name}" src="data:image/png;base64,{encoded}">'
 
@@ -149,8 +148,7 @@ def write(path: str, title: str, facts: dict, sections: list, samples: list, tot
         parts.append(f"<h2>{html.escape(heading)}</h2>{shown}<p>{html.escape(note)}</p>")
         if any(others):
             parts.append(f"<details><summary>More figures</summary>{''.join(others)}</details>")
-    with open(TEMPLATE, encoding="utf-8") as f:
-        page = f.read()
+    page = TEMPLATE.read_text(encoding="utf-8")
     if not samples:
         page = re.sub("<!--BROWSER-->.*<!--END-->", "", page, flags=re.S)
     # "<" is written as an escape: no text of a model can end the script element.
@@ -162,8 +160,7 @@ def write(path: str, title: str, facts: dict, sections: list, samples: list, tot
     # In one pass: what is put in is never searched for marks.
     page = re.sub("|".join(map(re.escape, marks)), lambda match: marks[match[0]], page)
     # Half a surrogate pair, which a model may write, has no place in UTF-8.
-    with open(path, "w", encoding="utf-8", errors="replace") as f:
-        f.write(page)
+    Path(path).write_text(page, encoding="utf-8", errors="replace")
 
 
 def write_report(results: dict, pictures: dict[str, list], browser: Browser, out: str) -> None:

@@ -12,44 +12,12 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
-from data import BadInput, first_line, one_line_errors
+from data import BadInput, first_line, one_line_errors, run
 from train_grpo import load_rows
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [length-control, reasoning, grpo, nanoL1]
-{base_line}---
-
-# {name}
-
-`{base}`, trained by reinforcement learning for {steps} steps with nanoL1 (`--reward {reward}`,
-`--advantage {advantage}`, `--method {method}`).
-
-## How to ask for a length
-
-Budgets trained: {budgets}. Outside of them a model may well not obey. The budget is a sentence of the user's
-turn, in these very words, with PROBLEM and N filled in:
-
-```
-{prompt}
-```
-
-It counts the generated tokens of the whole response. Sample at temperature {temperature:g}, as in training.
-
-## Length control
-
-{table}
-
-## How it was made
-
-`python train_grpo.py` with these settings:
-
-```json
-{settings}
-```
-"""
+TEMPLATE = Path(__file__).with_name("card_page.md")
 COLUMNS = {  # figure in results.json: heading, how it is written
     "n": ("samples", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean_length": ("mean length", "{:.0f}"),
     "abs_error": ("mean error", "{:.1%}"), "signed_error": ("signed error", "{:.1%}"),
@@ -57,10 +25,9 @@ COLUMNS = {  # figure in results.json: heading, how it is written
 }  # fmt: skip
 
 
-def table(evaluation: str) -> str:
+def table(evaluation: Path) -> str:
     """Markdown: a line per data set and budget of the results.json in the folder `evaluation`."""
-    with open(os.path.join(evaluation, "results.json"), encoding="utf-8") as f:
-        results = json.load(f)
+    results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
     lines = ["| data | asked for | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
     lines.append("| --- | ---: |" + " ---: |" * len(COLUMNS))
     for name, part in results["datasets"].items():
@@ -83,33 +50,29 @@ def template(rows: list[dict]) -> str:
 
 def write_card(folder: str, evaluation: str | None) -> None:
     """README.md of a checkpoint, from its run's args.json, rows and evaluation (None: OUT/eval, if there)."""
-    out = os.path.dirname(os.path.abspath(folder))
-    try:
-        with open(os.path.join(out, "args.json")) as f:
-            args = json.load(f)
-    except OSError:
-        raise BadInput(f"{folder} is no checkpoint of a run: {out} has no args.json") from None
+    out = Path(folder).resolve().parent
+    if not (out / "args.json").exists():
+        raise BadInput(f"{folder} is no checkpoint of a run: {out} has no args.json")
+    args = json.loads((out / "args.json").read_text(encoding="utf-8"))
     rows = load_rows(argparse.Namespace(**args))
     budgets = sorted({row["budget"] for row in rows if row.get("budget")})
     few = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]} to {budgets[-1]}"
-    done = evaluation or os.path.join(out, "eval")
-    measured = os.path.exists(os.path.join(done, "results.json"))
-    if evaluation and not measured:
+    done, text = Path(evaluation or out / "eval"), "Not measured yet."
+    if (done / "results.json").exists():
+        text = table(done)
+        for picture in sorted(done.glob("violins*.png")):
+            shutil.copy(picture, folder)
+            text += f"\n\n![requested and produced length]({picture.name})"
+    elif evaluation:
         raise BadInput(f"--eval ({evaluation}) holds no results.json: name a finished evaluation's folder")
-    text = table(done) if measured else "Not measured yet."
-    for picture in sorted(os.listdir(done)) if measured else []:
-        if picture.startswith("violins") and picture.endswith(".png"):
-            shutil.copy(os.path.join(done, picture), folder)
-            text += f"\n\n![requested and produced length]({picture})"
     local = os.path.isdir(args["model"])
-    card = CARD.format(
-        name=os.path.basename(out), base=os.path.basename(args["model"]) if local else args["model"],
+    card = TEMPLATE.read_text(encoding="utf-8").format(
+        name=out.name, base=os.path.basename(args["model"]) if local else args["model"],
         base_line="" if local else f"base_model: {args['model']}\n", prompt=template(rows), table=text,
         budgets=f"{few} tokens" if budgets else "none", settings=json.dumps(args, indent=1),
         **{key: args[key] for key in ("steps", "reward", "advantage", "method", "temperature")},
     )  # fmt: skip
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-        f.write(card)
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
 
 
 def push(folder: str, repo: str) -> None:
@@ -126,21 +89,19 @@ def push(folder: str, repo: str) -> None:
     print(f"uploaded: {done.commit_url}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+def command(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser("integrations.card", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--eval", help="folder of an evaluation (default: eval beside the checkpoint)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the hub")
-    try:
-        args = one_line_errors(parser).parse_args(argv)
-        write_card(args.checkpoint, args.eval)
-        if args.push_to_hub:
-            push(args.checkpoint, args.push_to_hub)
-    except BadInput as error:
-        print(f"integrations.card: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = one_line_errors(parser).parse_args(argv)
+    write_card(args.checkpoint, args.eval)
+    if args.push_to_hub:
+        push(args.checkpoint, args.push_to_hub)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("integrations.card", command, argv)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,16 @@ import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 # verl loads this file by its path, in Ray workers that do not know its folder.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import stop_ids  # noqa: E402
+from data import load_tokenizer, same_types, stop_ids  # noqa: E402
 from rewards import REWARDS  # noqa: E402
 from verifier import check_answers  # noqa: E402
 
-if TYPE_CHECKING:  # libraries that are loaded late
-    from transformers import PreTrainedTokenizerBase
-
+load_once = lru_cache(load_tokenizer)
 FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choices")  # what makes a row
 
 
@@ -81,14 +78,6 @@ def trl_reward(reward: str, tokenizer, group_size: int = 1, **options) -> Callab
     return function
 
 
-@lru_cache
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder or hub id, loaded once."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
-
-
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str | list, extra_info: dict | None = None,
     reward: str = "lcpo_exact", tokenizer=None, ids: list[int] | None = None, **options,
@@ -100,7 +89,7 @@ def compute_score(
     """
     if tokenizer is None:
         raise ValueError("the length needs a tokenizer: reward_kwargs.tokenizer, or VerlRewardManager")
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    tokenizer = load_once(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if ids is None:
         ids = [*tokenizer.encode(solution_str, add_special_tokens=False), tokenizer.eos_token_id]
     row = {**(extra_info or {}), "answer": ground_truth}
@@ -109,8 +98,13 @@ def compute_score(
 
 
 @lru_cache
-def verl_reward_manager() -> type:
-    """The class that verl knows as VerlRewardManager: compute_score with the ids that were generated."""
+def __getattr__(name: str) -> type:
+    """VerlRewardManager: compute_score with the ids that were generated.
+
+    It is made when verl asks for it by its name: nobody else needs verl to import this file.
+    """
+    if name != "VerlRewardManager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
     class VerlRewardManager(RewardManagerBase):
@@ -130,13 +124,6 @@ def verl_reward_manager() -> type:
     return VerlRewardManager
 
 
-def __getattr__(name: str):
-    # verl asks for the class by its name; nobody else needs verl to import this file.
-    if name == "VerlRewardManager":
-        return verl_reward_manager()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def open_instruct_score(ids: list, label: str, tokenizer, reward: str = "lcpo_exact", **options) -> float:
     """The score of an open-instruct verifier; `label` is the column `row` of --export open-instruct.
 
@@ -145,8 +132,9 @@ def open_instruct_score(ids: list, label: str, tokenizer, reward: str = "lcpo_ex
     """
     row = json.loads(label)
     if not isinstance(row, dict) or "answer" not in row:
-        told = "take the column `row` of --export open-instruct"
-        raise ValueError(f"label {label[:40]!r} is not a row: {told}")
+        raise ValueError(
+            f"label {label[:40]!r} is not a row: take the column `row` of --export open-instruct"
+        )
     return score(reward, [row], [ids], tokenizer, **options)[0][0]
 
 
@@ -194,11 +182,4 @@ EXPORTS = {"verl": to_verl, "trl": to_trl, "open-instruct": to_open_instruct}
 
 def export(rows: list[dict], host: str) -> list[dict]:
     """Rows in the columns of another trainer, every column of one type, as Parquet and `datasets` want it."""
-    if any(isinstance(row["answer"], list) for row in rows):
-        lists = [row["answer"] if isinstance(row["answer"], list) else [row["answer"]] for row in rows]
-        rows = [row | {"answer": answers} for row, answers in zip(rows, lists, strict=True)]
-    keys = dict.fromkeys(key for row in rows for key in row)
-    rows = [{key: row.get(key) for key in keys} for row in rows]
-    if any(isinstance(row.get("level"), str) for row in rows):
-        rows = [row | {"level": None if row["level"] is None else str(row["level"])} for row in rows]
-    return [EXPORTS[host](row, i) for i, row in enumerate(rows)]
+    return [EXPORTS[host](row, i) for i, row in enumerate(same_types(rows))]

@@ -11,6 +11,8 @@ import inspect
 import json
 import os
 
+import numpy as np
+
 from data import BadInput, encode_prompt
 from rewards import DERIVED
 
@@ -25,18 +27,37 @@ def request(ids, n, cap, forced=(), **tags):
     return {"prompt_ids": ids, "n": n, "cap": cap, "forced": list(forced), "tags": tags}
 
 
+def end_of(ids, words):
+    """Number of tokens in a list up to the end of the first `words` in it; None where there are none."""
+    n = len(words)
+    return next((t for t in range(n, len(ids) + 1) if ids[t - n : t] == words), None)
+
+
+def extend(r, ids, logps=None):
+    """Response r goes on with these tokens. Without log-probs they are forced, and have no loss."""
+    if logps is None or "mask" in r:
+        mask = r.get("mask", np.ones(len(r["ids"]), np.float32))
+        r["mask"] = np.append(mask, np.full(len(ids), logps is not None, np.float32))
+    logps = np.full(len(ids), np.nan, np.float32) if logps is None else logps
+    r |= {"ids": np.append(r["ids"], np.array(ids, np.int32)), "logps": np.append(r["logps"], logps)}
+
+
+def go_on(responses, sampler, args, seed, n=1):
+    """n continuations of each response, of r["room"] tokens at most."""
+    prompts = [r["prompt_ids"] + r["ids"].tolist() for r in responses]
+    return sampler.generate(prompts, n, [r["room"] for r in responses], args.temperature, seed + 1)
+
+
 class Method:
     """Plain GRPO: every hook does nothing."""
 
     provides = ()  # fields of the rollouts that reward_inputs() adds, for rewards that read them
+    moves = {}  # {reward: the constant of it that stands still without this method}
     asks_starting_model = False  # a copy of it is kept, for begin_step's ask(..., starting=True)
 
     def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.state = (
-            args,
-            tokenizer,
-            {},
-        )  # state: plain numbers, saved with checkpoints
+        self.args, self.tokenizer = args, tokenizer
+        self.state = {}  # plain numbers, saved with checkpoints
 
     def begin_step(self, step, turn, rows, all_rows, ask):
         """Before sampling; `turn` counts its refills. ask(rows, n, key, starting) samples and checks."""
@@ -93,6 +114,11 @@ def make(args, tokenizer, *readers):
         if field not in method.provides:
             having = [name for name in names() if field in find(name).provides]
             raise BadInput(f"--reward and --advantage read {field!r}: give --method {' or '.join(having)}")
+    for name in names():
+        constant = find(name).moves.get(args.reward)
+        if constant and args.reward not in method.moves and constant not in args.reward_args:
+            raise BadInput(f"--reward {args.reward} stands still without --method {name}, which moves its "
+                           f"{constant}: give it, or mean it by --reward-args {constant}=...")  # fmt: skip
     return method(args, tokenizer, **args.method_args)
 
 

@@ -18,9 +18,7 @@ class AdaptiveDeep(Method):
         super().__init__(args, tokenizer)
         self.texts = texts
         if isinstance(texts, str) or len(texts) != 2:
-            raise BadInput(
-                '--method-args texts of adaptive_deep must be a list of two: \'texts=["...","..."]\''
-            )
+            raise BadInput('--method adaptive_deep: texts must be a list of two: \'texts=["...","..."]\'')
         if args.group_size % 2:
             raise BadInput(f"--group-size ({args.group_size}): --method adaptive_deep needs an even one")
 

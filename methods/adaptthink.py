@@ -28,9 +28,7 @@ class AdaptThink(StartingModel):
     def one_token(self, word):
         ids = self.tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
-            raise BadInput(
-                f"--method adaptthink: {word!r} must be one token, the tokenizer makes it {len(ids)}"
-            )
+            raise BadInput(f"--method adaptthink: {word!r} must be one token, here it is {len(ids)}")
         return ids
 
     def begin_step(self, step, turn, rows, all_rows, ask):
@@ -68,10 +66,8 @@ class AdaptThink(StartingModel):
     def metrics(self, groups, rollouts, reward):
         m, no_think = {"ref_accuracy": rollouts["ref_accuracy"].mean()}, rollouts["no_think"]
         for name, part in (("think", no_think == 0), ("no_think", no_think == 1)):
-            m |= {
-                f"{name}_{k}": rollouts[v][part].mean()
-                for k, v in (("length", "length"), ("accuracy", "correct"))
-            }
+            m[f"{name}_length"] = rollouts["length"][part].mean()
+            m[f"{name}_accuracy"] = rollouts["correct"][part].mean()
         return m
 
 

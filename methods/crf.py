@@ -29,9 +29,7 @@ class Crf(Method):
         options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         self.scorer, info = AutoModelForSequenceClassification.from_pretrained(model, **options)
         if info["missing_keys"]:
-            raise BadInput(
-                f"--method-args model={model} is no classifier: it lacks {min(info['missing_keys'])}"
-            )
+            raise BadInput(f"--method crf: {model} is no classifier: it lacks {min(info['missing_keys'])}")
         self.reads.pad_token = self.reads.pad_token or self.reads.eos_token
         self.scorer.config.pad_token_id = self.reads.pad_token_id
         self.scorer = self.scorer.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -42,10 +40,9 @@ class Crf(Method):
         found, limit = [], self.scorer.config.max_position_embeddings
         for start in range(0, len(texts), 16):
             inputs = self.reads(texts[start : start + 16], padding=True, truncation=True, max_length=limit)
-            ids, mask = (
-                torch.tensor(inputs[k], device=self.scorer.device) for k in ("input_ids", "attention_mask")
-            )
-            found += self.scorer(input_ids=ids, attention_mask=mask).logits[:, 0].sigmoid().tolist()
+            names = "input_ids", "attention_mask"
+            inputs = {k: torch.tensor(inputs[k], device=self.scorer.device) for k in names}
+            found += self.scorer(**inputs).logits[:, 0].sigmoid().tolist()
         return found
 
     def revise(self, groups, rows):

@@ -15,21 +15,19 @@ SCHEDULES = {  # the paper's own, equal ratios, equal differences (the last two 
 
 
 class Curriculum(Method):
+    moves = {"curriculum_triangular": "b0", "curriculum_band": "b0"}
+
     def __init__(self, args, tokenizer, schedule="step", start=256, gamma=0.7, period=150, end=87, steps=600):
         super().__init__(args, tokenizer)
         if schedule not in SCHEDULES:
             raise BadInput(f"--method-args schedule={schedule} must be one of {', '.join(SCHEDULES)}")
         if min(start, gamma, period, end, steps) <= 0:
-            raise BadInput(
-                "--method-args start, gamma, period, end and steps of curriculum must be more than 0"
-            )
+            raise BadInput("--method curriculum: start, gamma, period, end and steps must be more than 0")
         self.schedule, self.start, self.gamma, self.period = SCHEDULES[schedule], start, gamma, period
         self.end, self.steps = end, steps
         highest = max(self.budget(0), self.budget(args.steps))
         if highest > args.max_tokens:
-            raise BadInput(
-                f"--method curriculum asks for {highest} tokens: raise --max-tokens ({args.max_tokens})"
-            )
+            raise BadInput(f"--max-tokens ({args.max_tokens}): --method curriculum asks for {highest} tokens")
 
     def budget(self, step):
         """In whole tokens: one number for the prompt, the reward and the metrics."""
@@ -42,9 +40,7 @@ class Curriculum(Method):
         return row | {"budget": budget, "mode": mode, "prompt": prompt}
 
     def reward_inputs(self, groups, rows, step):
-        own = self.args.reward.startswith(
-            "curriculum"
-        )  # they know one schedule only: here its value is given
+        own = self.args.reward in self.moves  # these know one schedule only: here its value is given
         return {"constants": {"b0": self.budget(step), "gamma": 1.0}} if own else {}
 
     def metrics(self, groups, rollouts, reward):

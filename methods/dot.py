@@ -21,7 +21,7 @@ class Dot(Method):
         if not 0 < a < (n - 1) / math.sqrt(n):
             least = next((g for g in range(2, 10**4) if (g - 1) / math.sqrt(g) > a), "none")
             raise BadInput(
-                f"--method dot with a={a:g} can cut nothing in groups of {n}: --group-size {least} or more"
+                f"--method dot, a={a:g}, cuts nothing in {n} responses: --group-size {least} or more"
             )
 
     def revise(self, groups, rows):

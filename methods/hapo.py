@@ -38,9 +38,8 @@ class Hapo(Method):
             right = [r["length"] for r in group if r["correct"]]
             if right:
                 n, total, least = self.state["history"].get(prompt_key(row), (0, 0, right[0]))
-                self.state["history"][prompt_key(row)] = [
-                    n + len(right), total + sum(right), min(least, *right)
-                ]  # fmt: skip
+                known = [n + len(right), total + sum(right), min(least, *right)]
+                self.state["history"][prompt_key(row)] = known
 
     def metrics(self, groups, rollouts, reward):
         known = np.isfinite(rollouts["history"])

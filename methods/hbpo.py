@@ -19,9 +19,7 @@ class Hbpo(Method):
         super().__init__(args, tokenizer)
         self.budgets, self.prefix, self.in_prompt = budgets, prefix, in_prompt
         if not budgets or args.group_size % len(budgets):
-            raise BadInput(
-                f"--group-size ({args.group_size}): --method hbpo needs a multiple of {len(budgets)}"
-            )
+            raise BadInput(f"--group-size ({args.group_size}): hbpo needs a multiple of {len(budgets)}")
 
     def requests(self, row):
         made, n = [], self.args.group_size // len(self.budgets)

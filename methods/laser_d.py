@@ -28,12 +28,12 @@ def find_targets(correct, length, l_max, low, step):
 
 
 class LaserD(Method):
+    moves = {"laser_d": "targets", "laser_de": "targets"}
+
     def __init__(self, args, tokenizer, every=20, size=500, samples=8, low=1024, step=1024):
         super().__init__(args, tokenizer)
-        if args.reward not in ("laser_d", "laser_de"):
-            raise BadInput(
-                f"--method laser_d moves the targets of --reward laser_d or laser_de, not of {args.reward}"
-            )
+        if args.reward not in self.moves:
+            raise BadInput(f"--method laser_d is for --reward laser_d or laser_de, not for {args.reward}")
         if min(every, size, samples, low, step) < 1:
             raise BadInput("--method-args every, size, samples, low and step of laser_d must be 1 or more")
         self.every, self.size, self.samples, self.low, self.step = every, size, samples, low, step

@@ -14,12 +14,16 @@ class StartingModel(Method):
         super().__init__(args, tokenizer)
         self.samples, self.state["reference"] = samples, {}
 
+    def note(self, group):
+        """What is remembered of the starting model's responses to a prompt."""
+        return [float(np.mean([r[k] for r in group])) for k in ("correct", "length")]
+
     def begin_step(self, step, turn, rows, all_rows, ask):
         known = self.state["reference"]
         new = list({prompt_key(row): row for row in rows if prompt_key(row) not in known}.values())
         groups = ask(new, self.samples, [step, turn, 1], starting=True) if new else []
         for row, group in zip(new, groups, strict=True):
-            known[prompt_key(row)] = [float(np.mean([r[k] for r in group])) for k in ("correct", "length")]
+            known[prompt_key(row)] = self.note(group)
 
     def reward_inputs(self, groups, rows, step):
         accuracy, length = np.array([self.state["reference"][prompt_key(row)] for row in rows]).T

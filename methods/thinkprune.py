@@ -7,9 +7,7 @@ from methods import Method, prompt_ids, request
 class ThinkPrune(Method):
     def row(self, row, step):
         if not row.get("budget"):
-            raise BadInput(
-                "--method thinkprune cuts responses at their budget, but rows have none: give --budgets"
-            )
+            raise BadInput("--method thinkprune cuts at budgets, but the rows have none: give --budgets")
         return row
 
     def requests(self, row):

@@ -10,20 +10,18 @@ TEXTS = ("Keep the reasoning short.", "Reason at medium length.", "Reason at len
 
 
 class Tldr(Method):
-    provides = ("level",)
+    provides, levels = ("level",), LEVELS
 
     def __init__(self, args, tokenizer, texts=TEXTS):
         super().__init__(args, tokenizer)
         self.texts = texts
         if isinstance(texts, str) or len(texts) != 3:
-            raise BadInput(
-                '--method-args texts of tldr must be a list of three: \'texts=["...","...","..."]\''
-            )
+            raise BadInput('--method tldr: texts must be a list of three: \'texts=["...","...","..."]\'')
 
     def requests(self, row):
-        level = row["position"] % 3
-        ids = prompt_ids(self.tokenizer, row, "\n" + self.texts[level])
-        return [request(ids, self.args.group_size, self.args.max_tokens, level=LEVELS[level])]
+        k = row["position"] % len(self.levels)
+        ids = prompt_ids(self.tokenizer, row, "\n" + self.texts[k])
+        return [request(ids, self.args.group_size, self.args.max_tokens, level=self.levels[k])]
 
     def reward_inputs(self, groups, rows, step):
         return {"level": [group[0]["level"] for group in groups]}

@@ -19,21 +19,18 @@ import importlib.util
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import torch
 
-from data import BadInput, one_line_errors
+from data import BadInput, one_line_errors, run
 from scaling import plan
-from scaling.race import clock, memory, print_table, race, tell, timed
+from scaling.race import DEVICE, clock, memory, print_table, race, timed
 
 TRL = "1.16.0"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ANSWERS = os.path.join(os.path.dirname(__file__), "..", "tests", "data", "math_train_small.jsonl.gz")
 
 # Sizes: the first is the default; the second, of --full (the acceptance setting), replaces what it names.
 # On a GPU HALF_B stands for TINY.
@@ -54,7 +51,7 @@ SETTINGS = {
     "sampler": (BASE | {"vocab": 67, "prompts": 16, "group": 8, "max_tokens": 96}, {"max_tokens": 192}),
     "verify": ({"problems": 16, "group": 16, "rounds": 3}, {"problems": 128}),
     "plan": (TINY | {"budgets": [4096, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
-                     "rounds": 1,
+                     "rounds": 1, "recipe": "",
                      "checks": ["--micro-tokens 1024", "--micro-tokens 1024 --dtype bfloat16",
                                 "--micro-tokens 2048 --gradient-checkpointing --kl-coef 0.1"]}, ACCEPTED),
 }  # fmt: skip
@@ -83,17 +80,13 @@ def make_model(s: dict, kind: str = "Qwen2"):
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
-def make_batch(s: dict, spread: bool = False) -> list[dict]:
-    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8.
-
-    With `spread` the lengths are not drawn but spread evenly from low to high.
-    """
+def make_batch(s: dict) -> list[dict]:
+    """Random responses of U(low, high) tokens, as train_grpo.update takes them; advantages by groups of 8."""
     rng, batch, n = np.random.default_rng(0), [], s["sequences"]
     advantages = rng.normal(size=(-(-n // 8), 8))
     advantages = (advantages - advantages.mean(1, keepdims=True)).flatten().tolist()
-    lengths = rng.integers(s["low"], s["high"] + 1, n)
-    lengths = np.linspace(s["low"], s["high"], n).astype(int) if spread else lengths
-    for length, advantage in zip(lengths.tolist(), advantages, strict=False):
+    lengths = rng.integers(s["low"], s["high"] + 1, n).tolist()
+    for length, advantage in zip(lengths, advantages, strict=False):
         # Ids from 3 on: TRL's tokenizer needs a few special ones.
         ids, mask = rng.integers(3, s["vocab"], length).astype(np.int32), np.ones(length, np.float32)
         r = {"prompt_ids": rng.integers(3, s["vocab"], s["prompt"]).tolist(), "ids": ids, "weight": 1.0}
@@ -121,7 +114,7 @@ def make_trainer(s: dict, folder: str, variant: str) -> tuple:
     args, path = make_args(s), os.path.join(folder, f"{variant}.pt")
     args.model = os.path.join(folder, "model")
     make_model({"width": 64, "layers": 1, "vocab": 8})  # loads transformers' Qwen2
-    held = memory(DEVICE, "VmRSS")
+    held = memory("VmRSS")
     made = net.build(args, make_model(s).train(), args.kl_coef > 0, train_grpo.DEVICE)
 
     def save(optimizer, *_):
@@ -132,10 +125,8 @@ def make_trainer(s: dict, folder: str, variant: str) -> tuple:
     return args, *made, held
 
 
-def step_worker(variant: str, s: dict, folder: str) -> None:
-    """Worker: our update, or TRL's."""
-    if variant == "trl":
-        return trl_worker(s, folder)
+def ours_worker(variant: str, s: dict, folder: str, pipe) -> None:
+    """Worker: our update."""
     import methods
     from train_grpo import update
 
@@ -145,11 +136,11 @@ def step_worker(variant: str, s: dict, folder: str) -> None:
     def work():
         return {"padding": update(model, reference, optimizer, batch, plain, args)["padding"]}
 
-    timed(work, DEVICE, held=held)
+    timed(work, pipe, held=held)
 
 
-def trl_worker(s: dict, folder: str) -> None:
-    """TRL's trainer itself; only the generation is replaced, through its own `rollout_func`."""
+def trl_worker(variant: str, s: dict, folder: str, pipe) -> None:
+    """Worker: TRL's trainer itself; only the generation is replaced, through its own `rollout_func`."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # about rollout_func
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -171,16 +162,15 @@ def trl_worker(s: dict, folder: str) -> None:
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if not sys.stdin.readline():
-                raise SystemExit  # no more turns
-            self.began = clock(DEVICE)
+            pipe.recv()
+            self.began = clock()
 
         def on_step_end(self, args, state, control, **kwargs):  # after the optimizer's step
-            seconds = clock(DEVICE) - self.began
+            seconds = clock() - self.began
             # Of what the trainer made of the rollouts, seen in the micro-batches it keeps.
             masks = [m[side] for m in trainer._buffered_inputs for side in ("prompt_mask", "completion_mask")]
             padding = 1 - sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
-            tell(seconds=seconds, peak=memory(DEVICE, "VmHWM"), held=held, padding=padding)
+            pipe.send({"seconds": seconds, "peak": memory("VmHWM"), "held": held, "padding": padding})
 
     def rollouts(prompts, trainer):
         ids = {"prompt_ids": [r["prompt_ids"] for r in batch]}
@@ -201,7 +191,7 @@ def bench_step(s: dict, folder: str) -> dict:
     installed = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
     if installed != TRL:
         raise BadInput(f"step needs TRL {TRL}, found: {installed}; pip install trl=={TRL}")
-    found, rows = race("step", ["ours", "trl"], s, folder), []
+    found, rows = race({"ours": ours_worker, "trl": trl_worker}, s, folder), []
     ours, theirs = (torch.load(os.path.join(folder, f"{v}.pt"), map_location="cpu") for v in found)
     apart = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
     apart = (apart / sum(b.double().square().sum() for b in theirs)).sqrt().item()
@@ -220,20 +210,19 @@ def bench_step(s: dict, folder: str) -> dict:
 # logprobs, padding, scale
 
 
-def logprobs_worker(variant: str, s: dict, folder: str) -> None:
+def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
     """Worker: forward and backward of one version at one vocabulary, from hidden states."""
     from scaling.model import ChunkedHead
 
     (name, vocab), dtype = variant.split("-"), getattr(torch, s["dtype"])
     torch.manual_seed(0)
     hidden = torch.randn(s["tokens"], s["width"], device=DEVICE).to(dtype).requires_grad_()
-    weight = (
-        (torch.randn(int(vocab), s["width"], device=DEVICE) / s["width"] ** 0.5).to(dtype).requires_grad_()
-    )
+    weight = torch.randn(int(vocab), s["width"], device=DEVICE) / s["width"] ** 0.5
+    weight = weight.to(dtype).requires_grad_()
     targets = torch.randint(int(vocab), (s["tokens"],), device=DEVICE)
     advantage = torch.randn(s["tokens"], device=DEVICE)
     # What both versions must hold is not counted: the inputs, and the gradients, which do not exist yet.
-    held = memory(DEVICE, "VmRSS") + sum(t.numel() * t.element_size() for t in (hidden, weight))
+    held = memory("VmRSS") + sum(t.numel() * t.element_size() for t in (hidden, weight))
 
     def work():
         hidden.grad = weight.grad = None
@@ -247,18 +236,17 @@ def logprobs_worker(variant: str, s: dict, folder: str) -> None:
         else:
             logp = (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
             (logp * advantage).sum().backward()
-        return {
-            "check": [logp.sum().item(), torch.linalg.vector_norm(weight.grad, dtype=torch.float32).item()]
-        }
+        norm = torch.linalg.vector_norm(weight.grad, dtype=torch.float32)
+        return {"check": [logp.sum().item(), norm.item()]}
 
-    timed(work, DEVICE, held=held)
+    timed(work, pipe, held=held)
 
 
 def bench_logprobs(s: dict, folder: str) -> dict:
     """Time and working memory of both versions for each vocabulary."""
     out, rows = {}, []
     for vocab in s["vocabs"]:
-        found = race("logprobs", [f"ours-{vocab}", f"full-{vocab}"], s, folder)
+        found = race(dict.fromkeys((f"ours-{vocab}", f"full-{vocab}"), logprobs_worker), s, folder)
         ours, full = found.values()
         apart = max(abs(a / b - 1) for a, b in zip(ours["check"], full["check"], strict=True))
         out[vocab] = {"ours": ours, "full": full, "difference": apart}
@@ -287,55 +275,51 @@ def bench_padding(s: dict, folder: str) -> dict:
     print_table(["batching", "padded"], [[name, f"{share:.2%}"] for name, share in found.items()])
     batch = batch[: s["responses"]]
     for _ in range(5):
-        before = time.perf_counter()
+        before = clock()
         for micro in train_grpo.micro_batches(batch, s["micro_tokens"]):
             train_grpo.to_tensors(micro)
-        times.append((time.perf_counter() - before) / sum(map(train_grpo.size, batch)) * 1e6)
+        times.append((clock() - before) / sum(map(train_grpo.size, batch)) * 1e6)
     print(f"to_tensors: {np.median(times):.3f} microseconds a token, of {len(batch)} responses")
     return {"padding": found, "to_tensors": float(np.median(times))}
 
 
-def scale_worker(variant: str, s: dict, folder: str) -> None:
+def scale_worker(s: dict, folder: str, threads: int) -> dict:
     """One process of 1 or 2: updates at each batch size, in turns."""
+    torch.set_num_threads(threads)
     from accelerate import PartialState
 
     import methods
     import train_grpo
 
     state = PartialState(cpu=DEVICE == "cpu")
-    args, model, _, optimizer, _ = make_trainer(s, folder, variant)
-    # Evenly spread lengths: n times the sequences are n times the tokens, and the same padding.
-    batches = [make_batch(s | {"sequences": n}, spread=True) for n in s["sequences"]]
-    found = {"tokens": [sum(map(train_grpo.size, batch)) for batch in batches], "seconds": []}
+    args, model, _, optimizer, _ = make_trainer(s, folder, f"scale-{state.num_processes}")
+    # All of the mean length: n times the sequences are n times the tokens.
+    mean = (s["low"] + s["high"]) // 2
+    batches = [make_batch(s | {"sequences": n, "low": mean, "high": mean}) for n in s["sequences"]]
+    plain, turns = methods.Method(args, None), []
     for _ in range(1 + s["rounds"]):
-        seconds, found["grad_norm"] = [], []
+        seconds, norms = [], []
         for batch in batches:
-            before, plain = clock(DEVICE), methods.Method(args, None)
-            found["grad_norm"].append(
-                train_grpo.update(model, None, optimizer, batch, plain, args)["grad_norm"]
-            )
-            seconds.append(clock(DEVICE) - before)
-        found["seconds"].append(seconds)
-    if state.is_main_process:
-        tell(**found | {"seconds": np.median(found["seconds"][1:], axis=0).tolist()})
+            before = clock()
+            norms.append(train_grpo.update(model, None, optimizer, batch, plain, args)["grad_norm"])
+            seconds.append(clock() - before)
+        turns.append(seconds)
     if state.num_processes > 1:
         state.destroy_process_group()
+    tokens = [sum(map(train_grpo.size, batch)) for batch in batches]
+    return {"tokens": tokens, "seconds": np.median(turns[1:], axis=0).tolist(), "grad_norm": norms}
 
 
 def bench_scale(s: dict, folder: str) -> dict:
     """Seconds of an update against its tokens, and the straight line through them."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     out, rows, threads = {}, [], torch.get_num_threads()
+    where = {"run_id": "scale", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
     for n in (1, 2) if DEVICE == "cpu" or torch.cuda.device_count() > 1 else (1,):
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        words += ["-m", "scaling.bench", "scale", "--worker", str(n), json.dumps(s), folder]
         # All processes together get the threads that a single one gets.
-        options = {
-            "env": os.environ | {"OMP_NUM_THREADS": str(max(1, threads // n))},
-            "cwd": ROOT,
-            "text": True,
-        }
-        done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, check=True, **options)
-        found = out[n] = json.loads(done.stdout)
+        launch = elastic_launch(LaunchConfig(1, 1, n, **where), scale_worker)
+        found = out[n] = launch(s, folder, max(1, threads // n))[0]
         slope, start = np.polyfit(found["tokens"], found["seconds"], 1)
         found["r2"] = float(np.corrcoef(found["tokens"], found["seconds"])[0, 1] ** 2)
         rows.append([n, *(f"{x:.3f}" for x in found["seconds"]), f"{1 / slope:,.0f}", f"{found['r2']:.4f}"])
@@ -348,7 +332,7 @@ def bench_scale(s: dict, folder: str) -> dict:
 # sampler, verify
 
 
-def sampler_worker(variant: str, s: dict, folder: str) -> None:
+def sampler_worker(variant: str, s: dict, folder: str, pipe) -> None:
     """Worker: responses to the same prompts, from the trainer's engine or from a plain vllm.LLM."""
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}  # GiB, for both
     import train_grpo
@@ -369,63 +353,60 @@ def sampler_worker(variant: str, s: dict, folder: str) -> None:
         llm = vllm.LLM(path, dtype=dtype, max_model_len=limit, **options)
         params = vllm.SamplingParams(n=s["group"], max_tokens=cap, logprobs=0, stop_token_ids=[0])
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    for _ in sys.stdin:
-        before = clock(DEVICE)
+    while pipe.recv():
+        before = clock()
         if variant == "ours":
             engine.load(model)
-        after = clock(DEVICE)
+        after = clock()
         if variant == "ours":
             groups = engine.generate(prompts, s["group"], [cap] * len(prompts), 1.0, 0)
             tokens = sum(len(r["ids"]) for group in groups for r in group)
         else:
             answers = llm.generate(requests, params, use_tqdm=False)
             tokens = sum(len(out.token_ids) for answer in answers for out in answer.outputs)
-        tell(seconds=(clock(DEVICE) - after) / tokens, sync=after - before, tokens=tokens)
+        pipe.send({"seconds": (clock() - after) / tokens, "sync": after - before, "tokens": tokens})
 
 
 def bench_sampler(s: dict, folder: str) -> dict:
     """Tokens per second of the colocated engine and of a bare one, with the log-probs that the loss needs."""
     if not importlib.util.find_spec("vllm"):
         raise BadInput("sampler needs vllm: see the README and requirements-test.txt")
-    found = race("sampler", ["ours", "bare"], s, folder)
+    found = race(dict.fromkeys(("ours", "bare"), sampler_worker), s, folder)
     rows = [[name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"] for name, f in found.items()]
     print_table(["sampler", "tokens", "tokens/s"], rows)
-    print(
-        f"bare: LLM.generate, on a CPU not compiled, as ours; weights pushed in {found['ours']['sync']:.3f} s"
-    )
+    told = f"weights pushed in {found['ours']['sync']:.3f} s"
+    print(f"bare: LLM.generate, on a CPU not compiled, as ours; {told}")
     return {"variants": found}
 
 
-def answers_to_check(s: dict) -> tuple[list[str], list[str]]:
-    """(responses, references): groups of answers to problems of MATH, about half of them right."""
-    with gzip.open(os.path.join(ROOT, "tests", "data", "math_train_small.jsonl.gz"), "rt") as f:
-        golds = [json.loads(line)["answer"] for line in f]
-    rng, responses, references = np.random.default_rng(0), [], []
-    for i in range(s["problems"] * s["group"]):
-        gold = golds[i // s["group"] % len(golds)]
-        answer = str(rng.choice([gold, gold.replace("\\frac", "\\dfrac"), rng.choice(golds), f"{gold} + 1"]))
-        thought = "Let me see: so we get $x$, then wait. " * int(rng.integers(10, 200))
-        responses.append(f"{thought}</think> The answer is $\\boxed{{{answer}}}$.")
-        references.append(gold)
-    return responses, references
-
-
 def bench_verify(s: dict, folder: str) -> dict:
-    """Answers per second of verifier.check_answers, and of math-verify called for one after the other."""
+    """Answers per second of verifier.check_answers, and of math-verify called for one after the other.
+
+    They are groups of answers to problems of MATH, about half of them right.
+    """
     from math_verify import parse, verify
 
     from verifier import check_answers
 
-    responses, golds = answers_to_check(s)
+    with gzip.open(ANSWERS, "rt") as f:
+        known = [json.loads(line)["answer"] for line in f]
+    rng, responses, golds = np.random.default_rng(0), [], []
+    for i in range(s["problems"] * s["group"]):
+        gold = known[i // s["group"] % len(known)]
+        answer = str(rng.choice([gold, gold.replace("\\frac", "\\dfrac"), rng.choice(known), f"{gold} + 1"]))
+        thought = "Let me see: so we get $x$, then wait. " * int(rng.integers(10, 200))
+        responses.append(f"{thought}</think> The answer is $\\boxed{{{answer}}}$.")
+        golds.append(gold)
     found = {"ours": {"all": []}, "math_verify": {"all": []}}
     for _ in range(1 + s["rounds"]):  # the first turn is a warm-up
         for name, f in found.items():
-            before, pairs = time.perf_counter(), zip(golds, responses, strict=True)
+            before = clock()
             if name == "ours":
                 right, f["counts"] = check_answers(responses, golds, ["math"] * len(golds))
             else:
+                pairs = zip(golds, responses, strict=True)
                 right = [verify(parse(f"${gold}$"), parse(response)) for gold, response in pairs]
-            f["all"].append(time.perf_counter() - before)
+            f["all"].append(clock() - before)
             f |= {"right": sum(right), "per_second": len(golds) / np.median(f["all"][1:] or f["all"])}
     rows = [[name, f"{f['per_second']:,.0f}", f["right"]] for name, f in found.items()]
     print_table(["checker", "answers/s", "right"], rows)
@@ -440,6 +421,17 @@ def bench_verify(s: dict, folder: str) -> dict:
 def bench_plan(s: dict, folder: str) -> dict:
     """The memory table of plan.py, and how well its formula does on a model that fits here."""
     configs = plan.load_configs(s["model"])
+    if s["recipe"]:
+        import train_grpo
+
+        args = train_grpo.build_parser().parse_args([f"@recipes/{s['recipe']}.args"])
+        rows = [
+            plan.of_flags(c, args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]) for c in configs.values()
+        ]
+        cells = [[name, *(f"{r[k]:.1f}" for k in ("trainer_gib", "engine_gib", "peak_gib")), r["fits"]]
+                 for name, r in zip(configs, rows, strict=True)]  # fmt: skip
+        print_table(["model", "trainer, GiB", "engine, GiB", "peak, GiB", f"fits {s['gpu_gib']}"], cells)
+        return {"rows": rows}
     rows = plan.table(configs, s["budgets"], s["gpus"], s["gpu_gib"], s["longest_prompt"])
     print(plan.markdown(rows))
     print(f"per GPU of {s['gpu_gib']} GiB, prompts of {s['longest_prompt']} tokens; computed, not measured")
@@ -449,7 +441,7 @@ def bench_plan(s: dict, folder: str) -> dict:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     for flags in s["checks"]:  # a small model, on this machine
         setting = s | {"flags": f"{s['flags']} {flags}"}
-        found, a = race("step", ["ours"], setting, folder)["ours"], make_args(setting)
+        found, a = race({"ours": ours_worker}, setting, folder)["ours"], make_args(setting)
         how = {"optim": a.optim, "shards": 1, "lora": a.lora, "recompute": a.gradient_checkpointing}
         how["reference"], measured = a.kl_coef > 0, found["peak"] - found["held"]
         predicted = plan.trainer_bytes(tiny.config.to_dict(), a.micro_tokens, a.dtype, how, DEVICE == "cuda")
@@ -465,26 +457,13 @@ def bench_plan(s: dict, folder: str) -> dict:
 
 
 COMMANDS = {
-    "step": (bench_step, step_worker), "logprobs": (bench_logprobs, logprobs_worker),
-    "padding": (bench_padding, None), "scale": (bench_scale, scale_worker), "plan": (bench_plan, None),
-    "sampler": (bench_sampler, sampler_worker), "verify": (bench_verify, None),
+    "step": bench_step, "logprobs": bench_logprobs, "padding": bench_padding, "scale": bench_scale,
+    "sampler": bench_sampler, "verify": bench_verify, "plan": bench_plan,
 }  # fmt: skip
 
 
 def mib(n: float) -> str:
     return f"{n / 2**20:,.0f}"
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """The sizes that the flags ask for."""
-    small, full = SETTINGS[args.command]
-    s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
-    for word in args.set:
-        k, _, value = word.partition("=")
-        if k not in s or not value:
-            raise BadInput(f"--set ({word}) must be K=V with K one of: {', '.join(s)}")
-        s[k] = value if isinstance(s[k], str) else json.loads(value)
-    return s
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -494,31 +473,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the acceptance setting: minutes")
     parser.add_argument("--model", help="plan: folder, hub id or 0.5B, 1.5B, ... (default: all these)")
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="change sizes (see SETTINGS)")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        args = parse_args(argv)
-        if args.worker:  # stdout is for its answers, what libraries print goes to stderr
-            from scaling import race
-
-            race.answers = os.fdopen(os.dup(1), "w")
-            os.dup2(2, 1)
-            variant, s, folder = args.worker
-            COMMANDS[args.command][1](variant, json.loads(s), folder)
-            return 0
-        s = settings(args)
-        with tempfile.TemporaryDirectory() as folder:
-            found = COMMANDS[args.command][0](s, folder)
-    except BadInput as error:
-        print(f"scaling.bench: error: {error}", file=sys.stderr)
-        return 2
+def command(argv: list[str] | None) -> None:
+    args = parse_args(argv)
+    small, full = SETTINGS[args.command]
+    s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
+    for word in args.set:
+        k, _, value = word.partition("=")
+        if k not in s or not value:
+            raise BadInput(f"--set ({word}) must be K=V with K one of: {', '.join(s)}")
+        s[k] = value if isinstance(s[k], str) else json.loads(value)
+    with tempfile.TemporaryDirectory() as folder:
+        found = COMMANDS[args.command](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"command": args.command, "settings": s, "device": device} | found))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("scaling.bench", command, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import train_grpo
-from data import BadInput
+from data import BadInput, first_line
 from scaling.model import without_adapters
 
 
@@ -34,15 +34,12 @@ def check_memory(model, reference, optimizer, longest: int, args, sampler=None) 
         for micro in train_grpo.micro_batches(batch, args.micro_tokens):
             train_grpo.backward(model, micro, args)
     except (RuntimeError, MemoryError) as error:  # torch's own, on a GPU and on a CPU, is a RuntimeError
-        if (
-            isinstance(error, RuntimeError)
-            and "out of memory" not in str(error)
-            and "allocate" not in str(error)
-        ):
+        told = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in told and "allocate" not in told:
             raise
         raise BadInput(
             f"--micro-tokens ({args.micro_tokens}) does not fit into memory: an update with responses of "
-            f"{args.max_tokens} tokens was tried ({str(error).splitlines()[0][:99]}); lower it, --max-tokens "
+            f"{args.max_tokens} tokens was tried ({first_line(error)[:99]}); lower it, --max-tokens "
             f"or --vllm-memory, or add --gradient-checkpointing, --vllm-sleep, --optim adamw8bit or --lora 32"
         ) from None
     finally:

@@ -266,7 +266,9 @@ def trained_state(model, optimizer) -> dict:
 
 
 def load_trained_state(model, optimizer, saved: dict) -> None:
-    """What trained_state() gave; every process reads it and keeps its own shards."""
+    """What trained_state() gave, or {} at a start; every process maps the file and keeps its own shards."""
+    if not saved:
+        return
     options = StateDictOptions(full_state_dict=True, strict=False)
     if saved["adapter"]:
         set_model_state_dict(model, saved["adapter"], options=options)

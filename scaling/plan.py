@@ -145,15 +145,26 @@ def attempts(c: dict, longest: int, gpus: int, gpu_gib: float) -> Iterator[dict]
         how |= {"shards": gpus if "--fsdp" in flags else 1, "lora": 32 if "--lora" in flags else 0}
         how["recompute"] = "--gradient-checkpointing" in flags
         for tokens in sorted({max(16_384, longest), longest}, reverse=True):
-            # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
-            trainer = 1.1 * trainer_bytes(c, tokens, "bfloat16", how, cuda=True) / GIB + 1
-            peak = trainer + engine
-            if "--vllm-sleep" in flags:
-                sampling = 1.1 * state_bytes(c, "bfloat16", how, gradients=False) / GIB + 1 + engine
-                peak = max(trainer + 2, sampling)
             words = f"{flags} --micro-tokens {tokens} --vllm-memory {share:.2f}".strip()
-            found = {"flags": words, "fits": peak <= gpu_gib, "peak_gib": peak}
-            yield found | {"trainer_gib": trainer, "engine_gib": engine}
+            yield {"flags": words} | peak(c, tokens, how, engine, "--vllm-sleep" in flags, gpu_gib)
+
+
+def peak(c: dict, tokens: int, how: dict, engine: float, sleep: bool, gpu_gib: float) -> dict:
+    """{"fits", "peak_gib", "trainer_gib", "engine_gib"} with an engine that holds `engine` GiB."""
+    # A tenth more for what the allocator cannot use, and 1 GiB for CUDA itself.
+    trainer = 1.1 * trainer_bytes(c, tokens, "bfloat16", how, cuda=True) / GIB + 1
+    most = trainer + engine
+    if sleep:
+        most = max(trainer + 2, 1.1 * state_bytes(c, "bfloat16", how, gradients=False) / GIB + 1 + engine)
+    return {"fits": most <= gpu_gib, "peak_gib": most, "trainer_gib": trainer, "engine_gib": engine}
+
+
+def of_flags(c: dict, args, gpus: int, gpu_gib: float, prompt: int) -> dict:
+    """peak() of the trainer's flags as they are; the engine takes all of --vllm-memory."""
+    how = {"optim": args.optim, "shards": gpus if args.fsdp else 1, "lora": args.lora}
+    how |= {"recompute": args.gradient_checkpointing, "reference": args.kl_coef > 0}
+    tokens = max(args.micro_tokens, prompt + args.max_tokens)
+    return peak(c, tokens, how, args.vllm_memory * gpu_gib, args.vllm_sleep, gpu_gib)
 
 
 def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, prompt: int) -> list[dict]:
@@ -164,25 +175,21 @@ def table(configs: dict, caps: list[int], gpus: list[int], gpu_gib: float, promp
     rows = []
     for name, c in configs.items():
         for cap in caps:
-            flags = set()
+            found = {}
             for n in sorted(gpus):
                 ways = list(attempts(c, prompt + cap, n, gpu_gib))
                 least = min(ways, key=lambda w: w["peak_gib"]) | {"flags": "does not fit"}
                 way = next((w for w in ways if w["fits"]), least)
-                if way["flags"] not in flags:
-                    rows.append({"model": name, "parameters": parameters(c), "cap": cap, "gpus": n} | way)
-                flags.add(way["flags"])
+                way |= {"model": name, "parameters": parameters(c), "cap": cap, "gpus": n}
+                found.setdefault(way["flags"], way)
+            rows += found.values()
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    """table() as the table of docs/scaling.md, which `python -m scaling.plan` prints."""
+    """table() as the table of docs/scaling.md, which `python -m scaling.bench plan` prints."""
     lines = ["| model | response cap | GPUs | peak, GiB | flags |", "| --- | ---: | ---: | ---: | --- |"]
     for r in rows:
         flags = f"`{r['flags']}`" if r["fits"] else "does not fit"
         lines.append(f"| {r['model']} | {r['cap']:,} | {r['gpus']} or more | {r['peak_gib']:.0f} | {flags} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown(table(MODELS, [4096, 16_384], [1, 4, 8], 80, 1024)))

@@ -1,75 +1,70 @@
 """Processes that take turns (A B A B ...), one for each variant of a comparison, and what each one weighs.
 
-The parent calls race(). A worker takes a turn for every line on stdin and answers with tell(). A machine that
-slows down slows all variants down alike; peak memory is that of one variant only.
+A machine that slows down slows all variants down alike; peak memory is that of one variant only.
 """
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-answers = sys.stdout
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def race(command: str, variants: list[str], s: dict, folder: str) -> dict:
-    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}."""
-    workers, turns, pipe = {}, {v: [] for v in variants}, subprocess.PIPE
-    options = {"cwd": os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "text": True}
+def race(workers: dict[str, Callable], s: dict, folder: str) -> dict:
+    """Turns A B A B ... of the variants; {variant: last report, "seconds": median, "all": every turn's}.
+
+    `workers`: {variant: function(variant, s, folder, pipe)}, which answers what it receives by a report.
+    """
+    spawn, turns = multiprocessing.get_context("spawn"), {v: [] for v in workers}
+    pipes, processes = {}, []
     try:
-        for v in variants:  # error messages go to a file in `folder`
-            words = [sys.executable, "-m", "scaling.bench", command, "--worker", v, json.dumps(s), folder]
-            with open(os.path.join(folder, f"{v}.log"), "w") as log:
-                workers[v] = subprocess.Popen(
-                    words, stdin=pipe, stdout=pipe, stderr=log, bufsize=1, **options
-                )
+        for v, worker in workers.items():
+            pipes[v], theirs = spawn.Pipe()
+            processes.append(spawn.Process(target=run_worker, args=(worker, v, s, folder, theirs)))
+            processes[-1].start()
+            theirs.close()  # or the end of the process would not be seen
         for _ in range(1 + s["rounds"]):
-            for v, worker in workers.items():
-                worker.stdin.write("go\n")
-                if not (line := worker.stdout.readline()):
-                    with open(os.path.join(folder, f"{v}.log")) as log:
-                        sys.exit(f"scaling.bench: error: {command} {v} died: {log.read().strip()[-300:]}")
-                turns[v].append(json.loads(line))
+            for v, pipe in pipes.items():
+                pipe.send("go")
+                turns[v].append(pipe.recv())
+    except (EOFError, ConnectionError):  # its traceback is on stderr
+        raise SystemExit(f"scaling.bench: error: {workers[v].__name__} {v} died") from None
     finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.communicate()
+        for process in processes:
+            process.kill()
+            process.join()
     # In its first turn a worker loads, allocates and warms up: it does not count.
     times = {v: [f["seconds"] for f in found[1:]] for v, found in turns.items()}
-    return {v: turns[v][-1] | {"seconds": float(np.median(times[v])), "all": times[v]} for v in variants}
+    return {v: turns[v][-1] | {"seconds": float(np.median(times[v])), "all": times[v]} for v in workers}
 
 
-def tell(**report) -> None:
-    """The worker's answer to a turn."""
-    print(json.dumps(report), file=answers, flush=True)
+def run_worker(worker: Callable, *setting) -> None:
+    os.dup2(2, 1)  # stdout is the parent's: what libraries print goes to stderr
+    worker(*setting)
 
 
-def timed(work: Callable, device: str, **extra) -> None:
-    """A worker's loop: for every turn does `work()` and tells seconds and peak memory (see `memory`)."""
-    for _ in sys.stdin:
-        before = clock(device)
-        found = work() or {}
-        tell(**{"seconds": clock(device) - before, "peak": memory(device, "VmHWM")} | extra | found)
+def timed(work: Callable, pipe, **extra) -> None:
+    """A worker's loop: does `work()` in every turn and sends seconds and peak memory (see `memory`)."""
+    while pipe.recv():
+        before = clock()
+        found = work()
+        pipe.send({"seconds": clock() - before, "peak": memory("VmHWM")} | extra | found)
 
 
-def clock(device: str) -> float:
+def clock() -> float:
     """Seconds, after all that was started on the device is done."""
-    if device == "cuda":
-        import torch
-
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def memory(device: str, name: str) -> int:
+def memory(name: str) -> int:
     """Bytes held now (name VmRSS) or at most so far (VmHWM): allocated on the GPU, or resident on Linux."""
-    if device == "cuda":
-        import torch
-
+    if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
@@ -77,7 +72,7 @@ def memory(device: str, name: str) -> int:
 
 def print_table(head: list, rows: list[list]) -> None:
     """Columns as wide as their widest cell, numbers to the right."""
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    for first, *rest in [head, *rows]:
-        cells = [str(c).rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
-        print("  ".join([str(first).ljust(widths[0]), *cells]))
+    table = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *rest in table:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))

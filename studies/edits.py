@@ -1,4 +1,8 @@
-"""Edits of finished checkpoints and selection of samples, for `python -m evaluation.baselines`.
+"""Edits of finished checkpoints and selection of samples.
+
+    python -m evaluation.baselines merge --base A --tuned B --out C
+    python -m evaluation.baselines thinkedit --model A --samples out/eval/samples.jsonl --out C --heads 20
+    python -m evaluation.baselines tops --samples out/eval/samples.jsonl --out rows.jsonl
 
 merge      keeps the largest updates of a trained model (DLER)
 thinkedit  edits the attention heads that write "think shortly" (ThinkEdit)
@@ -7,13 +11,43 @@ tops       the shortest right answers as rows for supervised training (TOPS)
 
 import argparse
 import os
+from collections.abc import Callable
 
 import data
 from data import BadInput
 from evaluate import is_toy
-from evaluation.samples import read_samples, write_json
+from evaluation.samples import check_writable, read_samples, write_json
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the same parts under the same names
+
+
+def add_commands(command: Callable) -> None:
+    """The flags; command(function, text) makes a command and returns its add_argument."""
+    add = command(merge, "DLER: base + scale x the largest updates of the tuned model")
+    add("--base", required=True, help="folder of the model before training")
+    add("--tuned", required=True, help="folder of the model after training")
+    add("--out", required=True, help="folder to write")
+    add("--keep", type=float, default=0.25, help="share of the weights that keep their update (default 0.25)")
+    add("--scale", type=float, default=0.7, help="factor on the kept updates (default 0.7)")
+
+    add = command(thinkedit, "ThinkEdit: no head writes the direction of short thinking any more")
+    add("--model", required=True, help="model folder or hub id")
+    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) of this model, by evaluate.py")
+    add("--out", required=True, help="folder to write")
+    add("--heads", type=int, default=20, help="heads to edit (paper: 20 at 1.5B, 40 at 8B, 160 at 32B)")
+    add("--long", type=int, default=1000, help="thinking of more tokens than this is long (default 1000)")
+    add("--short", type=int, default=100, help="thinking of fewer tokens than this is short (default 100)")
+
+    add = command(tops, "TOPS: the shortest right response of every problem, as supervised rows")
+    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) at several budgets or efforts")
+    add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
+
+
+def check_new(folder: str) -> None:
+    """BadInput, before a model is loaded, where a new folder cannot be made."""
+    check_writable(folder)
+    if os.path.exists(folder):
+        raise BadInput(f"--out {folder} exists: name a new folder")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -23,6 +57,9 @@ def merge(args: argparse.Namespace) -> None:
     """
     import torch
 
+    check_new(args.out)
+    if not 0 <= args.keep <= 1:
+        raise BadInput(f"--keep ({args.keep}) is a share from 0 to 1")
     base = data.load_pretrained(args.base, "AutoModelForCausalLM", "--base")
     tuned = data.load_pretrained(args.tuned, "AutoModelForCausalLM", "--tuned")
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
@@ -100,6 +137,12 @@ def edit_heads(model, groups: tuple[list, list], heads: int) -> list[tuple[int, 
 
 def thinkedit(args: argparse.Namespace) -> None:
     """Load, edit, save; thinkedit.json in the new folder says which heads were edited."""
+    check_new(args.out)
+    for name, least in {"heads": 1, "long": 0, "short": 1}.items():
+        if getattr(args, name) < least:
+            raise BadInput(f"--{name} ({getattr(args, name)}) must be {least} or more")
+    if args.short > args.long:
+        raise BadInput(f"--short ({args.short}) must not be above --long ({args.long})")
     tokenizer, groups = data.load_tokenizer(args.model), ([], [])
     for sample in read_samples(args.samples, ("id", "problem", "prompt", "response")):
         thinking, closed, _ = sample["response"].partition("</think>")
@@ -128,6 +171,7 @@ def thinkedit(args: argparse.Namespace) -> None:
 
 def tops(args: argparse.Namespace) -> None:
     """Of every problem the shortest right response, over all its budgets, as a supervised row; 2502.18080."""
+    data.check_out(args.out)
     best, problems = {}, set()
     for s in read_samples(args.samples, ("id", "problem", "response", "length", "correct")):
         key = s.get("source"), s["problem"]

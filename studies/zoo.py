@@ -20,15 +20,19 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
 BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
-# Runs without a recipe: the toy's own default, L1-Max alone, and its ablation that the paper warns of.
+# Runs without a recipe: the toy's own default, L1-Max alone, its ablation that the paper warns of, RLOO.
 LCPO_MAX = "--mode max --advantage grpo --reward lcpo_max --reward-args alpha=0.02"
 EXTRA = {"peaked_exact": "", "lcpo_max": LCPO_MAX, "lcpo_max_additive": LCPO_MAX + " additive=true"}
+# L1-Exact again, for other cards: trained by the tests, no runs of their own here.
+CARDS = ("l1_exact_24gb", "l1_exact_80gb_small")
+EXTRA |= {"rloo": "--budgets none --reward correct --advantage rloo --steps 120"}
 # What methods log beyond the common metrics: shown in the table, and asked for by tests/test_recipes.py.
 OWN = """
     scheduled_budget kept_groups sampled_groups sampled_accuracy history_length history_known palu_budget
     laser_easy laser_medium laser_hard ref_accuracy ref_length conciseness dot_cut dot_threshold dot_lost
     length_by_subgroup reward_by_subgroup no_think_accuracy think_accuracy no_think_length think_length
     forced_share length_by_level short_accuracy long_accuracy short_length long_length drpo_kl kl
+    toggle_limited toggle_over toggle_budget answer_length accuracy_by_budget
 """.split()
 
 
@@ -71,7 +75,10 @@ def toy_flags(text: str) -> list[str]:
 
 def runs() -> dict[str, list[str]]:
     """{name: flags} of all runs of the study."""
-    names = {n[:-5] for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args")} - {"toy"}
+    names = {n[:-5] for n in os.listdir(os.path.join(ROOT, "recipes")) if n.endswith(".args")} - {
+        "toy",
+        *CARDS,
+    }
     extra = {n: shlex.split(flags) for n, flags in EXTRA.items()}
     return {n: toy_flags(recipe(n)) for n in sorted(names)} | extra
 

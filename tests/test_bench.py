@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -106,11 +107,11 @@ def test_plan_against_what_is_measured(capsys, monkeypatch):
 # Its parts --------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_is_told(tmp_path):
-    with pytest.raises(SystemExit, match="(?s)logprobs ours-many died.*invalid literal for int"):
-        race.race(
-            "logprobs", ["ours-many"], {"rounds": 1, "dtype": "float32", "tokens": 1, "width": 1}, tmp_path
-        )
+def test_a_worker_that_dies_is_told(tmp_path, capfd):
+    sizes = {"rounds": 1, "dtype": "float32", "tokens": 1, "width": 1}
+    with pytest.raises(SystemExit, match="logprobs_worker ours-many died"):
+        race.race({"ours-many": bench.logprobs_worker}, sizes, tmp_path)
+    assert "invalid literal for int" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,24 @@ def test_state_of_a_trainer(tiny):
 def test_the_table_in_the_docs_is_the_plan():
     rows = plan.table(plan.MODELS, [4096, 16_384], [1, 4, 8], 80, 1024)
     with open(os.path.join(ROOT, "docs", "scaling.md"), encoding="utf-8") as f:
-        assert plan.markdown(rows) in f.read(), "python -m scaling.plan prints the new one"
+        assert plan.markdown(rows) in f.read(), "python -m scaling.bench plan prints the new one"
+
+
+@pytest.mark.parametrize("name, gib, row", [("l1_exact_24gb", 24, "24"), ("l1_exact_80gb_small", 80, ""),
+                                            ("l1_exact", 80, "80")])  # fmt: skip
+def test_figures_of_recipes_and_readme_are_the_plans(capsys, monkeypatch, name, gib, row):
+    monkeypatch.chdir(ROOT)
+    words = "plan", "--model", "R1-Distill-1.5B", "--set", f"recipe={name}", f"gpu_gib={gib}"
+    [found] = run(capsys, *words)[0]["rows"]
+    told = f"{found['peak_gib']:.1f} of {gib} GiB"
+    assert found["fits"] and found["peak_gib"] == found["trainer_gib"] + found["engine_gib"]
+    with open(os.path.join(ROOT, "recipes", f"{name}.args")) as f:
+        recipe = f.read()
+    assert name == "l1_exact" or f"{told}, {found['trainer_gib']:.1f} of them the trainer's" in recipe
+    assert name == "l1_exact" or " ".join(words[:4]) + f" recipe={name}" in recipe
+    if row:
+        with open(os.path.join(ROOT, "README.md")) as f:
+            assert re.search(rf"^\| \*\*one GPU\*\* of {row} GB .*{told}", f.read(), re.M)
 
 
 @given(

@@ -39,7 +39,7 @@ def rows_of(path):
 
 def one(row):
     """Normalises one record through the layout that its columns select."""
-    function = data.find_layout(list(row), None, "test")
+    function = data.find_layout(list(row))
     return data.normalise(function({key.lower(): value for key, value in row.items()}), "test", 0)
 
 
@@ -781,25 +781,22 @@ def test_hub_layout_folder_with_configs_and_splits(tmp_path, monkeypatch):
         "  - split: train\n    path: i-train.jsonl\n"
         "- config_name: ii\n  data_files:\n  - split: test\n    path: ii-test.jsonl\n---\n"
     )
-    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i", "ii"), "test", "plain"))
+    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i", "ii"), "test"))
     assert [row["answer"] for row in load_problems("gsm8k")] == ["1", "2"]
     assert load_problems("gsm8k")[0]["source"] == "gsm8k"
     with pytest.raises(BadInput, match="has the splits test, train: choose one with --split"):
         load_problems("gsm8k", split="nosuch")
     with pytest.raises(BadInput, match="could not be loaded"):
         load_problems(str(hub))  # two configs: the library asks for one
-    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i",), "train", "plain"))
+    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i",), "train"))
     assert [row["answer"] for row in load_problems("gsm8k")] == ["3"]
     assert [row["answer"] for row in load_problems("gsm8k", split="test")] == ["1"]
-    monkeypatch.setitem(data.PRESETS, "gsm8k", (str(hub), ("i",), None, "gpqa"))
-    with pytest.raises(BadInput, match="has the columns question, answer; wanted: question, correct answer"):
-        load_problems("gsm8k")
 
 
 def test_presets_are_complete():
-    for name, (hub_id, configs, split, layout) in data.PRESETS.items():
+    for name, (hub_id, configs, split) in data.PRESETS.items():
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and isinstance(configs, tuple), name
-        assert split in ("train", "test", "testmini") and layout in data.LAYOUTS, name
+        assert split in ("train", "test", "testmini"), name
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer

@@ -324,6 +324,43 @@ def test_a_signal_and_a_death_among_two_processes(tmp_path):
     same_run(whole, out, 12)
 
 
+ONE_SIDED = """
+import os, sys, torch
+sys.path.insert(0, os.getcwd())
+import train_grpo
+real, found = torch.load, train_grpo.newest_checkpoint
+def load(path, **options):
+    if "checkpoint-4" in str(path) and os.environ["RANK"] == "1":
+        raise OSError("a disk that only this process has")
+    return real(path, **options)
+def newest(args):
+    state, model = found(args)
+    os.write(1, f"rank {train_grpo.RANK}: step {state['step']}, {model.device.type}\\n".encode())
+    return state, model
+torch.load, train_grpo.newest_checkpoint = load, newest
+train_grpo.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_is_damaged_for_one_process_is_so_for_all(finished, tmp_path, shards):
+    """Or they would train from different steps. Of shards the first process alone reads the weights."""
+    out, script = tmp_path / "run", tmp_path / "one_sided.py"
+    if shards:
+        flags = [*TOY, "--fsdp", "--steps", "4", "--save-every", "2", "--out", out]
+        subprocess.run(two(*flags), cwd=ROOT, check=True, capture_output=True)
+    else:
+        shutil.copytree(finished, out)
+    script.write_text(ONE_SIDED)
+    words = [str(script) if word == "train_grpo.py" else word for word in two("--resume", "--out", out)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("checkpoint-4 is damaged (OSError('a disk that only this process has'))") == 1
+    assert "rank 0: step 2, cpu" in done.stdout
+    assert f"rank 1: step 2, {'meta' if shards else 'cpu'}" in done.stdout
+    assert [m["step"] for m in lines(out)] == [0, 1, 2, 3]
+
+
 def test_args_json_is_there_as_a_whole_or_not_at_all(finished, tmp_path, monkeypatch):
     """A kill between the first and the last byte of it must not make the run one that cannot be resumed."""
     out = tmp_path / "run"

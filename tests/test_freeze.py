@@ -73,6 +73,11 @@ FLAGS = {
     "grpo_lead": "--lr 2e-4",
     "gdpo": "--lr 2e-4",
     "affectgpt": "--reward-args k_max=0.8 weight=1",
+    "toggle": "--reward-args lam=0.25 --method-args m=1 rho=50 samples=4 --lr 2e-4",
+    "brpo": """--group-size 8 --method-args budgets=[8,24] weights=[1,2] answers=2 length=4 'cut=""' 'ask=""'
+        --lr 2e-4""",
+    "effort": "--lr 2e-4",
+    "grlc": "--lr 2e-4",
     # parts of the loss that no toy line has
     "gdpo+overlong_filter": "--overlong-filter --max-tokens 40",
     "gdpo+dual_clip": "--dual-clip 1.05 --minibatches 3 --lr 3e-4 --seed 3",
@@ -91,7 +96,7 @@ METRICS = """reward accuracy length truncated signed_error abs_error zero_varian
     scheduled_budget laser_easy laser_medium laser_hard ref_accuracy ref_length conciseness dot_cut
     dot_threshold dot_lost drpo_kl forced_share length_by_subgroup reward_by_subgroup length_by_level
     no_think_accuracy think_accuracy no_think_length think_length short_accuracy long_accuracy short_length
-    long_length""".split()
+    long_length toggle_limited toggle_over toggle_budget answer_length accuracy_by_budget""".split()
 RECIPES = sorted(os.path.basename(path)[:-5] for path in glob.glob(os.path.join(ROOT, "recipes", "*.args")))
 RECIPES.remove("toy")  # no paper's: what the flags of BEFORE say
 

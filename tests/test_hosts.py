@@ -117,7 +117,7 @@ def test_the_datasets_library_reads_every_export(tmp_path, host, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = data.annotate(
-        [data.normalise(data.find_layout(list(p), None, "t")(p), "t", i) for i, p in enumerate(PROBLEMS)],
+        [data.normalise(data.find_layout(list(p))(p), "t", i) for i, p in enumerate(PROBLEMS)],
         "fixed:9",
         "both",
     )

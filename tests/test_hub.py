@@ -128,18 +128,18 @@ def test_preset(preset, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "hub").mkdir()
     record, expected = SETS[preset]
-    hub_id, configs, split, layout = data.PRESETS[preset]
+    hub_id, configs, split = data.PRESETS[preset]
     records = [record, EURUS2_CODE] if preset == "eurus2" else [record]
     if kind == "save_to_disk":
         configs = ()
         datasets.DatasetDict({split: datasets.Dataset.from_list(records)}).save_to_disk(str(tmp_path / "hub"))
     else:
         hub_folder(tmp_path / "hub", records, configs, split, kind)
-    monkeypatch.setitem(data.PRESETS, preset, (str(tmp_path / "hub"), configs, split, layout))
+    monkeypatch.setitem(data.PRESETS, preset, (str(tmp_path / "hub"), configs, split))
     row = check(data.load_problems(preset), expected, max(1, len(configs)))
     if preset == "gpqa":
         assert row["choices"]["ABCD".index(row["answer"])] == "right" and len(row["choices"]) == 4
-    # The layout is also found from the columns alone, as for any other copy of the set.
+    # So is any other copy of the set.
     if len(configs) < 2:
         again = data.load_problems(str(tmp_path / "hub"), split=split)
         assert [r | {"source": 0, "id": 0} for r in again] == [row | {"source": 0, "id": 0}]

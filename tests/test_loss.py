@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from hypothesis import strategies as st
 
 import methods
 import train_grpo
+from rewards import ADVANTAGES
+from scaling import model as net
 from train_grpo import micro_batches, policy_loss, to_tensors, token_weights
 
 
@@ -104,6 +105,50 @@ def test_importance_weight_by_hand():
     assert policy_loss(old, t, arguments())[1]["logp_gap"].item() == 2  # of the tokens that have a loss
 
 
+def test_masked_importance_weight_by_hand():
+    """Weights of e, 1/e, 1.65 and 1 (forced); beyond [1/2, 2] they are 0, not cut."""
+    old, gap = torch.zeros(4), torch.tensor([1.0, -1.0, 0.5, math.nan])
+    t = tokens(old, torch.ones(4), old, sampler_logp=-gap)
+    args = arguments("--tis-cap", "2", "--tis-mode", "token_mask")
+    logp = old.clone().requires_grad_()
+    policy_loss(logp, t, args)[0].backward()
+    close(-logp.grad, [0, 0, math.exp(0.5), 1])
+
+
+@pytest.mark.parametrize("later", [False, True])  # the first minibatch of a step, or one after it
+def test_importance_weight_of_a_response_by_hand(tiny, monkeypatch, later):
+    """exp of the SUM over the tokens with a loss, cut or masked; in chunks of one token as in one."""
+    model, found = load(tiny), []
+    cases = [("sequence", [0.3, 0.2], math.exp(0.5)), ("sequence", [0.9, 0.9], 2),
+             ("sequence_mask", [0.9, 0.9], 0), ("sequence", [-0.9, -0.9], math.exp(-1.8)),
+             ("sequence_mask", [-0.9, -0.9], 0), ("sequence_mask", [0.9, -0.7], math.exp(0.2)),
+             ("sequence", [50.0, 50.0], 2)]  # fmt: skip
+    for chunk in (10_000, 1):
+        monkeypatch.setitem(net.LOGITS, "cpu", chunk * model.config.vocab_size)
+        for mode, gaps, expected in cases:
+            args = arguments("--tis-cap", "2", "--tis-mode", mode)
+            r = {
+                "prompt_ids": [7, 8],
+                "ids": np.array([5, 6, 9, 7], np.int32),
+                "advantage": 1.0,
+                "weight": 0.5,
+            }
+            r |= {"logps": np.zeros(4, np.float32), "mask": np.array([0, 1, 1, 0], np.float32)}
+            train_grpo.add_logps(model, [r], "old_logps", args)
+            # The first token was forced; the last one was sampled, and has no loss.
+            r["logps"] = r["old_logps"] - np.array([math.nan, *gaps, 9.0], np.float32)
+            if not later:
+                del r["old_logps"]
+            other = r | {"logps": r["logps"] + 3, "advantage": 0.0}  # a neighbour in the micro-batch
+            sums = train_grpo.backward(model, [other, r], args)
+            assert sums["loss"].item() == pytest.approx(-expected, abs=1e-5), (mode, gaps)
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            model.zero_grad()
+    for one, two in zip(found[:7], found[7:], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    assert found[0].norm() > 0 == found[2].norm()
+
+
 def test_sequence_ratio_by_hand(tiny):
     """GSPO's ratio is exp of the mean over the tokens with a loss; the loss of a response is -ratio A."""
     model, args = load(tiny), arguments("--ratio", "sequence")
@@ -147,35 +192,80 @@ def test_float32_agrees_with_float64_and_is_finite(seed, ratio, kl):
 # TRL --------------------------------------------------------------------------------------------------------
 
 
-def trl_loss(logp, old, ref, sampler, advantage, mask, loss_type, level, delta, beta, high, tis):
-    """TRL's own GRPOTrainer._compute_loss of padded log-probs [N, L]; only its forward pass is replaced."""
+@pytest.fixture(scope="module")
+def trl(tiny, tmp_path_factory):
+    """TRL's own GRPOTrainer. A case replaces sampling, the models' forward passes, the rewards."""
+    import datasets
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from trl import GRPOTrainer
-    from collections import defaultdict
-
-    process = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
-    self = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, torch.zeros_like(logp), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta,
-        importance_sampling_level=level, loss_type=loss_type, epsilon_low=0.2, epsilon_high=high,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=1),
-        use_vllm=tis is not None, vllm_importance_sampling_correction=True, accelerator=process,
-        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
-        max_completion_length=logp.shape[1], _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)},
+        from trl import GRPOConfig, GRPOTrainer
+    config = GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("trl")), per_device_train_batch_size=6, num_generations=3,
+        num_iterations=2,  # so that it compares with the policy that sampled
+        use_bias_correction_kl=False,  # its k3 can be weighted by the ratio, ours cannot
+        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
-    inputs = {"prompt_ids": torch.zeros(len(mask), 1), "prompt_mask": torch.ones(len(mask), 1)}
-    inputs |= {"completion_ids": torch.zeros_like(mask), "completion_mask": mask, "advantages": advantage}
-    inputs |= {"old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": mask.sum()}
-    if tis is not None:
-        inputs["importance_sampling_ratio"] = (old - sampler).exp().clamp(max=tis)
-    return GRPOTrainer._compute_loss(self, None, inputs)
+    rows = datasets.Dataset.from_list([{"prompt": "a"}] * 6)
+    functions = [lambda **_: None, lambda **_: None]
+    trainer = GRPOTrainer(tiny, reward_funcs=functions, args=config, train_dataset=rows)
+    trainer.current_gradient_accumulation_steps, trainer.ref_model = 1, "reference"
+    trainer.model.train()
+    return trainer
+
+
+def trl_loss(trl, rewards, logp, old, ref, sampler, lengths, loss_type, level, delta, beta, high, tis):
+    """(advantages [N], loss) by its own code, of rewards [K, N] and padded log-probs [N, L]."""
+    mode, cap = tis
+    trl.loss_type, trl.importance_sampling_level, trl.args.delta = loss_type, level, delta
+    trl.beta, trl.epsilon_high, trl.max_completion_length = beta, high, logp.shape[1]
+    trl.use_vllm, trl.vllm_importance_sampling_mode = bool(cap), mode
+    trl.vllm_importance_sampling_clip_max = cap
+    trl.vllm_importance_sampling_clip_min = 1 / cap if "mask" in mode else None
+    trl.reward_funcs = [lambda row=row, **_: row.tolist() for row in rewards]
+    trl.reward_func_names, trl.reward_weights = (
+        [str(k) for k in range(len(rewards))],
+        torch.ones(len(rewards)),
+    )
+    trl.reward_processing_classes = [None] * len(rewards)
+    passes = {trl.model: old, "reference": ref, "policy": logp}
+    trl._get_per_token_logps_and_entropies = lambda model, *_, **__: (
+        passes[model],
+        torch.zeros_like(logp),
+        None,
+    )
+    ids = [[1] * n for n in lengths.tolist()]
+    told = [
+        [None if x != x else x for x in row[:n]] for row, n in zip(sampler.tolist(), lengths, strict=True)
+    ]
+    texts = ["a"] * len(ids)
+    trl._generate = lambda prompts: ([[1]] * len(ids), ids, None, texts, told, {}, None, None)
+    torch.set_default_dtype(torch.float64)  # of the tensors that it makes
+    try:
+        inputs = trl._generate_and_score_completions([{"prompt": "a"}] * len(ids))
+        return inputs["advantages"], trl._compute_loss("policy", inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def ragged(seed):
+    """Lengths [6] and padded log-probs [6, L]: of the policy, of the one that sampled, reference, sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 12, (6,), generator=generator)
+    shape, double = (6, int(lengths.max())), {"generator": generator, "dtype": torch.float64}
+    logp = (-2 + 0.5 * torch.randn(shape, **double)).requires_grad_()
+    old, ref, sampler = (logp.detach() + scale * torch.randn(shape, **double) for scale in (0.4, 0.3, 0.3))
+    sampler[0, 0] = math.nan  # a token that was not sampled
+    rewards = (
+        torch.randint(-8, 9, (2, 6), generator=generator) / 8
+    )  # exact in float32, which TRL keeps them in
+    return lengths, rewards.double(), logp, old, ref, sampler
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kl", [0.0, 0.1])
-@pytest.mark.parametrize("tis", [None, 1.5])
+@pytest.mark.parametrize("tis", [("token", 0), ("token", 1.5), ("token_mask", 1.5), ("sequence", 1.5),
+                                 ("sequence_mask", 1.8)])  # fmt: skip
 @pytest.mark.parametrize(
     "flags, theirs",
     [
@@ -190,40 +280,67 @@ def trl_loss(logp, old, ref, sampler, advantage, mask, loss_type, level, delta, 
         ("--ratio cispo --clip-low 1 --clip-high 0.3", {"loss_type": "cispo", "high": 1.3}),
     ],
 )  # fmt: skip
-def test_loss_and_gradient_are_trls(flags, theirs, kl, tis, seed):
-    """On ragged batches, in float64: value and gradient by each token's log-prob, to 1e-6."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 12, (6,), generator=generator)
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).double()
-
-    def noise(scale):
-        return scale * torch.randn(mask.shape, generator=generator, dtype=torch.float64)
-
-    padded = (-2 + noise(0.5)).requires_grad_()
-    old, ref, sampler = (padded.detach() + noise(scale) for scale in (0.4, 0.3, 0.3))
-    advantage = torch.randn(6, generator=generator, dtype=torch.float64)
-    rest = {"level": "token", "delta": None, "high": 0.2, "beta": kl, "tis": tis} | theirs
-    expected = trl_loss(padded, old, ref, sampler, advantage, mask, **rest)
+def test_advantage_loss_and_gradient_are_trls(trl, flags, theirs, tis, kl, seed):
+    """From rewards to the loss, on ragged batches, in float64; gradients by each token's log-prob."""
+    lengths, rewards, padded, old, ref, sampler = ragged(seed)
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).double()
+    mode, cap = tis
+    theirs_mode = mode if "mask" in mode else mode + "_truncate"
+    rest = {"level": "token", "delta": None, "high": 0.2, "beta": kl, "tis": (theirs_mode, cap)} | theirs
+    trl.scale_rewards, trl.multi_objective_aggregation = "group", "sum_then_normalize"
+    trls, expected = trl_loss(trl, rewards, padded, old, ref, sampler, lengths, **rest)
     (want,) = torch.autograd.grad(expected, padded)
 
-    args = arguments(
-        *flags.split(), "--kl-coef", str(kl), "--tis-cap", str(tis or 0), "--max-tokens", str(mask.shape[1])
-    )
+    args = arguments(*flags.split(), "--kl-coef", str(kl), "--max-tokens", str(mask.shape[1]))
+    args.tis_cap, args.tis_mode = cap, mode
+    advantage = torch.from_numpy(ADVANTAGES["grpo"](rewards.sum(0).view(2, 3).numpy(), eps=1e-4).ravel())
+    assert (advantage - trls).abs().max() < 1e-6
     row, column = mask.nonzero(as_tuple=True)
     flat = padded.detach()[row, column].requires_grad_()
     weight = torch.from_numpy(token_weights(lengths.tolist(), args.loss_reduction, args.max_tokens))
     t = tokens(flat, advantage[row], old[row, column], sampler_logp=sampler[row, column], weight=weight[row])
-    t["ref_logp"] = ref[row, column] if kl else None
+    t |= {"row": row, "ref_logp": ref[row, column] if kl else None}
     if args.ratio == "sequence":
-        t["sequence_ratio"] = ((padded.detach() - old) * mask).sum(1).div(lengths).exp()[row]
+        t["sequence_ratio"] = train_grpo.sequence_ratio(flat.detach(), t, 6)
+    t["sequence_gap"] = train_grpo.response_sums((t["old_logp"] - t["sampler_logp"]).nan_to_num(0), t, 6)
     loss, _ = policy_loss(flat, t, args)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     both = torch.stack([flat.grad, want[row, column]])
-    if args.ratio == "sequence" and tis:
+    if args.ratio == "sequence" and cap and "token" in mode:
         # As in verl each token's gradient has its own importance weight; in TRL all share their mean.
         both = torch.zeros(2, 6, dtype=torch.float64).index_add(1, row, both) / lengths
     assert (both[0] - both[1]).abs().max() < 1e-6 and want.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "name, constants, scale",
+    [("grpo", {"eps": 1e-4}, "group"), ("dr_grpo", {}, "none"), ("batch_norm", {"eps": 1e-4}, "batch"),
+     ("gdpo", {}, "normalize_then_sum")],
+)  # fmt: skip
+def test_advantages_are_trls(trl, name, constants, scale, seed):
+    lengths, rewards, *logps = ragged(seed)
+    if (
+        scale == "batch"
+    ):  # TRL divides by the spread of the rewards, we by that of reward - mean of the group:
+        rewards[:, 3:] = rewards[:, :3].flip(1)  # equal where the groups have one mean
+    rewards[:, 3:] = 0.25 if seed == 2 and scale != "batch" else rewards[:, 3:]  # a group that is all alike
+    trl.scale_rewards = "group" if name == "gdpo" else scale
+    trl.multi_objective_aggregation = "normalize_then_sum" if name == "gdpo" else "sum_then_normalize"
+    rest = {
+        "loss_type": "dapo",
+        "level": "token",
+        "delta": None,
+        "beta": 0.0,
+        "high": 0.2,
+        "tis": ("token", 0),
+    }
+    trls, _ = trl_loss(trl, rewards, *logps, lengths, **rest)
+    table = rewards.view(2, 2, 3).numpy()  # [K, P, G]
+    ours = ADVANTAGES[name](table if name == "gdpo" else table.sum(0), **constants)
+    np.testing.assert_allclose(ours.ravel(), trls.numpy(), atol=1e-6)
+    assert np.abs(ours).max() > 0.1
 
 
 # The split --------------------------------------------------------------------------------------------------
@@ -259,7 +376,8 @@ def after_update(path, batch, *flags):
 
 
 @pytest.mark.parametrize("flags", ["--loss-reduction token_mean", "--loss-reduction sequence_mean",
-                                   "--loss-reduction constant --ratio sequence --minibatches 2"])  # fmt: skip
+                                   "--loss-reduction constant --ratio sequence --minibatches 2",
+                                   "--tis-cap 2 --tis-mode sequence --minibatches 2"])  # fmt: skip
 def test_update_does_not_depend_on_micro_batches(tiny, flags):
     batch = random_batch()
     whole, stats = after_update(tiny, batch, "--micro-tokens", "100000", *flags.split())

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import types
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import methods
 import train_grpo
 from data import BadInput, encode_prompt, load_tokenizer
-from methods import drpo, laser_d, palu
+from methods import brpo, drpo, laser_d, palu
 from methods.curriculum import Curriculum
 from methods.thinkprune import ThinkPrune
 from rewards import ADVANTAGES, REWARDS
@@ -126,6 +127,156 @@ def test_hapo_learns_after_the_rewards():
         assert known(m) == later
 
 
+def test_toggle_budgets_and_phases():
+    """The median of the starting model's right lengths 10, 30, 20 is 20; what it cannot solve has none."""
+    m = made("--reward", "toggle", "--method", "toggle", "--method-args", "m=2", "rho=50", "samples=4")
+    rows = [{"id": "a"}, {"id": "b"}]
+    made_of = {"a": responses((10, 1), (30, 1), (20, 1), (99, 0)), "b": responses((5, 0), (6, 0))}
+    asked = []
+
+    def ask(rows, n, key, starting):
+        asked.append(([row["id"] for row in rows], n, starting))
+        return [made_of[row["id"]] for row in rows]
+
+    for step in range(3):  # later policies are not asked: the budget stays
+        m.begin_step(step, 0, rows, [], ask)
+    assert asked == [(["a", "b"], 4, True)] and m.state == {"reference": {"a": 20.0, "b": None}}
+    targets = [m.reward_inputs([], rows, step)["target"] for step in range(6)]
+    np.testing.assert_array_equal(targets, [[20, np.nan]] * 2 + [[np.nan] * 2] * 2 + [[20, np.nan]] * 2)
+    batch = {
+        "correct": [[1, 1], [1, 1]],
+        "truncated": [[0, 0]] * 2,
+        "length": np.array([[20, 21], [20, 999]]),
+    }
+    batch |= {"target": targets[0]}
+    assert REWARDS["toggle"](batch).tolist() == [[1, 0], [1, 1]]
+    found = m.metrics([], batch, None)
+    assert found == {"toggle_limited": 0.5, "toggle_over": 0.25, "toggle_budget": 20}
+    assert math.isnan(m.metrics([], batch | {"target": targets[2]}, None)["toggle_budget"])
+
+
+def test_grlc_splits_at_the_first_end_of_thinking(tiny):
+    tokenizer = load_tokenizer(tiny)
+    m = made("--reward", "grlc", "--method", "grlc", tokenizer=tokenizer)
+    [end] = m.end
+    groups = [[{"ids": np.array(ids)} for ids in ([9, 9, end, 9, end], [9, 9, 9], [end, 9])]]
+    assert m.reward_inputs(groups, [], 0)["think_length"].tolist() == [[3, 3, 1]]
+
+
+def test_effort_prices(tiny):
+    tokenizer, told = (
+        load_tokenizer(tiny),
+        ["--method-args", 'costs={"low":0.01,"0.9":0.001}', "text=Effort {}."],
+    )
+    m = made("--reward", "effort", "--method", "effort", *told, tokenizer=tokenizer)
+    asked = [m.requests({"prompt": "1 + 1?", "position": k})[0] for k in range(3)]
+    assert [q["tags"]["level"] for q in asked] == ["low", "0.9", "low"]
+    assert "Effort 0.9." in tokenizer.decode(asked[1]["prompt_ids"])
+    fields = m.reward_inputs([[q["tags"]] for q in asked], [], 0)
+    assert fields["token_cost"].tolist() == [0.01, 0.001, 0.01]
+
+
+# BRPO -------------------------------------------------------------------------------------------------------
+
+
+def test_brpo_advantage_by_hand():
+    """Two thoughts, three budgets, p = 1/6, 2/6, 3/6; v = [0, 1, 1], [1, 1, 0]. Returns of the first 5/6,
+    5/6, 3/6, of the second 3/6, 2/6, 0; V2 4/6, 7/12, 1/4. V1 at s = 1: v_0 times 5/6; at s = 2: the mean of
+    v_0 and v_1, weighed 1 : 2, times 3/6: 1/3 and 1/2. A_s = R - (s V1 + (3 - s) V2) / 3."""
+    got = brpo.segment_advantage(np.array([[0.0, 1, 1], [1, 1, 0]]), np.array([1, 2, 3]) / 6)
+    first = [5 / 6 - 4 / 6, 5 / 6 - (0 + 2 * 7 / 12) / 3, 3 / 6 - (2 * 1 / 3 + 1 / 4) / 3]
+    second = [3 / 6 - 4 / 6, 2 / 6 - (5 / 6 + 2 * 7 / 12) / 3, 0 - (2 * 1 / 2 + 1 / 4) / 3]
+    np.testing.assert_allclose(got, [first, second], atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 5))
+def test_brpo_advantage_is_the_definition(seed, thoughts, budgets):
+    """Term by term, as the paper has it; equal scores everywhere give nothing."""
+    rng = np.random.default_rng(seed)
+    v, p = rng.random((thoughts, budgets)), rng.random(budgets) + 0.1
+    got = brpo.segment_advantage(v, p)
+    for g, s in np.ndindex(v.shape):
+        returns = [sum(p[j] * v[i, j] for j in range(s, budgets)) for i in range(thoughts)]
+        weights = [2.0**j for j in range(s)]
+        v1 = sum(w * v[g, j] for j, w in enumerate(weights)) / sum(weights) * sum(p[s:]) if s else 0.0
+        base = (s * v1 + (budgets - s) * sum(returns) / thoughts) / budgets
+        assert got[g, s] == pytest.approx(returns[g] - base, abs=1e-12)
+    np.testing.assert_allclose(brpo.segment_advantage(np.full(v.shape, 0.3), p), 0, atol=1e-12)
+
+
+def test_brpo_cuts_forces_and_pays_each_token(tiny):
+    """A random model: each thought is cut at 8 and 20 tokens, two answers are forced at each; every token of
+    it is trained once, forced ones never, and thinking and answer have advantages of their own."""
+    words = "--method brpo --method-args budgets=[8,20] weights=[1,3] answers=2 length=6".split()
+    group, model, m = sampled(tiny, *words, 'cut="so"', 'ask="x"', n=12)
+    [end], trained = m.end, 0
+    assert len(group) == 12 and m.p.tolist() == [0.25, 0.75]
+    for k, r in enumerate(group):
+        budget, stop = m.budgets[k // 2 % 2], r["stop"]
+        assert len(r["ids"]) == len(r["logps"]) == len(r["mask"]) == r["length"] and stop <= budget
+        forced = m.ask if r["ids"][stop - 1] == end else m.forced
+        answer = stop + len(forced)
+        assert r["ids"][stop:answer].tolist() == forced and len(r["ids"]) - answer <= 6
+        assert not r["mask"][stop:answer].any() and np.isnan(r["logps"][stop:answer]).all()
+        assert r["mask"][answer:].all() and r["mask"][: r["start"]].sum() == 0
+        assert r["mask"][r["start"] : stop].all() == (k % 2 == 0 or stop == r["start"])
+        trained += r["mask"][:stop].sum()
+    # the longest cut of each thought, once
+    assert trained == sum(r["stop"] for r in group[2::4])
+    # what was forced, and what followed, continues the thinking: the trainer sees the same log-probs
+    for r, logp in zip(group, logps_of(model, batch_of(group), m.args), strict=True):
+        known = ~np.isnan(r["logps"])
+        np.testing.assert_allclose(r["logps"][known], logp[known], rtol=1e-4, atol=1e-4)
+    # verdicts by hand: the first thought is right at 20 tokens only, in one of its two answers
+    for r, c in zip(group, [0, 0, 1, 0, *[0] * 8], strict=True):
+        r["correct"] = c
+    m.revise([group], [{}])
+    paid = brpo.segment_advantage(np.array([[0, 0.5], [0, 0], [0, 0]]), m.p)
+    right, wrong = group[2], group[3]
+    assert right["paid"][: right["stop"]] == pytest.approx(np.float32(paid[0, 1]))
+    same = right["stop"] == group[0]["stop"]  # it ended before the first budget: four answers to one thinking
+    mean = 0.25 if same else 0.5
+    assert right["paid"][right["stop"] :] == pytest.approx(1 - mean) and wrong["paid"][-1] == -mean
+    assert group[0]["paid"][: group[0]["stop"]] == pytest.approx(np.float32(paid[0, 0]))
+    m.before_update(model, group, None)
+    assert all(r["advantage"] is r["paid"] for r in group)
+    assert m.metrics([group], {"correct": np.array([[r["correct"] for r in group]])}, None) == {
+        "accuracy_by_budget": {"8": 0.0, "20": pytest.approx(1 / 6)}
+    }
+
+
+def test_brpo_thinking_that_ends_unclosed_is_wrong():
+    """One thought ends with </think>, and is asked for an answer; one with the end token, and is lost."""
+    tokenizer = make_tokenizer()
+    words = (
+        "--method brpo --group-size 4 --method-args budgets=[3,9] weights=[1,1] answers=1 length=2".split()
+    )
+    m = made(*words, 'cut=""', 'ask=""', tokenizer=tokenizer)
+    group = []
+    for text in ("9 8 7 </think> 7 <eos>", "9 8 7 6 <eos>"):
+        ids = np.array(tokenizer.encode(text), np.int32)
+        group.append(
+            {"ids": ids, "logps": np.full(len(ids), -1, np.float32), "truncated": 0, "prompt_ids": [5]}
+        )
+
+    class Answers:
+        def generate(self, prompts, n, caps, temperature, seed):
+            self.prompts = [tokenizer.decode(p[1:]) for p in prompts]
+            answer = {"ids": np.array(tokenizer.encode("7 <eos>"), np.int32), "truncated": 0}
+            return [[answer | {"logps": np.full(2, -2, np.float32)} for _ in range(n)] for _ in prompts]
+
+    sampler = Answers()
+    m.complete([group], sampler, 0)
+    closed = "9 8 7 </think>"
+    assert sampler.prompts == [closed, closed, closed, "9 8 7 6 <eos> </think>"]
+    assert [r["truncated"] for r in group] == [0, 0, 0, 1]  # what is truncated is wrong
+    assert [(r["start"], r["stop"]) for r in group] == [(0, 3), (3, 4), (0, 3), (3, 5)]
+    assert [r["mask"].astype(int).tolist() for r in group] == [
+        [1, 1, 1, 0, 1, 1], [0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1], [0, 0, 0, 1, 1, 0, 1, 1]
+    ]  # fmt: skip
+
+
 def test_dot_cuts_and_checks_again():
     tokenizer, row = make_tokenizer(), {"answer": "9", "kind": "math"}
     words = "--method dot --method-args a=1 margin=2 --group-size 4 --require-think"
@@ -200,6 +351,12 @@ MISTAKES = [
     ("--method drpo", "--tis-cap 0"),
     ("--method drpo --tis-cap 0 --minibatches 3", "multiple of --minibatches"),
     ("--method crf --reward crf", "model=FOLDER"),
+    ("--method toggle --reward toggle --method-args m=0", "m (0) must be 1 or more"),
+    ("--method effort --reward effort --method-args costs=low", 'needs costs={"low"'),
+    ("--method brpo --group-size 20", "--group-size 16 x N"),
+    ("--method brpo --method-args budgets=[8,16] --group-size 8", "2 weights"),
+    ("--reward grlc", "give --method grlc"),
+    ("--reward toggle", "give --method palu or toggle"),
     ("--reward hapo_cosine", "give --method hapo"),
     ("--reward o1_pruner", "give --method adaptthink or starting_model"),
     ("--method hapo --method-args past=min", "history"),
@@ -509,6 +666,8 @@ def test_reference_samples_come_from_the_starting_model(tiny, tmp_path, monkeypa
 
 
 LASER = "--method laser_d --method-args every=3 size=4 samples=3 low=8 step=8"
+BRPO = """--reward correct --method brpo --method-args budgets=[8,24] weights=[1,2] answers=1 length=4
+    'cut=""' 'ask=""'"""
 ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --ratio sequence"
 
 
@@ -518,10 +677,12 @@ ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --rati
         "--reward hapo_cosine --method hapo --dynamic-sampling reward",
         f"--reward adaptthink --advantage raw {ADAPTTHINK}",
         f"--reward laser_d {LASER} --minibatches 2",
+        "--reward toggle --method toggle --method-args m=2 samples=2",
+        f"{BRPO} --minibatches 2",
     ],
 )
 def test_resume_is_exact(world, words, tmp_path):
-    words = [*world, *words.split(), "--prompts-per-step", "2"]
+    words = [*world, *shlex.split(words), "--prompts-per-step", "2"]
     whole, parted = str(tmp_path / "whole"), str(tmp_path / "parted")
     train_grpo.main([*words, "--steps", "4", "--out", whole])
     train_grpo.main([*words, "--steps", "2", "--out", parted])

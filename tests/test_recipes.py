@@ -14,7 +14,7 @@ import rewards
 import train_grpo
 from studies import zoo
 
-RUNS = zoo.runs()
+RUNS = zoo.runs() | {name: zoo.toy_flags(zoo.recipe(name)) for name in zoo.CARDS}
 RECIPES = [name for name in RUNS if name not in zoo.EXTRA]
 
 # What a method adds to metrics.jsonl: the proof that more of it runs than its reward.
@@ -28,6 +28,8 @@ SHOWS = {
     "da_dler": GROUPS, "dapo": GROUPS, "gdpo": GROUPS, "drpo": ["drpo_kl"], "elastic": ["forced_share"],
     "hbpo": ["length_by_subgroup", "reward_by_subgroup"], "tldr": ["length_by_level"],
     "adaptive_deep": ["short_accuracy", "long_accuracy", "short_length", "long_length"],
+    "toggle": ["toggle_limited", "toggle_over", "toggle_budget"], "grlc": ["think_length", "answer_length"],
+    "brpo": ["accuracy_by_budget"], "effort": ["length_by_level"],
 }  # fmt: skip
 # The parts of a method that its toy line must share with its recipe; sizes and constants differ.
 SAME = """reward advantage method ratio clip_low clip_high dual_clip loss_reduction overlong_filter kl_coef
@@ -86,7 +88,8 @@ def test_its_method_acts_in_the_frozen_run(name):
     moves = {
         "hapo": "history_known", "hapo_linear": "history_known", "palu": "palu_budget",
         "laser_d": "laser_easy", "laser_de": "laser_easy",
-        "curriculum": "scheduled_budget", "curriculum_band": "scheduled_budget",
+        "curriculum": "scheduled_budget", "curriculum_band": "scheduled_budget", "toggle": "toggle_limited",
+        "brpo": "accuracy_by_budget",
     }  # fmt: skip
     if name in moves:
         assert first[moves[name]] != last[moves[name]]
@@ -96,10 +99,22 @@ def test_its_method_acts_in_the_frozen_run(name):
         assert first["truncated"] > 0 and first["length"] < (32 if name == "thinkprune" else 40)
     if name == "elastic":
         assert last["forced_share"] > 0.5 and last["length"] <= 33
+    if name == "toggle":  # a step with budgets, in which some pay, and a step without
+        assert first["toggle_over"] > 0 == last["toggle_over"] == last["toggle_limited"]
+        assert first["reward"] < first["accuracy"] and last["reward"] == last["accuracy"]
+    if name == "grlc":
+        assert first["think_length"] + first["answer_length"] == first["length"]
+        assert first["reward_think"] != 0 != first["reward_answer"]
+    if (
+        name == "brpo"
+    ):  # the accuracy is the mean over the budgets, and no response is as long as the thinking was
+        assert sum(last["accuracy_by_budget"].values()) / 2 == pytest.approx(last["accuracy"])
+        assert last["length"] <= 24 + 1 + 4
     if name == "drpo":
         assert last["drpo_kl"] > 0
     parts = {
         "hbpo": last.get("length_by_subgroup", {}).values(), "tldr": last.get("length_by_level", {}).values(),
+        "effort": last.get("length_by_level", {}).values(),
         "adaptthink": [last.get("no_think_length"), last.get("think_length")],
         "adaptive_deep": [last.get("short_length"), last.get("long_length")],
     }  # fmt: skip

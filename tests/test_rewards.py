@@ -19,7 +19,7 @@ BATCH_RANKED = {"grpo_lambda"}  # its top groups depend on the other prompts
 TOTALS = sorted(set(REWARDS) - {"dot_threshold"})
 PER_ROLLOUT = (
     ("correct", "truncated", "length", "well_formed", "repetitive", "no_think", "long_mode", "labels")
-    + ("conciseness", "subgroup_budget")
+    + ("conciseness", "subgroup_budget", "think_length")
 )  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def batches(draw, max_prompts=4, max_group=6):
     batch["subgroup_budget"] = draw(arrays(np.int64, shape, elements=st.sampled_from([512, 1024, 2560])))
     for name in ("budget", "history", "target"):
         batch[name] = draw(per_prompt(tokens))
+    batch["think_length"] = batch["length"] * draw(st.integers(0, 4)) // 4
+    batch["token_cost"] = draw(per_prompt(st.sampled_from([0.0, 1e-5, 3e-4])))
     for name in ("difficulty", "ref_accuracy"):
         batch[name] = draw(per_prompt(st.floats(0, 1)))
     batch["ref_length"] = draw(per_prompt(st.floats(1, 5000)))
@@ -84,6 +86,11 @@ BY_HAND = [
     ("truncation_adaptive", {}, one_prompt([1, 1, 0, 0], [2000, 2001, 9, 9]), [1, 0, 0, 0]),
     ("truncation_adaptive", {}, one_prompt([1, 0, 0], [4000, 9, 9]), [1, 0, 0]),
     ("palu", {}, one_prompt([1, 1, 0], [900, 901, 9], target=900), [1, 0, 0]),
+    # lam 0.5: half are right, so the budget holds; one of three is too few; other steps have no budget
+    ("toggle", {}, one_prompt([1, 1, 0, 0], [900, 901, 9, 9], target=900), [1, 0, 0, 0]),
+    ("toggle", {}, one_prompt([1, 0, 0], [901, 9, 9], target=900), [1, 0, 0]),
+    ("toggle", {}, one_prompt([1, 1], [900, 9999], target=None), [1, 1]),
+    ("toggle", {"lam": 0.3}, one_prompt([1, 0, 0], [901, 9, 9], target=900), [0, 0, 0]),
     ("crf", {}, one_prompt([1, 0], [9, 9], conciseness=[0.8, 0.8], difficulty=0.3), [1.128, 0]),
     ("hbpo", {}, one_prompt([1, 1], [1000, 300], subgroup_budget=[512, 512]), [3.5903, 3.9231]),
     ("hbpo", {}, one_prompt([1, 0], [2600, 2600], subgroup_budget=[2560, 2560]), [2.1612, 0]),
@@ -116,6 +123,7 @@ BY_HAND = [
     ("tldr", {}, one_prompt([1, 0], [4096, 4096], level="short"), [0.75, 0]),
     ("adaptive_deep", {}, one_prompt([1, 1, 0], [8192, 1, 1], long_mode=[1, 1, 0]), [0.2, 1.2, -0.2]),
     ("affectgpt", {}, one_prompt([0] * 3, [1] * 3, labels=[6, 10, 20]), [0, -0.25, -1]),
+    ("effort", {}, one_prompt([1, 0, 1], [1000, 1000, 3000], token_cost=1e-4), [0.9, -0.1, 0.7]),
     ("gr3", {"alpha": 1}, one_prompt([1, 1, 0], [100, 300, 200]), [1 / 1.5, 1 / 2.5, 0]),
 ]  # fmt: skip
 
@@ -126,10 +134,40 @@ def test_by_hand(name, hyper, batch, expected):
 
 
 def test_dual_takes_each_prompt_by_its_mode():
+    """With the paper's alpha, and with the two of the authors' first commit: 200 / 3000, 0.5 - 200 / 1000."""
     two = {"correct": [[1, 0]] * 3, "truncated": [[0, 0]] * 3, "length": [[1200, 1200]] * 3}
     two |= {"budget": [1000, 1000, np.nan], "mode": ["exact", "max", None]}
     expected = [[0.94, -0.06], [0.44, 0], [1, 0]]
+    np.testing.assert_allclose(
+        REWARDS["lcpo_dual"](two, alpha_exact=3e-4, alpha_max=3e-4), expected, atol=1e-12
+    )
+    expected = [[1 - 1 / 15, -1 / 15], [0.3, 0], [1, 0]]
     np.testing.assert_allclose(REWARDS["lcpo_dual"](two), expected, atol=1e-12)
+
+
+def test_grlc():
+    """Thinking 100, 300, 200, 300: w = 1, 0, .5, 0, centred .625, -.375, .125, -.375. Answers 20, 10, 10, 30:
+    w = .5, 1, 1, 0, centred -.125, .375, .375, -.625. Half of each. The 80th percentile of c = 1, 1, 0, 1 is
+    1: the first earns the bonus for its thinking, the second for its answer, and the wrong third none."""
+    batch = one_prompt([1, 1, 0, 1], [120, 310, 210, 330], think_length=[100, 300, 200, 300])
+    got = REWARDS["grlc"](batch, parts=True)
+    np.testing.assert_allclose(got["think"], [[0.8125, -0.1875, 0.0625, -0.1875]])
+    np.testing.assert_allclose(got["answer"], [[-0.0625, 0.6875, 0.1875, -0.3125]])
+    np.testing.assert_allclose(REWARDS["grlc"](batch), [[1.75, 1.5, 0.25, 0.5]])
+    # one right of six: the percentile is 0, and the shortest earns its bonus although it is wrong
+    few = one_prompt([1, 0, 0, 0, 0, 0], [20, 10, 20, 20, 20, 20], think_length=[10, 5, 10, 10, 10, 10])
+    assert REWARDS["grlc"](few, weight=0).tolist() == [[1, 1, 0, 0, 0, 0]]
+    # all alike: no centred weight, and the bonus for all that are right
+    alike = one_prompt([1, 0], [20, 20], think_length=[10, 10])
+    assert REWARDS["grlc"](alike).tolist() == [[2, 0]]
+
+
+def test_gr3_rule_of_alpha():
+    """r_max / (1 + alpha) >= the group's mean: 1/1.3 = .7692 against (1/1.15 + 1/1.45 + 0) / 3 = .5197 with
+    a wrong answer among three; of three right ones (1/1.15 + 1/1.3 + 1/1.45) / 3 = .7761: never."""
+    for right, mean, holds in (([1, 0, 1], 0.5197, True), ([1, 1, 1], 0.7761, False)):
+        got = REWARDS["gr3"](one_prompt(right, [100, 200, 300])).mean()
+        assert got == pytest.approx(mean, abs=1e-4) and (got <= 1 / 1.3) == holds
 
 
 def test_dot_threshold():
@@ -245,6 +283,7 @@ def random_batch(rng, longest):
     batch |= {name: rng.integers(1, longest, shape) for name in ("length", "subgroup_budget")}
     batch |= {name: rng.integers(1, longest, 3) for name in ("budget", "history", "target", "ref_length")}
     batch |= {name: rng.random(3) for name in ("difficulty", "ref_accuracy")}
+    batch |= {"think_length": batch["length"] // rng.integers(1, 5, shape), "token_cost": rng.random(3)}
     batch |= {"conciseness": rng.random(shape), "labels": rng.integers(1, 12, shape), "range": [[3, 9]] * 3}
     return batch | {"mode": ["exact", "max", None], "level": few, "step": 3}
 
@@ -390,6 +429,7 @@ BOUNDS = {
     "palu": (0, 1), "dapo_overlong": (-2, 1), "kimi": (-0.5, 1.5), "shorter_better": (-np.inf, 2),
     "laser": (-1, 1.5), "laser_d": (-1, 1.5), "laser_de": (-1, 1.5), "alp": (-np.inf, 1), "cosine": (-10, 2),
     "adaptthink": (-1, 1.05), "prime_linear": (-0.25, 1), "adaptive_deep": (-1.2, 1.2), "affectgpt": (-1, 1),
+    "toggle": (0, 1), "grlc": (-1, 3), "effort": (-np.inf, 1),
     "tldr": (-np.inf, 1), "gr3": (0, 1), "grpo_lead": (-1, 1.12), "o1_pruner": (-6, np.inf),
 }  # fmt: skip
 
@@ -421,6 +461,7 @@ def by_length(batch, right):
     shape = batch["length"].shape
     same = {"correct": np.full(shape, right), "truncated": np.zeros(shape), "well_formed": np.ones(shape)}
     same |= {"length": np.sort(batch["length"]), "subgroup_budget": np.full(shape, 512)}
+    same |= {"think_length": np.sort(batch["length"]) // 2}
     same |= {"conciseness": np.ones(shape), "labels": np.zeros(shape), "long_mode": np.zeros(shape)}
     return batch | same | {"no_think": np.zeros(shape), "repetitive": np.zeros(shape)}
 
@@ -428,7 +469,7 @@ def by_length(batch, right):
 FALLING = """
     lcpo_max tulu_upto gdpo_conditioned curriculum_band hbpo truncation truncation_adaptive
     efficient_reasoning grpo_lambda hapo_cosine hapo_linear palu dapo_overlong kimi shorter_better laser
-    laser_d laser_de alp cosine grpo_lead prime_linear o1_pruner tldr gr3 adaptive_deep
+    laser_d laser_de alp cosine grpo_lead prime_linear o1_pruner tldr gr3 adaptive_deep toggle grlc effort
 """.split()
 
 
@@ -443,9 +484,9 @@ def test_longer_right_answers_never_earn_more(name, batch):
 # What a wrong answer's length is worth: "Who gets what when wrong" differs between papers more than anything.
 WRONG = {
     "constant": """correct lcpo_max gdpo_conditioned hbpo truncation truncation_adaptive efficient_reasoning
-        grpo_lambda crf palu laser laser_d adaptthink grpo_lead tldr gr3 affectgpt""".split(),
+        grpo_lambda crf palu toggle laser laser_d adaptthink grpo_lead tldr gr3 affectgpt""".split(),
     "falling": """tulu_upto curriculum_band hapo_cosine hapo_linear dapo_overlong kimi alp prime_linear
-        o1_pruner adaptive_deep""".split(),
+        o1_pruner adaptive_deep grlc effort""".split(),
     "rising": ["laser_de", "cosine"],  # a long wrong answer explored; a short one did not even try
 }
 
