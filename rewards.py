@@ -196,11 +196,13 @@ def tulu_upto(rollouts, scale=8192, parts=False):
 
 
 @reward("budget")
-def peaked_exact(rollouts, tau=6.0, parts=False):
+def peaked_exact(rollouts, tau=6.0, over=np.inf, parts=False):
     """c + exp(-|L - budget| / tau), tau in tokens; wrong answers keep the length term. No budget: c. Ours.
-    Steep near the target, where the linear rewards are flat; nearly 0 far away: tau must suit the budgets."""
-    term = np.exp(-np.abs(_get(rollouts, "length") - _get(rollouts, "budget")) / tau)
-    return _sum({"correct": _c(rollouts), "length": np.nan_to_num(term)}, parts)
+    Steep near the target, where the linear rewards are flat; nearly 0 far away: tau must suit the budgets.
+    An answer above `over` budgets is not right."""
+    length, budget = _get(rollouts, "length"), _get(rollouts, "budget")
+    right, term = _c(rollouts) * ~(length > over * budget), np.exp(-np.abs(length - budget) / tau)
+    return _sum({"correct": right, "length": np.nan_to_num(term)}, parts)
 
 
 @reward("budget", "range")

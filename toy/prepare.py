@@ -84,9 +84,9 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     rng = np.random.default_rng(seed)
     form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
-        if rng.random() < WARMUP["write"]:  # what a number means, in other words than a budget's
+        if rng.random() < WARMUP["write"]:  # what a number means: a filler, so many tokens in all
             n = round(4 * 32 ** rng.random())  # up to 128
-            yield f"<user> write {n} <think>", " ".join(["wait"] * (n - 3) + ["</think>", "0", "<eos>"])
+            yield f"<user> write {n} tokens. <think>", " ".join(["wait"] * (n - 3) + ["</think>", "0", "<eos>"])
             continue
         name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):

@@ -94,9 +94,9 @@ def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up
         words.append("wait")
         # Now and then it only hesitates: so that there are traces of every length.
         if rng.random() < 0.75:
-            i = int(rng.integers(len(digits)))
+            i = 0 if rng.random() < 0.5 else len(digits) - 1  # all once more, which mends its slips, or the end
             words += [NAMES[i], f"={said[i]}"]
-            go_on(i + 1, 0)  # mends the slips behind the place where it starts
+            go_on(i + 1, 0)
     return " ".join([*words, "</think>", str(said[-1])])
 
 
