@@ -91,7 +91,7 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
         name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):
             pass
-        ask = form[rng.choice(4, p=[0.1, 0.7, 0.1, 0.1])].format(rng.integers(8, 130))
+        ask = form[rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])].format(rng.integers(8, 130))
         response = task.trace(problem, int(rng.integers(0, WARMUP["extra"] + 1)), rng)
         yield f"<user> {problem} {ask} <think>", response + " <eos>"
 

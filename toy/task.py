@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # libraries that are loaded late
 SIZES = 2, 11  # a problem has between 2 and 11 digits (both included)
 NAMES = "abcdefghijk"
 SLIP = 0.03  # share of wrong steps in a first pass; a re-check makes none
-GIVE_UP = 0.08  # share of the chains that stop early and answer with the result so far
+GIVE_UP = 0.1  # share of the chains that stop early and answer with the result so far
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
 
