@@ -194,7 +194,7 @@ def add_up(counters):
 
 
 class VLLM:
-    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, sequences, sleep=False):
+    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, rows, sleep=False, **more):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -216,20 +216,20 @@ class VLLM:
         if WORLD > 1:
             options["distributed_executor_backend"] = "external_launcher"
         self.llm = vllm.LLM(
-            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(sequences, 512),
+            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(rows, 512),
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled, temperature included
-            enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options,
+            enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options, **more,
         )  # fmt: skip
         set_threads(threads)  # the CPU worker changes it for the whole process and disables the setter
 
-    def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, logit_bias=None):
+    def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, **more):
         """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), of caps[i] tokens.
 
-        The end token is the last of ids. `seed` makes the call reproducible; logps are nats, without top_p.
+        The end token ends ids. Equal `seed`, equal call; logps: nats, without top_p. `more`: SamplingParams.
         """
         torch.manual_seed(seed)  # the engine draws from the generators of this process
         np.random.seed(seed % 2**32)
-        common = {"n": n, "temperature": temperature, "top_p": top_p, "logit_bias": logit_bias or None}
+        common = more | {"n": n, "temperature": temperature, "top_p": top_p}
         common |= {"stop_token_ids": stop_ids or self.stop_ids, "detokenize": False}
         common |= {"logprobs": 0, "flat_logprobs": True}  # plain lists, one number a token: the sampled one's
         params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]

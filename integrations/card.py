@@ -14,6 +14,7 @@ import shutil
 import sys
 
 from data import BadInput, first_line, one_line_errors
+from evaluate import read_results, report, run
 from train_grpo import load_rows
 
 CARD = """---
@@ -50,26 +51,6 @@ It counts the generated tokens of the whole response. Sample at temperature {tem
 {settings}
 ```
 """
-COLUMNS = {  # figure in results.json: heading, how it is written
-    "n": ("samples", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean_length": ("mean length", "{:.0f}"),
-    "abs_error": ("mean error", "{:.1%}"), "signed_error": ("signed error", "{:.1%}"),
-    "within_10": ("within 10%", "{:.1%}"), "over_budget": ("over budget", "{:.1%}"),
-}  # fmt: skip
-
-
-def table(evaluation: str) -> str:
-    """Markdown: a line per data set and budget of the results.json in the folder `evaluation`."""
-    with open(os.path.join(evaluation, "results.json"), encoding="utf-8") as f:
-        results = json.load(f)
-    lines = ["| data | asked for | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
-    lines.append("| --- | ---: |" + " ---: |" * len(COLUMNS))
-    for name, part in results["datasets"].items():
-        for budget, cell in part["budgets"].items():
-            known = {key: value for key, value in cell.items() if value is not None}
-            shown = (form.format(known[key]) if key in known else "" for key, (_, form) in COLUMNS.items())
-            lines.append(f"| {name} | {budget} | {' | '.join(shown)} |")
-    note = "Lengths in generated tokens, end token included; error: |length - budget| / budget."
-    return "\n".join([*lines, "", note])
 
 
 def template(rows: list[dict]) -> str:
@@ -93,11 +74,11 @@ def write_card(folder: str, evaluation: str | None) -> None:
     budgets = sorted({row["budget"] for row in rows if row.get("budget")})
     few = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]} to {budgets[-1]}"
     done = evaluation or os.path.join(out, "eval")
-    measured = os.path.exists(os.path.join(done, "results.json"))
-    if evaluation and not measured:
+    found = read_results(os.path.join(done, "results.json"))
+    text = report.markdown_table(found) if found else "Not measured yet."
+    if evaluation and not found:
         raise BadInput(f"--eval ({evaluation}) holds no results.json: name a finished evaluation's folder")
-    text = table(done) if measured else "Not measured yet."
-    for picture in sorted(os.listdir(done)) if measured else []:
+    for picture in sorted(os.listdir(done)) if found else []:
         if picture.startswith("violins") and picture.endswith(".png"):
             shutil.copy(os.path.join(done, picture), folder)
             text += f"\n\n![requested and produced length]({picture})"
@@ -126,21 +107,19 @@ def push(folder: str, repo: str) -> None:
     print(f"uploaded: {done.commit_url}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run with `argv`; 0, or 2 after a user's mistake, which is told in one line."""
+def command(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser("integrations.card", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--eval", help="folder of an evaluation (default: eval beside the checkpoint)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the hub")
-    try:
-        args = one_line_errors(parser).parse_args(argv)
-        write_card(args.checkpoint, args.eval)
-        if args.push_to_hub:
-            push(args.checkpoint, args.push_to_hub)
-    except BadInput as error:
-        print(f"integrations.card: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = one_line_errors(parser).parse_args(argv)
+    write_card(args.checkpoint, args.eval)
+    if args.push_to_hub:
+        push(args.checkpoint, args.push_to_hub)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run("integrations.card", command, argv)
 
 
 if __name__ == "__main__":
