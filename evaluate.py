@@ -6,7 +6,6 @@
     python evaluate.py --model DIR --ask-by thinking-token-budget ...             the model's own control
     python evaluate.py --samples out/eval/samples.jsonl --out out/again           no model needed
     python -m evaluation.compare out/a out/b --out out/both                       finished evaluations
-    python -m evaluation.curves out/run out/run2                                  learning curves of training
 
 For every budget the prompt is rebuilt from the problem, n responses are sampled, checked, and appended to
 samples.jsonl as they come; --resume goes on after a crash. Then follow results.json (all figures of
@@ -40,7 +39,6 @@ BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a cr
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
 UNFINISHED = "unfinished.json"  # beside the samples: how many of them are whole, and how they were made
 DEFAULTS = {"mode": "exact", "n": 1, "temperature": 0.6, "top_p": 0.95, "require_think": False}
-DEFAULTS["ask_by"] = "sentence"
 # What a paper evaluates and how; any flag that is given goes before. The AI2 blog states neither samples
 # nor temperature, so the defaults stand there.
 PROTOCOLS = {
@@ -71,12 +69,10 @@ def plan(
     for asked in budgets:
         control = engines.control(ask_by, asked if mode != "none" else None)
         budget = asked if ask_by != "effort" else None
-        # Twice the budget leaves room to see by how much a response misses it. A control is for the thinking
-        # alone: the answer comes on top.
-        cap = 2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 0)
+        # Twice the budget shows by how much it is missed; a control bounds the thinking, the answer follows.
+        cap = 2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 2 * largest)
         cap = max_tokens or (OPEN_CAP + (budget or 0) if control else cap)
-        stated = budget if mode != "none" else None
-        asked_as = mode if stated else None
+        stated, asked_as = (budget, mode) if budget and mode != "none" else (None, None)
         how = {"control": control, "ask_by": ask_by} if control else {}
         how |= {"effort": asked} if "reasoning_effort" in control else {}
         for problem in problems:
@@ -106,8 +102,8 @@ def to_samples(request: dict, responses: list[dict]) -> Iterator[dict]:
     for i, response in enumerate(responses, request.get("only", 0)):
         sample = {"id": problem["id"], "sample": i, "source": problem["source"]}
         sample |= {key: problem[key] for key in ("problem", "answer", "kind")}
-        sample |= {key: request[key] for key in ("prompt", "budget", "mode")} | response
-        sample |= {key: request[key] for key in ("ask_by", "effort") if key in request}
+        asked = ("prompt", "budget", "mode", "ask_by", "effort")
+        sample |= {key: request[key] for key in asked if key in request} | response
         yield sample | ({"choices": problem["choices"]} if problem.get("choices") else {})
 
 
@@ -432,7 +428,7 @@ def check_args(args: argparse.Namespace) -> None:
     sampling = bool(args.model or args.base_url)
     if not re.fullmatch(engines.ASK_BY, args.ask_by or "sentence"):
         raise BadInput(f"--ask-by {args.ask_by!r}: it is one of {engines.ASK_BYS}")
-    efforts = (args.ask_by or "").partition("effort:")[2]
+    efforts = list(dict.fromkeys(re.findall(r"\w+", (args.ask_by or "").partition("effort:")[2])))
     if efforts and args.budgets:
         raise BadInput(f"--budgets {args.budgets}: an effort is asked for without a number, leave it out")
     # Flags that were not given get the value of --protocol, else the default.
@@ -441,7 +437,6 @@ def check_args(args: argparse.Namespace) -> None:
             setattr(args, key, value)
     if sampling and not args.data:
         raise BadInput("--data is missing: name a preset, a file of problems, toy or toy_ood")
-    data.budget_prompt("", 1, "exact", wording=args.wording or "l1")
     if sampling and args.mode != "none" and not args.budgets and not efforts:
         raise BadInput("--budgets is missing: give token counts, as in --budgets 512,1024, or --mode none")
     for key in ("n", "limit", "max_tokens", "seed", "concurrency"):
@@ -457,9 +452,8 @@ def check_args(args: argparse.Namespace) -> None:
         if None in listed:
             raise BadInput(f"--trained-budgets {spec!r}: give token counts only")
         args.trained_budgets = listed
-    args.budgets = budget_list(args.budgets) if args.budgets else [None]
-    if efforts:
-        args.ask_by, args.budgets = "effort", list(dict.fromkeys(efforts.split(",")))
+    args.budgets = efforts or (budget_list(args.budgets) if args.budgets else [None])
+    args.ask_by = "effort" if efforts else args.ask_by or "sentence"
     if args.mode == "none" and args.budgets != [None]:
         print("evaluate: --mode none states no budget, so --budgets is left aside: one run without any")
         args.budgets = [None]

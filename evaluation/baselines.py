@@ -30,6 +30,7 @@ import evaluate
 from data import BadInput
 from evaluation import engines, report
 from evaluation.samples import check_writable, run
+from studies import edits
 
 METHODS = ("none", "s1", "truncate", "cut", "stop_scale")
 WAITS = 100  # stops that s1 overrides at most, per response (L1's choice)
@@ -251,24 +252,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
 
-    add = command("merge", "DLER: base + scale x the largest updates of the tuned model")
-    add("--base", required=True, help="folder of the model before training")
-    add("--tuned", required=True, help="folder of the model after training")
-    add("--out", required=True, help="folder to write")
-    add("--keep", type=float, default=0.25, help="share of the weights that keep their update (default 0.25)")
-    add("--scale", type=float, default=0.7, help="factor on the kept updates (default 0.7)")
-
-    add = command("thinkedit", "ThinkEdit: no head writes the direction of short thinking any more")
-    add("--model", required=True, help="model folder or hub id")
-    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) of this model, by evaluate.py")
-    add("--out", required=True, help="folder to write")
-    add("--heads", type=int, default=20, help="heads to edit (paper: 20 at 1.5B, 40 at 8B, 160 at 32B)")
-    add("--long", type=int, default=1000, help="thinking of more tokens than this is long (default 1000)")
-    add("--short", type=int, default=100, help="thinking of fewer tokens than this is short (default 100)")
-
-    add = command("tops", "TOPS: the shortest right response of every problem, as supervised rows")
-    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) at several budgets or efforts")
-    add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
+    edits.add_commands(command)
     return data.one_line_errors(parser).parse_args(argv)
 
 
@@ -305,8 +289,6 @@ def command(argv: list[str] | None) -> None:
     check_args(args)
     if args.command == "sweep":
         return sweep(args)
-    from studies import edits
-
     getattr(edits, args.command)(args)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +169,7 @@ class Server:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.cap_name, self.batch = "max_tokens", 4 * concurrency  # responses between two writes
-        self.extra = {}
+        self.extra, self.context = {}, math.inf
 
     def check(self) -> None:
         """BadInput, before any file is touched, where no server answers or it refuses the key."""
@@ -182,6 +183,7 @@ class Server:
             self.extra = VLLM
         if self.model not in names:
             raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
+        self.context = getattr(models[names.index(self.model)], "max_model_len", None) or math.inf
 
     def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As the function respond above; `concurrency` requests are under way at once."""
@@ -213,7 +215,8 @@ class Server:
     def ask(self, request: dict, seed: int, temperature: float, top_p: float, think_end: str) -> dict:
         """One response; {"error"} where the server's answer is none. `length` is the server's own count."""
         options = {"temperature": temperature, "top_p": top_p, "seed": seed % 2**31}
-        options[self.cap_name] = request["max_tokens"]
+        if request["max_tokens"] < self.context:  # else vLLM takes what the prompt leaves
+            options[self.cap_name] = request["max_tokens"]
         turns = request["problem"].get("turns") or ()
         messages = [*turns, {"role": "user", "content": request["prompt"]}]
         try:

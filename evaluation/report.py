@@ -30,6 +30,7 @@ MORE |= {"LIFEBench score": "length_score", "AUC OAA": "overthinking_auc"}
 TOKENS = ("mean_length", "median_length", "thinking_length", "length_score")
 MARKDOWN = {  # heading: figure in results.json, how it is written
     "samples": ("n", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean length": ("mean_length", "{:.0f}"),
+    "of it thinking": ("thinking_length", "{:.0f}"),
     "signed error": ("signed_error", "{:+.1%}"), "absolute error": ("abs_error", "{:.1%}"),
     "within 10%": ("within_10", "{:.1%}"), "over budget": ("over_budget", "{:.1%}"),
     "cut off": ("truncated", "{:.1%}"), "accuracy lost": ("lost", "{:+.1%}"),

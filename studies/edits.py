@@ -16,6 +16,28 @@ from evaluation.samples import read_samples, write_json
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the same parts under the same names
 
 
+def add_commands(command) -> None:
+    """The flags of the three; `command(name, help)` makes a parser and gives its add_argument."""
+    add = command("merge", "DLER: base + scale x the largest updates of the tuned model")
+    add("--base", required=True, help="folder of the model before training")
+    add("--tuned", required=True, help="folder of the model after training")
+    add("--out", required=True, help="folder to write")
+    add("--keep", type=float, default=0.25, help="share of the weights that keep their update (default 0.25)")
+    add("--scale", type=float, default=0.7, help="factor on the kept updates (default 0.7)")
+
+    add = command("thinkedit", "ThinkEdit: no head writes the direction of short thinking any more")
+    add("--model", required=True, help="model folder or hub id")
+    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) of this model, by evaluate.py")
+    add("--out", required=True, help="folder to write")
+    add("--heads", type=int, default=20, help="heads to edit (paper: 20 at 1.5B, 40 at 8B, 160 at 32B)")
+    add("--long", type=int, default=1000, help="thinking of more tokens than this is long (default 1000)")
+    add("--short", type=int, default=100, help="thinking of fewer tokens than this is short (default 100)")
+
+    add = command("tops", "TOPS: the shortest right response of every problem, as supervised rows")
+    add("--samples", required=True, help="samples (.jsonl, .jsonl.gz) at several budgets or efforts")
+    add("--out", required=True, help="file to write: .jsonl, .jsonl.gz or .parquet")
+
+
 def merge(args: argparse.Namespace) -> None:
     """base + scale * (the share `keep` of the largest updates of `tuned`, zero elsewhere); DLER (2510.15110).
 
