@@ -58,7 +58,7 @@ def build_parser():
         if default is not None:
             kind = {"action": "store_true"} if default is False else {"type": type(default)}
             options, help = kind | options, f"{help} (default: %(default)s)" if default else help
-        parser.add_argument(name, default=default, help=help, **options)
+        parser.add_argument(*name.split(), default=default, help=help, **options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
 
@@ -68,7 +68,7 @@ def build_parser():
     add("--limit", 0, "take the first N problems only; 0: all")
     add("--budgets", help="draw budgets here: uniform:LO:HI, log:LO:HI, bucket:A,B, fixed:N or none")
     add("--mode", "exact", "what drawn budgets mean", choices=["exact", "max", "both"])
-    add("--wording", "l1", "sentence that asks for a drawn budget: l1, tulu, or your own with {N} in it")
+    add("--wording --sentence", "l1", "asks for a drawn budget: l1, tulu, or your own with {N} in it")
     add("--out", "out/run", "folder for metrics, checkpoints and evaluations")
     add("--resume", False, "go on from the newest checkpoint in --out, with its flags")
     add("--overwrite", False, "delete the run in --out first")

@@ -8,12 +8,14 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import FREEZE, ROOT, same
+from conftest import FREEZE, ROOT, TOY, same
 from test_evaluate import read, run, sample, table_of, write
 
 import data
 import evaluate
+import train_grpo
 from evaluation import baselines, compare, engines, metrics, report
+from integrations import card
 
 MODEL = os.path.join(FREEZE, "model")
 TEMPLATE = """{% for m in messages %}<user> {{ m.content }} {% endfor %}{% if thinking_budget %}Think for \
@@ -128,6 +130,24 @@ def test_a_sentence_of_ones_own_everywhere(model, tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     at = lines.index(["asked", "for", "none", "cut"])
     assert [line[0] for line in lines[at + 1 : at + 3]] == ["16", "none"]
+
+
+def test_a_sentence_of_ones_own_in_training(tmp_path):
+    """The rows, the evaluation during training and the model card ask in the same words."""
+    words = [
+        "--sentence",
+        "Use at most {N} tokens.",
+        "--eval-data",
+        f"{FREEZE}/rows.jsonl",
+        "--eval-every",
+        "1",
+    ]
+    train_grpo.main([*TOY, *words, "--steps", "1", "--out", str(tmp_path / "run")])
+    asked = samples_of(tmp_path / "run" / "eval")[0]
+    assert asked["prompt"].endswith(f" Use at most {asked['budget']} tokens.")
+    assert read(tmp_path / "run" / "eval")["wording"] == words[1]
+    assert card.main([str(tmp_path / "run" / "checkpoint-1")]) == 0
+    assert "Use at most N tokens." in (tmp_path / "run" / "checkpoint-1" / "README.md").read_text()
 
 
 def test_problems_of_the_protocol_are_fixed_by_their_texts(tmp_path):
