@@ -100,12 +100,12 @@ def budget_prompt(problem, budget, mode, kind="math", wording="l1", apart=False)
     return text + separator + sentence.replace("{N}", str(int(budget)))
 
 
-def encode_prompt(tokenizer, prompt, turns=None):
+def encode_prompt(tokenizer, prompt, turns=None, **variables):
     """Token ids of a user turn, ready for generation: the one way in, for data, training and evaluation.
-    `turns`: the chat before it, a row's field of that name, [{"role", "content"}, ...]."""
+    `turns`: the chat before it, [{"role", "content"}, ...]; `variables`: more for the chat template."""
     if getattr(tokenizer, "chat_template", None):
         messages = [*(turns or ()), {"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **variables)
         # transformers 5 returns a BatchEncoding here, transformers 4 the bare list.
         return list(ids if isinstance(ids, list) else ids["input_ids"])
     if turns:

@@ -58,7 +58,7 @@ def build_parser():
         if default is not None:
             kind = {"action": "store_true"} if default is False else {"type": type(default)}
             options, help = kind | options, f"{help} (default: %(default)s)" if default else help
-        parser.add_argument(name, default=default, help=help, **options)
+        parser.add_argument(*name.split(), default=default, help=help, **options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
     # model, data, output
@@ -67,7 +67,7 @@ def build_parser():
     add("--limit", 0, "take the first N problems only; 0: all")
     add("--budgets", help="draw budgets here: uniform:LO:HI, log:LO:HI, bucket:A,B, fixed:N or none")
     add("--mode", "exact", "what drawn budgets mean", choices=["exact", "max", "both"])
-    add("--wording", "l1", "sentence that asks for a drawn budget: l1, tulu, or your own with {N} in it")
+    add("--wording --sentence", "l1", "asks for a drawn budget: l1, tulu, or your own with {N} in it")
     add("--out", "out/run", "folder for metrics, checkpoints and evaluations")
     add("--resume", False, "go on from the newest checkpoint in --out, with its flags")
     add("--overwrite", False, "delete the run in --out first")
@@ -194,7 +194,7 @@ def add_up(counters):
 
 
 class VLLM:
-    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, sequences, sleep=False):
+    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, rows, sleep=False, **more):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -215,20 +215,20 @@ class VLLM:
             options = {"enforce_eager": True}
         options |= {"distributed_executor_backend": "external_launcher"} if WORLD > 1 else {}
         self.llm = vllm.LLM(
-            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(sequences, 512),
+            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(rows, 512),
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled, temperature included
-            enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options,
+            enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options, **more,
         )  # fmt: skip
         set_threads(threads)  # the CPU worker changes it for the whole process and disables the setter
 
-    def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, logit_bias=None):
+    def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, **more):
         """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), of caps[i] tokens.
 
-        The end token is the last of ids. `seed` makes the call reproducible; logps are nats, without top_p.
+        The end token ends ids. Equal `seed`, equal call; logps: nats, without top_p. `more`: SamplingParams.
         """
         torch.manual_seed(seed)  # the engine draws from the generators of this process
         np.random.seed(seed % 2**32)
-        common = {"n": n, "temperature": temperature, "top_p": top_p, "logit_bias": logit_bias or None}
+        common = more | {"n": n, "temperature": temperature, "top_p": top_p}
         common |= {"stop_token_ids": stop_ids or self.stop_ids, "detokenize": False}
         common |= {"logprobs": 0, "flat_logprobs": True}  # plain lists, one number a token: the sampled one's
         params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]

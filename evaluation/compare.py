@@ -77,13 +77,13 @@ def compare_set(parts: dict) -> dict:
     return out
 
 
-def table_rows(budgets: dict) -> list[list[str]]:
+def table_rows(budgets: dict, ask_by: dict) -> list[list[str]]:
     """The table of one data set: a line per budget and model, differences to the first in brackets."""
     head = (text for name in COMPARED.values() for text in (name, "difference [95%]"))
-    rows = [["budget", "problems", "model", *head]]
+    rows = [["budget", "problems", "model", "asked by", *head]]
     for budget, cell in budgets.items():
         for label, figures in cell["figures"].items():
-            row = [budget, str(cell["problems"]), label]
+            row = [budget, str(cell["problems"]), label, ask_by[label]]
             for key in COMPARED:
                 form = "{:.1f}" if key == "mean_length" else "{:.1%}"
                 gap = cell["difference"].get(label, {}).get(key)
@@ -108,7 +108,8 @@ def compare(argv: list[str] | None) -> None:
     tables = {label: read_table(folder) for label, folder in models.items()}
     names = [name for name in next(iter(tables.values())) if all(name in t for t in tables.values())]
     sets = {name: compare_set({label: t[name] for label, t in tables.items()}) for name in names}
-    sets = {name: {"budgets": budgets} for name, budgets in sets.items() if budgets}
+    asked = {n: {m: " and ".join(sorted(t[n]["ask_by"])) or "-" for m, t in tables.items()} for n in sets}
+    sets = {n: {"ask_by": asked[n], "budgets": budgets} for n, budgets in sets.items() if budgets}
     if not sets:
         held = "; ".join(f"{label}: {', '.join(table)}" for label, table in tables.items())
         raise BadInput(f"no data set and budget is in all of them ({held})")
@@ -121,7 +122,7 @@ def compare(argv: list[str] | None) -> None:
             for label, figures in cell["figures"].items():
                 curves[name][label][budget] = figures
         lengths[name] = {label: metrics.lengths_of(table[name]) for label, table in tables.items()}
-        summary, rows = report.summary_rows(curves[name]), table_rows(part["budgets"])
+        summary, rows = report.summary_rows(curves[name]), table_rows(part["budgets"], part["ask_by"])
         text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"
         print(f"\n{name}: differences are to {next(iter(models))}, on the same problems\n{text}")
         sections.append((name, "", [summary, rows], []))

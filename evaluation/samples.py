@@ -17,7 +17,7 @@ from evaluation.metrics import jsonable
 
 NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")  # of a sample, for results
 TYPES = dict.fromkeys(("source", "problem", "prompt", "response"), str)
-TYPES |= {"id": (str, int), "answer": (str, list), "kind": (str, type(None))}
+TYPES |= {"id": (str, int), "answer": (str, list)} | dict.fromkeys(("kind", "effort"), (str, type(None)))
 
 
 def check_sample(sample: object, need: Iterable[str]) -> dict:
@@ -36,7 +36,7 @@ def check_sample(sample: object, need: Iterable[str]) -> dict:
         sample |= {} if value is None else {key: int(value)}
     if "correct" in need and sample["correct"] not in (0, 1):
         raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
-    for key in [*need, "kind", "source"]:
+    for key in [*need, "kind", "source", "effort"]:
         if key in sample and not isinstance(sample[key], TYPES.get(key, object)):
             raise BadInput(f"{key} is {str(sample[key])[:50]!r}; evaluate.py writes none such")
     return sample
@@ -91,9 +91,8 @@ def check_writable(folder: str) -> None:
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise BadInput(
-            f"--out {folder} cannot be written ({place}: {error.strerror}): name another"
-        ) from None
+        told = f"--out {folder} cannot be written ({place}: {error.strerror})"
+        raise BadInput(f"{told}: name another") from None
 
 
 def name_folders(specs: list[str]) -> dict[str, str]:

@@ -15,28 +15,11 @@ import sys
 from pathlib import Path
 
 from data import BadInput, first_line, one_line_errors, run
+from evaluate import read_results
+from evaluation import report
 from train_grpo import load_rows
 
 TEMPLATE = Path(__file__).with_name("card_page.md")
-COLUMNS = {  # figure in results.json: heading, how it is written
-    "n": ("samples", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean_length": ("mean length", "{:.0f}"),
-    "abs_error": ("mean error", "{:.1%}"), "signed_error": ("signed error", "{:.1%}"),
-    "within_10": ("within 10%", "{:.1%}"), "over_budget": ("over budget", "{:.1%}"),
-}  # fmt: skip
-
-
-def table(evaluation: Path) -> str:
-    """Markdown: a line per data set and budget of the results.json in the folder `evaluation`."""
-    results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
-    lines = ["| data | asked for | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
-    lines.append("| --- | ---: |" + " ---: |" * len(COLUMNS))
-    for name, part in results["datasets"].items():
-        for budget, cell in part["budgets"].items():
-            known = {key: value for key, value in cell.items() if value is not None}
-            shown = (form.format(known[key]) if key in known else "" for key, (_, form) in COLUMNS.items())
-            lines.append(f"| {name} | {budget} | {' | '.join(shown)} |")
-    note = "Lengths in generated tokens, end token included; error: |length - budget| / budget."
-    return "\n".join([*lines, "", note])
 
 
 def template(rows: list[dict]) -> str:
@@ -58,8 +41,8 @@ def write_card(folder: str, evaluation: str | None) -> None:
     budgets = sorted({row["budget"] for row in rows if row.get("budget")})
     few = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]} to {budgets[-1]}"
     done, text = Path(evaluation or out / "eval"), "Not measured yet."
-    if (done / "results.json").exists():
-        text = table(done)
+    if found := read_results(str(done / "results.json")):
+        text = report.markdown_table(found)
         for picture in sorted(done.glob("violins*.png")):
             shutil.copy(picture, folder)
             text += f"\n\n![requested and produced length]({picture.name})"

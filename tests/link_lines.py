@@ -143,6 +143,8 @@ def current(path: str) -> str:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
     for page in pages():
         text = current(page)
         if text != read(page):

@@ -208,6 +208,10 @@ LINES = [  # by the real command line
     "data.py {math} --budgets fixed:0 --out {root}/o.jsonl",
     "evaluate.py --model {model} --data {root}/empty.jsonl --budgets 8 --out {root}/o",
     "evaluate.py --samples {root}/broken.jsonl --out {root}/o",
+    # No place for files: told before a model is loaded.
+    "evaluate.py --model {model} --data toy --budgets 8 --out {root}/file/o",
+    "-m evaluation.baselines sweep --model {model} --data toy --budgets 8 --out {root}/file/o",
+    "-m evaluation.compare {root}/run {root}/plain --out {root}/file/o",
     "-m evaluation.compare {root}/run {root}/plain --out {root}/o",
     "-m evaluation.baselines tops --samples {root}/broken.jsonl --out {root}/o.jsonl",
     "-m evaluation.baselines merge --base {root}/plain --tuned {model} --out {root}/o",

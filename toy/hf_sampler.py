@@ -59,10 +59,8 @@ class HFSampler:
         logits = self._logits(ids, mask[:, :width], position[:, :width], cache).repeat_interleave(n, 0)
         cache.batch_repeat_interleave(n)
         mask, position = mask.repeat_interleave(n, 0), position.repeat_interleave(n, 0)
-        cap, stops = (
-            torch.tensor(caps, device=device).repeat_interleave(n),
-            torch.tensor(stop_ids, device=device),
-        )
+        cap = torch.tensor(caps, device=device).repeat_interleave(n)
+        stops = torch.tensor(stop_ids, device=device)
         tokens = torch.zeros(len(cap), max(caps), dtype=torch.long, device=device)
         logps = torch.zeros(len(cap), max(caps), device=device)
         length, stopped = cap.clone(), torch.zeros_like(cap, dtype=torch.bool)
