@@ -238,15 +238,33 @@ def test_the_sampler_ignores_the_models_generation_settings(tmp_path):
 
 def test_toy_world():
     assert task.solve("add", [7, 3, 9]) == [7, 0, 9] and task.solve("max", [7, 3, 9]) == [7, 7, 9]
-    rng = np.random.default_rng(0)
-    assert task.trace("add 7 3 9", 0, rng) == "7 +3 =0 +9 =9 </think> 9"
-    assert len(task.trace("add 7 3 9", 20, rng).split()) >= 27
+    rng, problem = np.random.default_rng(0), "add a +7 b +3 c +9"
+    assert task.digits_of(problem) == [7, 3, 9]
+    plain = "a +7 =7 b +3 =0 c +9 =9"
+    assert task.trace(problem, 0, rng, slip=0, give_up=0) == f"{plain} </think> 9"
+    long = task.trace(problem, 40, rng, slip=0, give_up=0)
+    assert len(long.split()) >= 51 and long.startswith(f"{plain} wait") and long.endswith("</think> 9")
     tokenizer = task.make_tokenizer()
-    text = task.trace("max 7 3 9", 40, rng)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    for word in ("add", "max"):
+        text = task.trace(task.draw(word, rng), 40, rng)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     train, test = ({p["problem"] for p in task.problems("toy", split, 500)} for split in ("train", "test"))
     assert not train & test
+    sizes = [len(task.digits_of(p)) for p in train]
+    assert (min(sizes), max(sizes)) == task.SIZES, "the shortest chains need from 9 to 36 tokens"
+
+
+def test_toy_slips_are_mended_by_thinking_longer():
+    """A wrong step is carried to the end; a re-check of all mends it. Who gives up has a result too early."""
+    rng, rows = np.random.default_rng(0), task.problems("toy", "train", 400)
+
+    def right(extra, **options):
+        texts = [task.trace(row["problem"], extra, rng, **options) for row in rows]
+        return np.mean([text.split()[-1] == row["answer"] for text, row in zip(texts, rows, strict=True)])
+
+    assert right(0, slip=0, give_up=0) == 1 and right(0, slip=0, give_up=1) < 0.4
+    assert right(0, slip=0.1, give_up=0) < 0.7 < 0.8 < right(70, slip=0.1, give_up=0)
 
 
 def test_groups_that_teach_nothing_are_replaced(tmp_path):

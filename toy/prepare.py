@@ -21,12 +21,17 @@ import numpy as np
 from toy import task
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
-WARMUP = {"batches": 2400, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3}
+# write: the share that teaches what a number means. asked: the share of the rest that asks for a length, in vain;
+# a base that has heard it often has learned to look away, and RL takes far longer to make it listen.
+WARMUP = {"batches": 2400, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "asked": 0.3}
 TRAINED, TESTED = 8000, 100  # problems
 
 
 def prepare(seed: int = 0, log=print) -> dict:
     """{"model", "data", "eval_data"}: paths of the base model of `seed`, training rows, test problems."""
+    import torch
+
+    torch.set_num_threads(1)  # a second one gains little here, and waits for long where the machine is busy
     files = {}
     for name, split, n in (("toy", "train", TRAINED), ("toy", "test", TESTED), ("toy_ood", "test", TESTED)):
         files[name, split] = keep(
@@ -82,7 +87,7 @@ def make_model(tokenizer, seed: int):
 def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     """Endless (prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
     rng = np.random.default_rng(seed)
-    form = ("", "Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
+    form = ("Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
         if rng.random() < WARMUP["write"]:  # what a number means: a filler, so many tokens in all
             n = round(4 * 32 ** rng.random())  # up to 128
@@ -91,7 +96,7 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
         name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):
             pass
-        ask = form[rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])].format(rng.integers(8, 130))
+        ask = form[rng.integers(3)].format(rng.integers(8, 130)) if rng.random() < WARMUP["asked"] else ""
         response = task.trace(problem, int(rng.integers(0, WARMUP["extra"] + 1)), rng)
         yield f"<user> {problem} {ask} <think>", response + " <eos>"
 
