@@ -360,7 +360,6 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
             break
     n, right = args.prompts_per_step, np.mean([r["correct"] for group in seen for r in group])
     counts |= {"sampled_groups": len(seen), "kept_groups": min(len(groups), n), "sampled_accuracy": right}
-    counts["kept_groups"] = min(len(groups), n)
     groups, kept = (groups, kept) if groups else (seen, seen_rows)
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 

@@ -132,9 +132,7 @@ def open_instruct_score(ids: list, label: str, tokenizer, reward: str = "lcpo_ex
     """
     row = json.loads(label)
     if not isinstance(row, dict) or "answer" not in row:
-        raise ValueError(
-            f"label {label[:40]!r} is not a row: take the column `row` of --export open-instruct"
-        )
+        raise ValueError(f"{label[:40]!r} is not a row: take the column `row` of --export open-instruct")
     return score(reward, [row], [ids], tokenizer, **options)[0][0]
 
 

@@ -20,9 +20,7 @@ class Dot(Method):
         # A single outlier of n values lies at most (n - 1) / sqrt(n) sample deviations above their mean.
         if not 0 < a < (n - 1) / math.sqrt(n):
             least = next((g for g in range(2, 10**4) if (g - 1) / math.sqrt(g) > a), "none")
-            raise BadInput(
-                f"--method dot, a={a:g}, cuts nothing in {n} responses: --group-size {least} or more"
-            )
+            raise BadInput(f"--method dot, a={a:g}, cuts nothing in {n}: --group-size {least} or more")
 
     def revise(self, groups, rows):
         if not groups:
