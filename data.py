@@ -52,14 +52,21 @@ def one_line_errors(parser):
     return parser
 
 
-def run(name, command, argv):
-    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        command(argv)
-    except BadInput as error:
-        print(f"{name}: error: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
-    return 0
+def exit_code(name):
+    """Decorator of a command: it returns 0, or 2 after a user's mistake, which is told in one line."""
+
+    def decorate(command):
+        def main(argv=None):
+            try:
+                command(argv)
+            except BadInput as error:
+                print(f"{name}: error: {error}".replace("\n", " "), file=sys.stderr)
+                return 2
+            return 0
+
+        return main
+
+    return decorate
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -741,7 +748,8 @@ def check_args(args):
     return dist
 
 
-def build(argv):
+@exit_code("data.py")
+def main(argv=None):
     """Reads, selects, annotates, filters, writes; prints the summary."""
     args = parse_args(argv)
     dist = check_args(args)
@@ -782,10 +790,6 @@ def build(argv):
     if asked := [row["budget"] for row in rows if row["budget"] is not None]:
         print(f"budget (tokens): mean {np.mean(asked):.1f}, from {min(asked)} to {max(asked)}")
     print(f"written to {args.out}")
-
-
-def main(argv=None):
-    return run("data.py", build, argv)
 
 
 if __name__ == "__main__":

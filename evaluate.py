@@ -518,14 +518,11 @@ def evaluate_model(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def command(argv: list[str] | None) -> None:
+@data.exit_code("evaluate.py")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_args(args)
     from_samples(args) if args.samples else evaluate_model(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return data.run("evaluate.py", command, argv)
 
 
 if __name__ == "__main__":

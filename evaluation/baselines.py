@@ -25,7 +25,7 @@ import numpy as np
 
 import data
 import evaluate
-from data import BadInput, run
+from data import BadInput, exit_code
 from evaluation import engines, report
 from evaluation.samples import check_writable
 from studies import edits
@@ -267,13 +267,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("evaluation.baselines")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.run(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.baselines", command, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
 from evaluation import metrics, plots, report
 from evaluation.samples import check_writable, name_folders, read_samples, write_json
 
@@ -93,7 +93,8 @@ def table_rows(budgets: dict, ask_by: dict) -> list[list[str]]:
     return rows
 
 
-def compare(argv: list[str] | None) -> None:
+@exit_code("evaluation.compare")
+def main(argv: list[str] | None = None) -> None:
     """Compare finished evaluations; compare.json, pictures and report.html go to --out."""
     parser = argparse.ArgumentParser("-m evaluation.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
@@ -132,10 +133,6 @@ def compare(argv: list[str] | None) -> None:
     report.write(os.path.join(args.out, "report.html"), " / ".join(models), models, sections, [])
     write_json(os.path.join(args.out, "compare.json"), result)
     print(f"compare: compare.json, pictures and report.html in {args.out}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.compare", compare, argv)
 
 
 if __name__ == "__main__":

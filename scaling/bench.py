@@ -25,7 +25,7 @@ import tempfile
 import numpy as np
 import torch
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
 from scaling import plan
 from scaling.race import DEVICE, clock, memory, print_table, race, timed
 
@@ -476,7 +476,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("scaling.bench")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     small, full = SETTINGS[args.command]
     s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
@@ -489,10 +490,6 @@ def command(argv: list[str] | None) -> None:
         found = COMMANDS[args.command](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"command": args.command, "settings": s, "device": device} | found))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("scaling.bench", command, argv)
 
 
 if __name__ == "__main__":
