@@ -51,7 +51,7 @@ def go_on(responses, sampler, args, seed, n=1):
 class Method:
     """Plain GRPO: every hook does nothing."""
 
-    provides = ()  # fields of the rollouts that reward_inputs() adds, for rewards that read them
+    provides = ()  # fields of the rollouts that rewards may read: noted on the responses, or reward_inputs()
     moves = {}  # {reward: the constant of it that stands still without this method}
     asks_starting_model = False  # a copy of it is kept, for begin_step's ask(..., starting=True)
 
@@ -78,7 +78,7 @@ class Method:
 
     def reward_inputs(self, groups, rows, step):
         """Fields for the reward besides lengths and verdicts, [P] or [P, G]; "constants" override its own."""
-        return {}
+        return {name: np.array([[r[name] for r in group] for group in groups]) for name in self.provides}
 
     def learn(self, groups, rows):
         """After the rewards: what the next step remembers of all that was sampled."""
@@ -91,7 +91,7 @@ class Method:
 
     def metrics(self, groups, rollouts, reward):
         """Numbers of its own for metrics.jsonl."""
-        return {}
+        return {name: rollouts[name].mean() for name in self.provides}
 
 
 def names():

@@ -3,8 +3,6 @@
 Reward adaptive_deep.
 """
 
-import numpy as np
-
 from data import BadInput
 from methods import Method, prompt_ids, request
 
@@ -26,9 +24,6 @@ class AdaptiveDeep(Method):
         prompts = [prompt_ids(self.tokenizer, row, "\n" + text) for text in self.texts]
         n, cap = self.args.group_size // 2, self.args.max_tokens
         return [request(ids, n, cap, long_mode=k) for k, ids in enumerate(prompts)]
-
-    def reward_inputs(self, groups, rows, step):
-        return {"long_mode": np.array([[r["long_mode"] for r in g] for g in groups])}
 
     def metrics(self, groups, rollouts, reward):
         m = {}
