@@ -69,8 +69,7 @@ def exit_code(name):
     return decorate
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts, in the wordings of the published training data; any other sentence with {N} is a wording, too.
+# ---- Prompts, in the wordings of the published training data; any other sentence with {N} is a wording, too.
 
 STEPS = "Let's think step by step and output the final answer"
 SENTENCES = {
@@ -162,8 +161,7 @@ def stop_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *declared, *map(known.get, END_TOKENS.split())} - {None})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Budgets
+# ---- Budgets
 BUDGETS = r"(uniform|log):\d{1,8}:\d{1,8}|bucket:\d{1,8}(,\d{1,8})*|fixed:\d{1,8}|none"
 EXAMPLES = "uniform:100:4000, log:256:23170, bucket:100,1024,4096, fixed:512 or none"
 
@@ -222,8 +220,7 @@ def annotate(problems, budgets, mode, wording="l1", copies=1, seed=0):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Layouts: what the columns of the published sets are called, in lower case. Each function turns one record
+# ---- Layouts: what the columns of the published sets are called, in lower case. Each function turns a record
 # into the plain form: problem (or passage + question), choices, answer (or answers, solution), id, level, ...
 
 
@@ -354,8 +351,7 @@ PRESETS = {
     "gsm_plus": ("qintongli/GSM-Plus", (), "testmini"),  # ~
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# From a record to a problem
+# ---- From a record to a problem
 NO_ANSWER = "|None|null|nan|NaN|N/A|n/a|proof|notfound".split("|")  # NuminaMath has the last two
 ALIASES = {  # a field's other names, where a record has no value for it
     "problem": ("question",),
@@ -493,8 +489,7 @@ def normalise(row, name, index, need_answer=True):
     return result | {key: prompt[key] for key in ("prompt", "budget", "mode") if "prompt" in prompt}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files and hub datasets
+# ---- Files and hub datasets
 
 
 def read_file(path):
@@ -678,8 +673,7 @@ def check_out(path):
         raise BadInput(f"--out {path}: unknown suffix; use .jsonl, .jsonl.gz or .parquet")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command
 
 
 def select(problems, excluded, limit, counts):

@@ -50,8 +50,7 @@ PROTOCOLS = {
                   "temperature": 0.6, "top_p": 0.95, "limit": 100},  # docs/adherence.md
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples: planned, asked for, graded
+# ---- Samples: planned, asked for, graded
 
 
 def plan(problems, budgets, mode, wording, tokenizer, context, max_tokens=None, ask_by="sentence"):
@@ -197,8 +196,7 @@ def evaluate(
     return finish(table, about, out, browser, log) if rank == 0 else {}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples on disk, crashes and how to go on
+# ---- Samples on disk, crashes and how to go on
 
 
 def tally(samples: Iterable[dict], table: dict, browser: report.Browser, think_end: str = "</think>") -> None:
@@ -242,8 +240,7 @@ def open_sweep(out: str, settings: dict, resume: bool) -> dict:
     return {key: old[key] for key in NOTHING}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Results on disk and on the screen
+# ---- Results on disk and on the screen
 
 
 def read_results(path: str) -> dict:
@@ -326,8 +323,7 @@ def from_samples(args: argparse.Namespace) -> None:
     finish(table, about, out, browser)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
 
 def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:

@@ -17,8 +17,7 @@ import re
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. The tables. What is written below `@reward(...)` is in REWARDS under its name; its `needs` are the fields
+# ---- 1. The tables. What is written below `@reward(...)` is in REWARDS by its name; `needs` are the fields
 #    that it reads besides correct, truncated and length; `compares_group`: does it depend on the whole group?
 
 
@@ -57,8 +56,7 @@ def register(table, *needs, compares_group=False, name=None):
 REWARDS, ADVANTAGES = Table(), Table()
 reward, advantage = functools.partial(register, REWARDS), functools.partial(register, ADVANTAGES)
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. The batch, a dict `rollouts` of fields: numbers [P, G], or [P] for one a prompt (None is nan), words [P],
+# ---- 2. The batch, a dict `rollouts`: numbers [P, G], or [P] for one a prompt (None is nan), words [P],
 #    texts [P][G], and the single values `step` and `require_think`.
 
 
@@ -137,8 +135,7 @@ def _z_correct(rollouts, eps, ddof):
     return np.where(std > 0, gap / (std + eps), 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Rewards: (rollouts, constants with the paper's values) -> float64 [P, G]. Those that are sums give their
+# ---- 3. Rewards: (rollouts, constants with the paper's values) -> float64 [P, G]. Sums give their
 #    terms by name with parts=True. In the formulas L is the length, c the effective correctness, mean_c the
 #    mean over the correct responses of a group. A truncated answer is everywhere a wrong one.
 
@@ -540,8 +537,7 @@ def affectgpt(rollouts, k_max=8, weight=1.0, parts=False):
     return _sum({"correct": _c(rollouts), "length": -weight * excess}, parts)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. Advantages: (rewards [P, G], rollouts, **hyper-parameters) -> [P, G], one number for all tokens of a
+# ---- 4. Advantages: (rewards [P, G], rollouts, **hyper-parameters) -> [P, G], one number for all tokens of a
 #    rollout. Equal rewards, or a rollout alone, give exactly 0: noise over a tiny std would be a gradient.
 
 

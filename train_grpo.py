@@ -46,8 +46,7 @@ from verifier import check_answers
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
-# -----------------------------------------------------------------------------
-# Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
+# ---- Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
 
 
 def build_parser():
@@ -189,8 +188,7 @@ def add_up(counters):
     return {k: sum(c.get(k, 0) for c in counters) for k in sorted({k for c in counters for k in c})}
 
 
-# -----------------------------------------------------------------------------
-# The sampler: a vLLM engine in this process, on this GPU.
+# ---- The sampler: a vLLM engine in this process, on this GPU.
 
 
 class VLLM:
@@ -271,8 +269,7 @@ def pick_sampler(name):
     return name if name != "auto" else "vllm" if installed and DEVICE.type == "cuda" else "hf"
 
 
-# -----------------------------------------------------------------------------
-# Rollouts
+# ---- Rollouts
 
 
 def draw_rows(rows, position, n, seed):
@@ -364,8 +361,7 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
 
-# -----------------------------------------------------------------------------
-# Loss and update. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says of which response.
+# ---- Loss and update. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says whose they are.
 
 
 def token_weights(lengths, reduction, cap):
@@ -539,8 +535,7 @@ def learning_rate(step, args):
     return args.lr * warm * decay[args.lr_schedule]
 
 
-# -----------------------------------------------------------------------------
-# Checkpoints: a Hugging Face folder that vLLM and evaluate.py load, plus trainer_state.pt for --resume.
+# ---- Checkpoints: a Hugging Face folder that vLLM and evaluate.py load, plus trainer_state.pt for --resume.
 
 
 def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
@@ -610,8 +605,7 @@ def open_run(args, step):
         return trackers.start(args, step)
 
 
-# -----------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
 def main(argv=None):

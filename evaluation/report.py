@@ -34,8 +34,7 @@ MARKDOWN = {  # heading: figure in results.json, how it is written
 }  # fmt: skip
 MADE = "model sampler ask_by wording mode n temperature top_p max_tokens seed require_think".split()
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables: rows of texts, the first one the heading
+# ---- Tables: rows of texts, the first one the heading
 
 
 def show(value: float | None, ends: Sequence[float] | None = None, form: str = "{:.1%}") -> str:
@@ -110,8 +109,7 @@ def markdown_table(results: dict) -> str:
     return "\n".join([*lines, "", f"{note} Correlation of requested and produced length: {told}."])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
+# ---- The page
 
 
 class Browser:

@@ -136,8 +136,7 @@ def open_instruct_score(ids: list, label: str, tokenizer, reward: str = "lcpo_ex
     return score(reward, [row], [ids], tokenizer, **options)[0][0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows: what data.py --export writes. data.py reads all of them back.
+# ---- Rows: what data.py --export writes. data.py reads all of them back.
 
 
 def user_turn(row: dict) -> list[dict]:

@@ -57,8 +57,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-# -----------------------------------------------------------------------------
-# step: the same update by train_grpo.update and by TRL's GRPOTrainer.
+# ---- step: the same update by train_grpo.update and by TRL's GRPOTrainer.
 #
 # Settings in which both are the same mathematics: loss a mean over all response tokens of the batch (TRL's
 # default "dapo", ours --loss-reduction token_mean), clip 0.2, no KL, temperature 1, one optimizer step on
@@ -206,8 +205,7 @@ def bench_step(s: dict, folder: str) -> dict:
     return {"tokens": tokens, "variants": found, "gradient_difference": apart}
 
 
-# -----------------------------------------------------------------------------
-# logprobs, padding, scale
+# ---- logprobs, padding, scale
 
 
 def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
@@ -328,8 +326,7 @@ def bench_scale(s: dict, folder: str) -> dict:
     return out | {"grad_norm_difference": float(np.max(np.abs(np.array(norms) / norms[0] - 1)))}
 
 
-# -----------------------------------------------------------------------------
-# sampler, verify
+# ---- sampler, verify
 
 
 def sampler_worker(variant: str, s: dict, folder: str, pipe) -> None:
@@ -414,8 +411,7 @@ def bench_verify(s: dict, folder: str) -> dict:
     return {"answers": len(golds), "variants": found}
 
 
-# -----------------------------------------------------------------------------
-# plan
+# ---- plan
 
 
 def bench_plan(s: dict, folder: str) -> dict:
@@ -452,8 +448,7 @@ def bench_plan(s: dict, folder: str) -> dict:
     return {"rows": rows, "checks": checks}
 
 
-# -----------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
 
 COMMANDS = {

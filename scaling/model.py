@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from data import BadInput
 
-# -----------------------------------------------------------------------------
-# What is trained
+# ---- What is trained
 
 
 def load_model(path: str, args, frozen: bool = False, empty: bool = False):
@@ -59,8 +58,7 @@ def build(args, model=None, with_reference: bool = False, device="cpu"):
     return model, reference, torch.optim.AdamW(learned, lr=args.lr, fused=True)
 
 
-# -----------------------------------------------------------------------------
-# Log-probs of the tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
+# ---- Log-probs of tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
 #
 # A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z),
 # z = W h / T and g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is at hand:
@@ -159,8 +157,7 @@ def output_head(model, t: dict, args) -> ChunkedHead:
     return ChunkedHead(hidden[t["row"], t["column"]], model.get_output_embeddings().weight, args.temperature)
 
 
-# -----------------------------------------------------------------------------
-# Adapters and shards
+# ---- Adapters and shards
 
 ADAPTER = "default"
 
