@@ -361,7 +361,7 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
 
-# ---- Loss and update. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says whose they are.
+# ---- Loss and update. Response tokens of a micro-batch are one flat row [T]; t["row"] says whose.
 
 
 def token_weights(lengths, reduction, cap):

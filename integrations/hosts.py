@@ -148,13 +148,10 @@ def to_verl(row: dict, index: int) -> dict:
     """verl's columns, L1's num_tokens (negative: a maximum, -1: none); the rest of the row in extra_info."""
     tokens = -1 if row["budget"] is None else row["budget"] * (1 if row["mode"] == "exact" else -1)
     keys = ("id", "problem", "kind", "budget", "mode", "level", "subject", "choices")
-    return {
-        "data_source": row["source"],
-        "prompt": user_turn(row),
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": row["answer"], "num_tokens": tokens},
-        "extra_info": {"split": "train", "index": index} | {key: row.get(key) for key in keys},
-    }
+    info = {"split": "train", "index": index} | {key: row.get(key) for key in keys}
+    reward = {"style": "rule", "ground_truth": row["answer"], "num_tokens": tokens}
+    found = {"data_source": row["source"], "prompt": user_turn(row), "ability": "math"}
+    return found | {"reward_model": reward, "extra_info": info}
 
 
 def to_trl(row: dict, index: int) -> dict:

@@ -125,7 +125,6 @@ def make_trainer(s: dict, folder: str, variant: str) -> tuple:
 
 
 def ours_worker(variant: str, s: dict, folder: str, pipe) -> None:
-    """Worker: our update."""
     import methods
     from train_grpo import update
 
@@ -186,7 +185,6 @@ def trl_worker(variant: str, s: dict, folder: str, pipe) -> None:
 
 
 def bench_step(s: dict, folder: str) -> dict:
-    """One update, ours against TRL's."""
     installed = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
     if installed != TRL:
         raise BadInput(f"step needs TRL {TRL}, found: {installed}; pip install trl=={TRL}")
@@ -241,7 +239,6 @@ def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
 
 
 def bench_logprobs(s: dict, folder: str) -> dict:
-    """Time and working memory of both versions for each vocabulary."""
     out, rows = {}, []
     for vocab in s["vocabs"]:
         found = race(dict.fromkeys((f"ours-{vocab}", f"full-{vocab}"), logprobs_worker), s, folder)
@@ -421,9 +418,8 @@ def bench_plan(s: dict, folder: str) -> dict:
         import train_grpo
 
         args = train_grpo.build_parser().parse_args([f"@recipes/{s['recipe']}.args"])
-        rows = [
-            plan.of_flags(c, args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]) for c in configs.values()
-        ]
+        given = args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]
+        rows = [plan.of_flags(c, *given) for c in configs.values()]
         cells = [[name, *(f"{r[k]:.1f}" for k in ("trainer_gib", "engine_gib", "peak_gib")), r["fits"]]
                  for name, r in zip(configs, rows, strict=True)]  # fmt: skip
         print_table(["model", "trainer, GiB", "engine, GiB", "peak, GiB", f"fits {s['gpu_gib']}"], cells)
@@ -450,11 +446,8 @@ def bench_plan(s: dict, folder: str) -> dict:
 
 # ---- Command line
 
-
-COMMANDS = {
-    "step": bench_step, "logprobs": bench_logprobs, "padding": bench_padding, "scale": bench_scale,
-    "sampler": bench_sampler, "verify": bench_verify, "plan": bench_plan,
-}  # fmt: skip
+COMMANDS = bench_step, bench_logprobs, bench_padding, bench_scale, bench_sampler, bench_verify, bench_plan
+COMMANDS = {function.__name__.removeprefix("bench_"): function for function in COMMANDS}
 
 
 def mib(n: float) -> str:
