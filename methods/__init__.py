@@ -100,8 +100,12 @@ def names():
 
 
 def find(name):
-    """The class of --method NAME."""
-    return Method if name == "plain" else importlib.import_module(f"methods.{name}").METHOD
+    """The class of --method NAME: the one that methods/NAME.py defines, the last if there are several."""
+    if name == "plain":
+        return Method
+    path = f"methods.{name}"
+    found = vars(importlib.import_module(path)).values()
+    return [c for c in found if isinstance(c, type) and c.__module__ == path][-1]
 
 
 KNOWN = {"budget", "mode", "step", "range", *DERIVED}  # what a reward can read without a method

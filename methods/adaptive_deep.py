@@ -32,6 +32,3 @@ class AdaptiveDeep(Method):
             m |= {f"{name}_length": rollouts["length"][part].mean()}
             m |= {f"{name}_accuracy": rollouts["correct"][part].mean()}
         return m
-
-
-METHOD = AdaptiveDeep

@@ -75,6 +75,3 @@ class Brpo(Method):
     def metrics(self, groups, rollouts, reward):
         scores = rollouts["correct"].reshape(self.shape).mean((0, 2)).tolist()
         return {"accuracy_by_budget": dict(zip(map(str, self.budgets), scores, strict=True))}
-
-
-METHOD = Brpo

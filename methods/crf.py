@@ -48,6 +48,3 @@ class Crf(Method):
         flat = sum(groups, [])
         for r, score in zip(flat, self.scores([r["text"] for r in flat]), strict=True):
             r["conciseness"] = score
-
-
-METHOD = Crf

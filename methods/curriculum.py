@@ -45,6 +45,3 @@ class Curriculum(Method):
 
     def metrics(self, groups, rollouts, reward):
         return {"scheduled_budget": self.budget(rollouts["step"])}
-
-
-METHOD = Curriculum

@@ -47,6 +47,3 @@ class Dot(Method):
         cut = [r for r in sum(groups, []) if "dot_cut" in r]
         mean = np.nanmean(limits) if np.isfinite(limits).any() else np.nan
         return {"dot_threshold": mean, "dot_cut": len(cut), "dot_lost": sum(not r["correct"] for r in cut)}
-
-
-METHOD = Dot

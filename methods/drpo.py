@@ -70,6 +70,3 @@ class Drpo(Method):
     def metrics(self, groups, rollouts, reward):
         loss, kl = np.mean(self.told or [(0.0, 0.0)], 0)
         return {"loss": loss, "drpo_kl": kl}
-
-
-METHOD = Drpo

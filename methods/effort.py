@@ -26,6 +26,3 @@ class Effort(Tldr):
     def reward_inputs(self, groups, rows, step):
         fields = super().reward_inputs(groups, rows, step)
         return fields | {"token_cost": np.array([self.costs[e] for e in fields["level"]], float)}
-
-
-METHOD = Effort

@@ -32,6 +32,3 @@ class Hbpo(Method):
         parts = {f"{b:g}": rollouts["subgroup_budget"] == b for b in self.budgets}
         values = {"length_by_subgroup": rollouts["length"], "reward_by_subgroup": reward}
         return {name: {b: value[part].mean() for b, part in parts.items()} for name, value in values.items()}
-
-
-METHOD = Hbpo

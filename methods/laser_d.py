@@ -49,6 +49,3 @@ class LaserD(Method):
 
     def metrics(self, groups, rollouts, reward):
         return {f"laser_{name}": target for name, target in self.state["targets"].items()}
-
-
-METHOD = LaserD

@@ -619,7 +619,8 @@ class ShrinkingCap(Curriculum, ThinkPrune):
 
 def test_two_methods_at_once(world, tmp_path, monkeypatch):
     module = types.ModuleType("methods.shrinking_cap")
-    module.METHOD, named = ShrinkingCap, [*methods.names(), "shrinking_cap"]
+    module.ShrinkingCap, named = ShrinkingCap, [*methods.names(), "shrinking_cap"]
+    monkeypatch.setattr(ShrinkingCap, "__module__", module.__name__)
     monkeypatch.setitem(sys.modules, "methods.shrinking_cap", module)
     monkeypatch.setattr(methods, "names", lambda: named)
     words = "--reward curriculum_triangular --method shrinking_cap --method-args start=40 period=1 --steps 2"
