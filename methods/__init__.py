@@ -128,13 +128,13 @@ def make(args, tokenizer, *readers):
 
 def constants(name, function, words):
     """["alpha=0.1", "metric=shortest"] -> {"alpha": 0.1, "metric": "shortest"}, parameters of `function`."""
-    known, found = inspect.signature(function).parameters, {}
+    known, found, empty = inspect.signature(function).parameters, {}, inspect.Parameter.empty
+    having = [k for k in known if known[k].default is not empty and k != "parts"]
     if isinstance(words, dict):  # of a resumed run
         words = [f"{k}={json.dumps(value)}" for k, value in words.items()]
     for word in words:
         k, _, value = word.partition("=")
-        if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:
-            having = [k for k in known if known[k].default is not inspect.Parameter.empty and k != "parts"]
+        if not value or k not in having:
             near = ", ".join(difflib.get_close_matches(k, having, 1) or having) or "it has none"
             flag = f"--{name.replace('_', '-')} ({word})"
             raise BadInput(f"{flag} must be K=V with K a constant of {function.__name__}: {near}")
