@@ -69,6 +69,11 @@ def exit_code(name):
     return decorate
 
 
+def add_up(counts):
+    """Counters as one, name by name, zeros kept."""
+    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
+
+
 # ---- Prompts, in the wordings of the published training data; any other sentence with {N} is a wording, too.
 
 STEPS = "Let's think step by step and output the final answer"

@@ -31,7 +31,7 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, write_json
 from toy import task as toy
 from verifier import check_answers
 
@@ -136,11 +136,10 @@ def sample_batch(sampler, tokenizer, requests: list[dict], asked: tuple, log: Ca
     return samples
 
 
-def evaluate(
-    sampler, problems, budgets, mode, n, out, *, tokenizer=None, context=None, wording="l1", temperature=0.6,
-    top_p=0.95, max_tokens=None, seed=0, require_think=False, think_end="</think>", trained_budgets=None,
-    model=None, about=None, log=print, state=None, resume=False, ask_by="sentence",
-) -> dict:  # fmt: skip
+def evaluate(sampler, problems, budgets, mode, n, out, *, tokenizer=None, context=None, wording="l1",
+             temperature=0.6, top_p=0.95, max_tokens=None, seed=0, require_think=False, think_end="</think>",
+             trained_budgets=None, model=None, about=None, log=print, state=None, resume=False,
+             ask_by="sentence") -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over,
@@ -183,7 +182,7 @@ def evaluate(
                 samples, counts = gather_object(samples), gather_object(counts)
             done["samples"] += len(samples)
             done["batches"] += "only" not in batch[0]
-            done["verify"] = sum_counts([done["verify"], *counts])
+            done["verify"] = data.add_up([done["verify"], *counts])
             tally(samples, table, browser, think_end)
             if rank == 0:
                 append(f, samples)
@@ -313,7 +312,7 @@ def from_samples(args: argparse.Namespace) -> None:
         # Batch by batch: the file may be far larger than the memory.
         for batch in batches(read_samples(path, **need), BATCH):
             stored = [s.get("correct") for s in batch]
-            verify = sum_counts([verify, grade(batch, require_think, think_end)]) if regrade else verify
+            verify = data.add_up([verify, grade(batch, require_think, think_end)]) if regrade else verify
             tally(batch, table, browser, think_end)
             for sample, old in zip(batch, stored, strict=True):
                 if old is not None and bool(old) != sample["correct"]:

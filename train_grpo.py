@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import methods
-from data import BadInput
+from data import BadInput, add_up
 from rewards import ADVANTAGES, REWARDS
 from scaling import model as net
 from verifier import check_answers
@@ -182,10 +182,6 @@ def parse_args(argv=None):
 def print0(*words, **options):
     if RANK == 0:
         print(*words, flush=True, **options)
-
-
-def add_up(counters):
-    return {k: sum(c.get(k, 0) for c in counters) for k in sorted({k for c in counters for k in c})}
 
 
 # ---- The sampler: a vLLM engine in this process, on this GPU.

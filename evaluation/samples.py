@@ -104,8 +104,3 @@ def name_folders(specs: list[str]) -> dict[str, str]:
         label = label or os.path.basename(os.path.abspath(folder))
         found[folder if label in found else label] = folder
     return found
-
-
-def sum_counts(counts: list[dict]) -> dict:
-    """Counters added up, name by name."""
-    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}

@@ -24,10 +24,8 @@ load_once = lru_cache(load_tokenizer)
 FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choices")  # what makes a row
 
 
-def score(
-    reward: str, rows: list[dict], responses: list, tokenizer, group_size: int = 1, step: int = 0,
-    require_think: bool = False, timeout: float = 5.0, **options,
-) -> tuple[list[float], dict]:  # fmt: skip
+def score(reward, rows, responses, tokenizer, group_size=1, step=0, require_think=False, timeout=5.0,
+          **options) -> tuple[list[float], dict]:  # fmt: skip
     """Rewards of responses (token ids) to `rows`, one a response; and the rollouts they were made from.
 
     Rows are those of data.py: answer, budget, mode, kind, choices. The responses to one prompt stand side by
@@ -78,10 +76,8 @@ def trl_reward(reward: str, tokenizer, group_size: int = 1, **options) -> Callab
     return function
 
 
-def compute_score(
-    data_source: str, solution_str: str, ground_truth: str | list, extra_info: dict | None = None,
-    reward: str = "lcpo_exact", tokenizer=None, ids: list[int] | None = None, **options,
-) -> dict:  # fmt: skip
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, reward="lcpo_exact",
+                  tokenizer=None, ids=None, **options) -> dict:  # fmt: skip
     """verl's custom_reward_function, one response a call: {"score", "acc", "length"}; extra_info has the row.
 
     Stock managers pass text without special tokens: it is encoded again by `tokenizer` (a name or path, from

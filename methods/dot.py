@@ -35,10 +35,9 @@ class Dot(Method):
                     r |= {"ids": r["ids"][:n], "logps": r["logps"][:n], "length": n, "dot_cut": 1}
                     r["text"] = self.tokenizer.decode(r["ids"], skip_special_tokens=False)
                     cut.append((r, row))
-        verdicts, _ = check_answers(
-            [r["text"] for r, _ in cut], [row["answer"] for _, row in cut], [row["kind"] for _, row in cut],
-            [row.get("choices") for _, row in cut], self.args.require_think, think_end=self.args.think_end,
-        )  # fmt: skip
+        golds, kinds, choices = ([row.get(k) for _, row in cut] for k in ("answer", "kind", "choices"))
+        think = {"require_think": self.args.require_think, "think_end": self.args.think_end}
+        verdicts, _ = check_answers([r["text"] for r, _ in cut], golds, kinds, choices, **think)
         for (r, _), right in zip(cut, verdicts, strict=True):
             r["correct"] = int(right)
 
