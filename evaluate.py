@@ -30,7 +30,7 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, run, sum_counts, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
 from toy import task as toy
 from verifier import check_answers
 
@@ -519,7 +519,7 @@ def command(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("evaluate.py", command, argv)
+    return data.run("evaluate.py", command, argv)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ import gzip
 import itertools
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from data import BadInput
 from evaluation.metrics import jsonable
@@ -111,13 +110,3 @@ def name_folders(specs: list[str]) -> dict[str, str]:
 def sum_counts(counts: list[dict]) -> dict:
     """Counters added up, name by name."""
     return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
-
-
-def run(name: str, command: Callable[[list | None], object], argv: list[str] | None) -> int:
-    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        command(argv)
-    except BadInput as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
