@@ -41,6 +41,7 @@ import methods
 from data import BadInput, add_up
 from rewards import ADVANTAGES, REWARDS
 from scaling import model as net
+from scaling import shared_prompt
 from verifier import check_answers
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -425,11 +426,11 @@ def micro_batches(batch, limit):
     memory at the start. Every process gets equally many."""
     batch = sorted(batch, key=size, reverse=True)
     turns, shares = [*range(WORLD), *reversed(range(WORLD))], [[] for _ in range(WORLD)]
-    for i, r in enumerate(batch):
+    for i, unit in enumerate(shared_prompt.units(batch, limit)):
         micros = shares[turns[i % len(turns)]]
-        if not micros or (len(micros[-1]) + 1) * size(micros[-1][0]) > limit:
+        if not micros or (len(micros[-1]) + len(unit)) * size(micros[-1][0]) > limit:
             micros.append([])
-        micros[-1].append(r)
+        micros[-1] += unit
     # Shards are gathered by all processes together: one with fewer micro-batches runs weightless fillers.
     filler = {"advantage": 0.0, "weight": 0.0, "mask": np.zeros(len(batch[-1]["ids"]), np.float32)}
     return shares[RANK] + [[batch[-1] | filler]] * (max(map(len, shares)) - len(shares[RANK]))
@@ -443,7 +444,8 @@ def to_tensors(micro):
         ids[i, : prompts[i]], ids[i, prompts[i] : size(r)] = r["prompt_ids"], r["ids"]
     row, starts = np.repeat(np.arange(len(micro)), lengths), np.cumsum(lengths) - lengths
     # A token is predicted one place before it stands.
-    flat = {"row": row, "column": np.arange(len(row)) - starts[row] + prompts[row] - 1}
+    flat = {"row": row, "column": np.arange(len(row)) - starts[row] + prompts[row] - 1, "ids": ids}
+    flat |= {"prompt": prompts if shared_prompt.pays(micro) else None, "sequence_ratio": None}
     flat["target"] = np.concatenate([r["ids"] for r in micro]).astype(np.int64)
     flat["sampler_logp"] = np.concatenate([r["logps"] for r in micro])
     flat["mask"] = np.concatenate([r["mask"] for r in micro])
@@ -452,8 +454,7 @@ def to_tensors(micro):
     flat["advantage"] = np.concatenate([np.full(len(r["ids"]), r["advantage"], np.float32) for r in micro])
     for name in ("old_logp", "ref_logp"):
         flat[name] = np.concatenate([r[name + "s"] for r in micro]) if name + "s" in micro[0] else None
-    t = {k: None if v is None else torch.from_numpy(v).to(DEVICE) for k, v in flat.items()}
-    return t | {"ids": torch.from_numpy(ids).to(DEVICE), "sequence_ratio": None}
+    return {k: None if v is None else torch.from_numpy(v).to(DEVICE) for k, v in flat.items()}
 
 
 @torch.no_grad()
@@ -478,7 +479,7 @@ def backward(model, micro, args):
         t["sequence_ratio"] = sequence_ratio(logp, t, n)
         t["sequence_gap"] = response_sums((t["old_logp"] - t["sampler_logp"]).nan_to_num(0.0), t, n)
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
-        of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
+        of_part = {k: v if v is None or k in ("ids", "prompt") else v[part] for k, v in t.items()}
         logp, entropy = head.logps(part, of_part["target"])
         loss, stats = policy_loss(logp.requires_grad_(), of_part, args)
         loss.backward()

@@ -2,6 +2,7 @@
 
     python -m scaling.bench step [--full]       one update: ours and TRL's GRPOTrainer
     python -m scaling.bench logprobs            log-probs and their gradient: ours, full logits; by vocabulary
+    python -m scaling.bench prompts             one update: each prompt once for its group, or once a response
     python -m scaling.bench padding             share of padded tokens: ours, TRL's; time of to_tensors
     python -m scaling.bench scale               step time against tokens, 1 and 2 processes
     python -m scaling.bench sampler             responses from the trainer's vLLM, from a bare vllm.LLM
@@ -44,6 +45,8 @@ SETTINGS = {
     "step": (BASE, ACCEPTED),
     "logprobs": ({"vocabs": [32_768, 131_072, 262_144], "tokens": 512, "width": 64, "dtype": "float32",
                   "rounds": 5}, {"tokens": 2048, "width": 256}),
+    "prompts": (BASE | {"vocab": 8192, "sequences": 32, "lengths": [[128, 64], [96, 96], [16, 160]]},
+                {"vocab": 49_152, "layers": 8}),
     "padding": ({"sequences": 2048, "prompt": 150, "low": 100, "high": 4000, "micro_tokens": 16_384,
                  "vocab": 151_936, "processes": [1, 2, 8], "responses": 128}, {}),
     "scale": (BASE | {"vocab": 8192, "sequences": [4, 8, 16, 32, 64], "rounds": 3},
@@ -88,7 +91,9 @@ def make_batch(s: dict) -> list[dict]:
     for length, advantage in zip(lengths, advantages, strict=False):
         # Ids from 3 on: TRL's tokenizer needs a few special ones.
         ids, mask = rng.integers(3, s["vocab"], length).astype(np.int32), np.ones(length, np.float32)
-        r = {"prompt_ids": rng.integers(3, s["vocab"], s["prompt"]).tolist(), "ids": ids, "weight": 1.0}
+        if len(batch) % 8 == 0:
+            prompt = rng.integers(3, s["vocab"], s["prompt"]).tolist()
+        r = {"prompt_ids": prompt, "ids": ids, "weight": 1.0}
         # nan: no correction for the sampler.
         batch.append(r | {"logps": np.full(length, np.nan, np.float32), "mask": mask, "advantage": advantage})
     return batch
@@ -126,8 +131,10 @@ def make_trainer(s: dict, folder: str, variant: str) -> tuple:
 
 def ours_worker(variant: str, s: dict, folder: str, pipe) -> None:
     import methods
+    from scaling import shared_prompt
     from train_grpo import update
 
+    shared_prompt.MOST = {"once": 1.0, "repeated": 0.0}.get(variant, shared_prompt.MOST)
     args, model, reference, optimizer, held = make_trainer(s, folder, variant)
     plain, batch = methods.Method(args, None), make_batch(s)
 
@@ -184,14 +191,19 @@ def trl_worker(variant: str, s: dict, folder: str, pipe) -> None:
     trainer.train()
 
 
+def difference(variants, folder: str) -> float:
+    """|gradient - that of the second variant| / |the second's|."""
+    ours, theirs = (torch.load(os.path.join(folder, f"{v}.pt"), map_location="cpu") for v in variants)
+    apart = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
+    return (apart / sum(b.double().square().sum() for b in theirs)).sqrt().item()
+
+
 def bench_step(s: dict, folder: str) -> dict:
     installed = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
     if installed != TRL:
         raise BadInput(f"step needs TRL {TRL}, found: {installed}; pip install trl=={TRL}")
     found, rows = race({"ours": ours_worker, "trl": trl_worker}, s, folder), []
-    ours, theirs = (torch.load(os.path.join(folder, f"{v}.pt"), map_location="cpu") for v in found)
-    apart = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
-    apart = (apart / sum(b.double().square().sum() for b in theirs)).sqrt().item()
+    apart = difference(found, folder)
     tokens = sum(len(r["prompt_ids"]) + len(r["ids"]) for r in make_batch(s))
     for name, f in found.items():
         f |= {"speedup": f["seconds"] / found["ours"]["seconds"], "memory": found["ours"]["peak"] / f["peak"]}
@@ -201,6 +213,22 @@ def bench_step(s: dict, folder: str) -> dict:
     print_table(head, rows)
     print(f"{tokens:,} tokens; |our gradient - TRL's| / |TRL's| = {apart:.1e}")
     return {"tokens": tokens, "variants": found, "gradient_difference": apart}
+
+
+def bench_prompts(s: dict, folder: str) -> dict:
+    """One update of groups of 8 with each prompt computed once, and with a prompt for every response."""
+    out, rows, workers = {}, [], dict.fromkeys(("once", "repeated"), ours_worker)
+    for prompt, mean in s["lengths"]:
+        at, name = tempfile.mkdtemp(dir=folder), f"{prompt}:{mean}"
+        found = race(workers, s | {"prompt": prompt, "low": mean // 2, "high": mean * 3 // 2}, at)
+        seconds, peak = ([f[k] for f in found.values()] for k in ("seconds", "peak"))
+        out[name] = found | {"gradient_difference": difference(found, at)}
+        rows.append([name, *(f"{x:.2f}" for x in (*seconds, seconds[1] / seconds[0])), *map(mib, peak)])
+        rows[-1].append(f"{out[name]['gradient_difference']:.1e}")
+    print_table(
+        "prompt:response,once s,repeated s,faster,once MiB,repeated MiB,gradients apart".split(","), rows
+    )
+    return {"lengths": out}
 
 
 # ---- logprobs, padding, scale
@@ -446,7 +474,8 @@ def bench_plan(s: dict, folder: str) -> dict:
 
 # ---- Command line
 
-COMMANDS = bench_step, bench_logprobs, bench_padding, bench_scale, bench_sampler, bench_verify, bench_plan
+COMMANDS = bench_step, bench_logprobs, bench_prompts, bench_padding, bench_scale, bench_sampler
+COMMANDS += bench_verify, bench_plan
 COMMANDS = {function.__name__.removeprefix("bench_"): function for function in COMMANDS}
 
 

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data import BadInput
+from scaling import shared_prompt
 
 # ---- What is trained
 
@@ -150,11 +151,16 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
 def output_head(model, t: dict, args) -> ChunkedHead:
     """The output layer over the hidden states [T, d] that predict the response tokens.
 
-    t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
+    t: ids [N, width], row and column [T] of the places from which the tokens are predicted; prompt [N], the
+    prompts' lengths where those that are alike shall be computed once, or None.
     """
-    # A sharded model is called as a module: that gathers its weights.
-    hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
-    return ChunkedHead(hidden[t["row"], t["column"]], model.get_output_embeddings().weight, args.temperature)
+    bf16 = args.dtype == "bfloat16"
+    if t["prompt"] is not None and shared_prompt.fits(model, args):
+        flat = shared_prompt.hidden_states(model, t, bf16)
+    else:  # a sharded model is called as a module: that gathers its weights
+        hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], bf16)
+        flat = hidden[t["row"], t["column"]]
+    return ChunkedHead(flat, model.get_output_embeddings().weight, args.temperature)
 
 
 # ---- Adapters and shards
