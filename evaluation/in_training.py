@@ -34,7 +34,7 @@ def evaluate_now(sampler, asked: dict, args, state, name: str) -> None:
     told = print if state.is_main_process else lambda *words: None
     evaluate(
         sampler, n=2, out=f"{args.out}/{name}", wording=args.wording, temperature=args.temperature, top_p=1.0,
-        seed=args.seed, model=args.model, log=told, require_think=args.require_think,
+        seed=args.seed, model=args.model, log=told, resume=args.resume, require_think=args.require_think,
         think_end=args.think_end, state=state, tokenizer=sampler.tokenizer,
         context=sampler.max_model_len, **{k: v for k, v in asked.items() if k != "room"},
     )  # fmt: skip

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 
 from data import BadInput, exit_code, first_line, one_line_errors
-from evaluate import read_results
-from evaluation import report
+from evaluate import read_results, report
 from train_grpo import load_rows
 
 TEMPLATE = Path(__file__).with_name("card_page.md")

@@ -23,7 +23,7 @@ def prompt_ids(tokenizer, row, added=""):
 
 
 def request(ids, n, cap, forced=(), **tags):
-    """n responses to a prompt, of `cap` tokens at most; `forced` begin each, `tags` are noted on each."""
+    """n responses to a prompt, of `cap` tokens at most; `forced` begin each, with a loss; `tags`: notes."""
     return {"prompt_ids": ids, "n": n, "cap": cap, "forced": list(forced), "tags": tags}
 
 
@@ -59,12 +59,12 @@ class Method:
         self.args, self.tokenizer = args, tokenizer
         self.state = {}  # plain numbers, saved with checkpoints
 
+    def row(self, row, step):
+        """The row as it is asked at this step (curricula change its budget). Called before the run, too."""
+        return row
+
     def begin_step(self, step, turn, rows, all_rows, ask):
         """Before sampling; `turn` counts its refills. ask(rows, n, key, starting) samples and checks."""
-
-    def row(self, row, step):
-        """The row as it is asked at this step (curricula change its budget)."""
-        return row
 
     def requests(self, row):
         """The requests that make up a row's group, each for equally many responses."""
