@@ -470,8 +470,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling (--model, --base-url)").add_argument
     add("--temperature", type=float, help="of sampling; 0 is greedy (default 0.6)")
-    add("--top-p", type=float, help="share of the probability that is browser in sampling (default 0.95)")
-    add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
+    add("--top-p", type=float, help="share of the probability that is sampled from (default 0.95)")
+    add("--max-tokens", type=int, help="response cap, tokens (default: 2 x budget; 8192 where none is exact)")
     add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="of sampling, bootstrap and the toy's problems (default 0)")
     add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")

@@ -426,7 +426,7 @@ def micro_batches(batch, limit):
     memory at the start. Every process gets equally many."""
     batch = sorted(batch, key=size, reverse=True)
     turns, shares = [*range(WORLD), *reversed(range(WORLD))], [[] for _ in range(WORLD)]
-    for i, unit in enumerate(shared_prompt.units(batch, limit)):
+    for i, unit in enumerate(shared_prompt.units(batch, limit, WORLD)):
         micros = shares[turns[i % len(turns)]]
         if not micros or (len(micros[-1]) + len(unit)) * size(micros[-1][0]) > limit:
             micros.append([])

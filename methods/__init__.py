@@ -100,12 +100,15 @@ def names():
 
 
 def find(name):
-    """The class of --method NAME: the one that methods/NAME.py defines, the last if there are several."""
+    """The class of --method NAME: the last Method that methods/NAME.py defines, or one that it imports."""
     if name == "plain":
         return Method
     path = f"methods.{name}"
     found = vars(importlib.import_module(path)).values()
-    return [c for c in found if isinstance(c, type) and c.__module__ == path][-1]
+    found = [c for c in found if isinstance(c, type) and issubclass(c, Method) and c is not Method]
+    if not found:
+        raise BadInput(f"methods/{name}.py defines no Method: see methods/hapo.py")
+    return sorted(found, key=lambda c: c.__module__ == path)[-1]
 
 
 KNOWN = {"budget", "mode", "step", "range", *DERIVED}  # what a reward can read without a method
