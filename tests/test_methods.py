@@ -61,6 +61,8 @@ def test_budget_schedules():
     new = m.row(row, 2)
     assert new["budget"] == 16 and new["prompt"].endswith("Think for 16 tokens.") and row["budget"] == 7
     assert made("--reward", "lcpo_exact", "--method", "curriculum").reward_inputs([], [], 0) == {}
+    # Without the method the reward has a schedule of its own, which reads the step.
+    assert type(made("--reward", "curriculum_band")) is methods.Method
 
 
 def test_palu_budget():
