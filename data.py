@@ -421,10 +421,13 @@ def find_choices(row):
 
 def answer_letter(value, choices, labels):
     """The letter of a gold: a letter, a label, an index from 0 (as in MMLU) or an option's whole text."""
-    text, letters = clean_answer(value), LETTERS[: len(labels)]
+    text, letters = clean_answer(value), LETTERS[: len(choices) or None]
     text = text if isinstance(text, str) else ""
-    if (bare := text.strip("().")) in labels:  # "(C)", "C."
-        return letters[labels.index(bare)]
+    # A label as it stands, or but for its marks, as in "(C)" and "C."; else a letter, whatever labels are.
+    bare, *plain = (x.lstrip("(").rstrip(").") for x in (text, *labels))
+    for gold, names in ((text, labels), (bare, plain), (bare, [*LETTERS])):
+        if gold in names:
+            return dict(enumerate(letters)).get(names.index(gold))
     is_index = re.fullmatch(r"\d+", text, re.ASCII) and int(text) < len(letters)
     readings = {letters[int(text)]} if is_index else set()
     # As text (CSV), "2" may be an index or the option that reads "2": it counts where only one can be meant.

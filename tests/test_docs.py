@@ -90,6 +90,12 @@ def test_pages_are_current(page):
     assert links.current(page) == PAGES[page], "run python tests/link_lines.py"
 
 
+def test_a_row_of_a_table_is_one_line():
+    for name, table in links.tables().items():
+        for line in table.splitlines():
+            assert line.startswith("| ") and line.endswith(" |"), f"{name}: {line}"
+
+
 def test_every_reward_advantage_and_method_has_a_line():
     page = PAGES["docs/methods.md"]
     names = [f.__name__ for f in (*rewards.REWARDS.values(), *rewards.ADVANTAGES.values())]
