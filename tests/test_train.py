@@ -439,7 +439,7 @@ def test_a_sampler_without_the_trainers_weights_stops_the_run(tmp_path, monkeypa
             real(self, copy.deepcopy(model))
 
     monkeypatch.setattr(HFSampler, "load", load_once)
-    with pytest.raises(SystemExit, match="step 1: the sampler lacks the trainer's weights: .* apart"):
+    with pytest.raises(SystemExit, match="step 2: the sampler lacks the trainer's weights: .* apart"):
         train_grpo.main([*TOY, "--steps", "3", "--out", str(tmp_path / "run")])
     assert [m["step"] for m in lines(tmp_path / "run")] == [0]
     assert lines(tmp_path / "run")[0]["logp_gap"] < 1e-5
