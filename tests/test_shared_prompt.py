@@ -121,7 +121,8 @@ def test_groups_stay_together_and_within_the_limit(drawn, limit):
     for part in parts:  # as if nothing was shared: memory stays below what it was
         assert len(part) == 1 or len(part) * max(map(train_grpo.size, part)) <= limit
     if shared_prompt.pays(batch):
-        largest = max(len(own) * train_grpo.size(own[0]) for own in shared_prompt.units(batch, 10**6))
+        units = shared_prompt.units(sorted(batch, key=train_grpo.size, reverse=True), 10**6)
+        largest = max(len(unit) * train_grpo.size(unit[0]) for unit in units)
         prompts = [{tuple(r["prompt_ids"]) for r in part} for part in parts]
         if largest <= limit:  # no group is split
             assert sum(map(len, prompts)) == len(set().union(*prompts))

@@ -302,10 +302,10 @@ def test_a_warm_start_goes_on_from_what_was_sampled(base, tmp_path, script):
         os.makedirs(tmp_path / "b", exist_ok=True)
         shutil.copy(tmp_path / "a" / "responses.jsonl", tmp_path / "b" / "responses.jsonl")
     assert weights[0] == weights[1]
-    wrong = script(
-        "-m", "studies.warm_start", base, tmp_path / "c", "--data", rows, "--cap", "2", check=False
-    )
-    assert wrong.returncode == 2 and "--cap (2)" in wrong.stderr
+    few = ["--right", "--problems", "1", "--samples", "1"]  # the base is too young to be right at once
+    wrong = script("-m", "studies.warm_start", base, tmp_path / "c", "--data", rows, *few, check=False)
+    told = "no right response to 1 problems ended within --cap (160): raise it"
+    assert wrong.returncode == 2 and told in wrong.stderr
 
 
 # The zoo ----------------------------------------------------------------------------------------------------
