@@ -444,7 +444,7 @@ def to_tensors(micro):
         ids[i, : prompts[i]], ids[i, prompts[i] : size(r)] = r["prompt_ids"], r["ids"]
     row, starts = np.repeat(np.arange(len(micro)), lengths), np.cumsum(lengths) - lengths
     # A token is predicted one place before it stands.
-    flat = {"row": row, "column": np.arange(len(row)) - starts[row] + prompts[row] - 1, "ids": ids}
+    flat = {"ids": ids, "row": row, "column": np.arange(len(row)) - starts[row] + prompts[row] - 1}
     flat |= {"prompt": prompts if shared_prompt.pays(micro) else None, "sequence_ratio": None}
     flat["target"] = np.concatenate([r["ids"] for r in micro]).astype(np.int64)
     flat["sampler_logp"] = np.concatenate([r["logps"] for r in micro])

@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     if not os.path.exists(path):
         problems = data.load_problems(args.data)[: args.problems]
         if not (found := own_responses(model, tokenizer, problems, args)):
-            told = f"no {'right ' if args.right else ''}response to {len(problems)} problems ended"
-            raise data.BadInput(f"{told} within --cap ({args.cap}): raise it, or --problems or --samples")
+            told = f"no {'right ' if args.right else ''}response to {len(problems)} problems ended within"
+            raise data.BadInput(f"{told} --cap ({args.cap}): raise it, or --problems or --samples")
         data.write_rows(found, path)
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]

@@ -28,6 +28,7 @@ PROBLEMS = [
     ("Ben reads 12 pages a day. His book has 96 pages. How many days does he need?", "8"),
     ("A hen lays 5 eggs a week. How many eggs do 6 hens lay in 2 weeks?", "60"),
 ]
+SUMS = [("What is 2 + 3?", "5"), ("What is 10 - 4?", "6")]  # some of its responses end soon, others do not
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,8 @@ def folder(tmp_path_factory, script):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def problems(tmp_path_factory):
-    path = tmp_path_factory.mktemp("problems") / "gsm_like.jsonl"
-    path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in PROBLEMS))
+def write(path, pairs) -> str:
+    path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs))
     return str(path)
 
 
@@ -73,15 +72,13 @@ def test_chat_template_and_end_token(folder):
 
 @with_model
 @with_vllm
-def test_a_step_with_vllm_and_one_more_after_resuming(folder, problems, script, tmp_path):
-    """Two prompts of about 100 tokens, four responses of 16 to each: the prompts are computed once."""
-    out = tmp_path / "run"
-    flags = "--budgets bucket:8,16 --prompts-per-step 2 --group-size 4 --max-tokens 16 --reward peaked_exact"
-    # Responses of a few tokens are all cut alike: their own reward, not a comparison, is what moves the model.
-    words = [*flags.split(), "--advantage", "raw", "--lr", "1e-5", "--save-every", "1", "--out", out]
-    script(
-        "train_grpo.py", "--model", folder, "--data", problems, *words, "--steps", "1", "--sampler", "vllm"
-    )
+def test_a_step_with_vllm_and_one_more_after_resuming(folder, script, tmp_path):
+    """Two prompts of 66 tokens, four responses of at most 32 to each: the prompts are computed once."""
+    out, rows = tmp_path / "run", write(tmp_path / "rows.jsonl", SUMS)
+    words = ["--budgets", "bucket:8,16", "--wording", "Answer with one number, in {N} tokens."]
+    words += "--prompts-per-step 2 --group-size 4 --max-tokens 32 --reward peaked_exact --lr 1e-5".split()
+    words += ["--save-every", "1", "--out", out, "--steps", "1", "--sampler", "vllm"]
+    script("train_grpo.py", "--model", folder, "--data", rows, *words)
     script("train_grpo.py", "--resume", "--out", out, "--steps", "2", "--sampler", "hf")
     first, second = lines(out)
     assert max(first["logp_gap"], second["logp_gap"]) < 1e-4 and (first["step"], second["step"]) == (0, 1)
@@ -92,7 +89,8 @@ def test_a_step_with_vllm_and_one_more_after_resuming(folder, problems, script, 
 
 @with_model
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, NEEDED)), reason="no vLLM server installed")
-def test_a_budget_sweep_of_the_served_model(folder, problems, script, tmp_path):
+def test_a_budget_sweep_of_the_served_model(folder, script, tmp_path):
+    problems = write(tmp_path / "gsm_like.jsonl", PROBLEMS)
     flags = ["--api-model", "l1", "--data", problems, "--budgets", "16,48", "--n", "1", "--max-tokens", "48"]
     with serving(folder, tmp_path / "log", hard_caps=False) as url:
         script("evaluate.py", "--base-url", url, *flags, "--temperature", "0", "--out", tmp_path / "out")

@@ -304,7 +304,7 @@ def test_a_warm_start_goes_on_from_what_was_sampled(base, tmp_path, script):
     assert weights[0] == weights[1]
     few = ["--right", "--problems", "1", "--samples", "1"]  # the base is too young to be right at once
     wrong = script("-m", "studies.warm_start", base, tmp_path / "c", "--data", rows, *few, check=False)
-    told = "no right response to 1 problems ended within --cap (160)"
+    told = "no right response to 1 problems ended within --cap (160): raise it"
     assert wrong.returncode == 2 and told in wrong.stderr
 
 
