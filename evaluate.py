@@ -3,9 +3,9 @@
     python evaluate.py --model DIR --data math500 --budgets 512,1024,2048,3600 --n 16 --out out/eval
     python evaluate.py --model DIR --protocol l1 --out out/l1                     the settings of a paper
     python evaluate.py --base-url URL --api-model NAME --data ... --out out/api   any OpenAI-compatible server
+    python evaluate.py --model DIR --ask-by thinking-token-budget ...             the model's own control
     python evaluate.py --samples out/eval/samples.jsonl --out out/again           no model needed
     python -m evaluation.compare out/a out/b --out out/both                       finished evaluations
-    python -m evaluation.curves out/run out/run2                                  learning curves of training
 
 For every budget the prompt is rebuilt from the problem, n responses are sampled, checked, and appended to
 samples.jsonl as they come; --resume goes on after a crash. Then follow results.json (all figures of
@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -30,13 +31,14 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, sum_counts, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, write_json
 from toy import task as toy
 from verifier import check_answers
 
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
 UNFINISHED = "unfinished.json"  # beside the samples: how many of them are whole, and how they were made
+NOTHING = {"samples": 0, "batches": 0, "verify": {}}  # what a sweep has done at its start
 DEFAULTS = {"mode": "exact", "n": 1, "temperature": 0.6, "top_p": 0.95, "require_think": False}
 # What a paper evaluates and how; any flag that is given goes before. The AI2 blog states neither samples
 # nor temperature, so the defaults stand there.
@@ -44,39 +46,43 @@ PROTOCOLS = {
     "l1": {"data": "aime2025,math500,amc,olympiadbench", "budgets": "512,1024,2048,3600", "n": 16,
            "temperature": 0.6, "top_p": 0.95, "wording": "l1", "require_think": True},
     "ai2": {"data": "math500,mmlu", "budgets": "100,1024,2048,4096,6144,8192,9216,10240", "wording": "tulu"},
+    "adherence": {"data": "math500,gsm8k,mmlu", "budgets": "none,256,512,1024,2048,4096,8192,16384", "n": 4,
+                  "temperature": 0.6, "top_p": 0.95, "limit": 100},  # docs/adherence.md
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples: planned, asked for, graded
+# ---- Samples: planned, asked for, graded
 
 
-def plan(
-    problems: list[dict], budgets: list, mode: str, wording: str, tokenizer, context: int | None,
-    max_tokens: int | None = None,
-) -> Iterator[dict]:  # fmt: skip
-    """One request per budget and problem: {"problem", "budget", "mode", "prompt", "ids", "max_tokens"}.
+def plan(problems, budgets, mode, wording, tokenizer, context, max_tokens=None, ask_by="sentence"):
+    """One request per budget and problem: {"problem", "budget", "mode", "prompt", "control", "max_tokens"}.
 
     `context` and `max_tokens` in tokens; BadInput where prompt and response do not fit into the context.
-    Mode "none": no prompt states its budget. Without a tokenizer (a server) there are no ids.
+    Mode "none": no prompt states its budget. With a tokenizer (no server) also the prompt's "ids". `ask_by`
+    as in engines.control; budgets of "effort" are words.
     """
-    largest = max((b for b in budgets if b), default=0)
+    largest = max((b for b in budgets if isinstance(b, int)), default=0)
     if max_tokens and largest > max_tokens and mode == "exact":
         raise BadInput(f"--max-tokens ({max_tokens}) is below the budget {largest}: raise it or leave it out")
-    for budget in budgets:
-        # Twice the budget leaves room to see by how much a response misses it.
-        cap = max_tokens or (2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 0))
-        stated = budget if mode != "none" else None
-        asked_as = mode if stated else None
+    for asked in budgets:
+        control = engines.control(ask_by, asked if mode != "none" else None)
+        budget = asked if ask_by != "effort" else None
+        # Twice the budget shows by how much it is missed; a control bounds the thinking, the answer follows.
+        cap = 2 * budget if budget and mode == "exact" else max(OPEN_CAP, budget or 2 * largest)
+        cap = max_tokens or (OPEN_CAP + (budget or 0) if control else cap)
+        stated, asked_as = (budget, mode) if budget and mode != "none" else (None, None)
+        how = {"control": control, "ask_by": ask_by} if control else {}
+        how |= {"effort": asked} if "reasoning_effort" in control else {}
         for problem in problems:
             apart, kind = problem["source"] in data.BLANK_LINE, problem["kind"]
-            prompt = data.budget_prompt(problem["problem"], stated, asked_as, kind, wording, apart)
-            request = {"problem": problem, "budget": budget, "mode": asked_as, "prompt": prompt}
+            named = None if control else stated
+            prompt = data.budget_prompt(problem["problem"], named, asked_as, kind, wording, apart)
+            request = {"problem": problem, "budget": budget, "mode": asked_as, "prompt": prompt} | how
             if tokenizer is None:
                 yield request | {"max_tokens": cap}
                 continue
-            turns = problem.get("turns")
+            turns, variables = problem.get("turns"), engines.template_variables(control, tokenizer)
             # An eighth of a list's memory.
-            ids = np.array(data.encode_prompt(tokenizer, prompt, turns), np.int32)
+            ids = np.array(data.encode_prompt(tokenizer, prompt, turns, **variables), np.int32)
             room = context - len(ids)
             # A default cap gives way to the context; a budget or a cap that was asked for does not.
             wanted = max(1, stated or 0, max_tokens or 0)
@@ -93,7 +99,8 @@ def to_samples(request: dict, responses: list[dict]) -> Iterator[dict]:
     for i, response in enumerate(responses, request.get("only", 0)):
         sample = {"id": problem["id"], "sample": i, "source": problem["source"]}
         sample |= {key: problem[key] for key in ("problem", "answer", "kind")}
-        sample |= {key: request[key] for key in ("prompt", "budget", "mode")} | response
+        asked = ("prompt", "budget", "mode", "ask_by", "effort")
+        sample |= {key: request[key] for key in asked if key in request} | response
         yield sample | ({"choices": problem["choices"]} if problem.get("choices") else {})
 
 
@@ -122,21 +129,17 @@ def sample_batch(sampler, tokenizer, requests: list[dict], asked: tuple, log: Ca
     for request, responses in zip(requests, found, strict=True):
         for sample in to_samples(request, responses):
             if "error" in sample:
-                what = f"{sample['source']}, problem {sample['id']}, budget {sample['budget']}"
+                what = f"{sample['source']}, problem {sample['id']}, budget {metrics.asked_for(sample)}"
                 log(f"evaluate: no response to {what}: {sample['error']}; --resume asks again")
             else:
                 samples.append(sample)
     return samples
 
 
-def evaluate(
-    sampler, problems: list[dict], budgets: list[int | None], mode: str, n: int, out: str, *,
-    tokenizer=None, context: int | None = None, wording: str = "l1", temperature: float = 0.6,
-    top_p: float = 0.95, max_tokens: int | None = None, seed: int = 0, require_think: bool = False,
-    think_end: str = "</think>", trained_budgets: list[int] | None = None, model: str | None = None,
-    about: dict | None = None, log: Callable = print, state=None,
-    resume: bool = False,
-) -> dict:  # fmt: skip
+def evaluate(sampler, problems, budgets, mode, n, out, *, tokenizer=None, context=None, wording="l1",
+             temperature=0.6, top_p=0.95, max_tokens=None, seed=0, require_think=False, think_end="</think>",
+             trained_budgets=None, model=None, about=None, log=print, state=None, resume=False,
+             ask_by="sentence") -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over,
@@ -146,25 +149,24 @@ def evaluate(
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     start, per_batch = time.monotonic(), max(1, getattr(sampler, "batch", BATCH) // n)  # problems
     # The whole plan comes first: what does not fit is found before an hour of sampling, not after it.
-    requests = list(plan(problems, budgets, mode, wording, tokenizer, context, max_tokens))
+    requests = list(plan(problems, budgets, mode, wording, tokenizer, context, max_tokens, ask_by))
     settings = {"model": model, "sampler": sampler.name, "mode": mode, "wording": wording}
     settings |= {"seed": seed, "n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-    settings |= {"require_think": require_think, "think_end": think_end, "asked": budgets, "batch": per_batch}
-    settings |= {"template": getattr(tokenizer, "chat_template", None)}
+    settings |= {"require_think": require_think, "think_end": think_end, "asked": budgets, "ask_by": ask_by}
+    settings |= {"template": getattr(tokenizer, "chat_template", None), "batch": per_batch}
     settings |= {"data": hash_data(problems)} | (about or {})
     if resume and (finished := finished_results(out, settings, log)):
         return finished
-    done, table, browser = {"samples": 0, "batches": 0, "verify": {}}, {}, report.Browser()
-    if rank == 0:
-        done = go_on(out, settings, done) if resume else start_anew(out, done)
+    table, browser = {}, report.Browser()
+    done = open_sweep(out, settings, resume) if rank == 0 else dict(NOTHING)
     path = os.path.join(out, "samples.jsonl") if rank == 0 else os.devnull
     todo = list(batches(requests, per_batch))[done["batches"] :]
     if done["samples"]:
         tally(read_samples(path, flag="--resume"), table, browser, think_end)
         # Where a server failed a request, its sample is missing: that one is asked for again.
-        have = {(s["budget"], s["source"], s["id"], s["sample"]) for s in read_samples(path)}
+        have = {(metrics.asked_for(s), s["source"], s["id"], s["sample"]) for s in read_samples(path)}
         tried = [r | {"only": k} for r in requests[: done["batches"] * per_batch] for k in range(n)]
-        names = [(r["budget"], r["problem"]["source"], r["problem"]["id"], r["only"]) for r in tried]
+        names = [(metrics.asked_for(r), r["problem"]["source"], r["problem"]["id"], r["only"]) for r in tried]
         todo += batches((r for r, name in zip(tried, names, strict=True) if name not in have), per_batch)
     # A batch is sampled, checked, written and counted before the next one starts.
     with open(path, "a", encoding="utf-8") as f:
@@ -180,7 +182,7 @@ def evaluate(
                 samples, counts = gather_object(samples), gather_object(counts)
             done["samples"] += len(samples)
             done["batches"] += "only" not in batch[0]
-            done["verify"] = sum_counts([done["verify"], *counts])
+            done["verify"] = data.add_up([done["verify"], *counts])
             tally(samples, table, browser, think_end)
             if rank == 0:
                 append(f, samples)
@@ -193,8 +195,7 @@ def evaluate(
     return finish(table, about, out, browser, log) if rank == 0 else {}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples on disk, crashes and how to go on
+# ---- Samples on disk, crashes and how to go on
 
 
 def tally(samples: Iterable[dict], table: dict, browser: report.Browser, think_end: str = "</think>") -> None:
@@ -222,29 +223,23 @@ def finished_results(out: str, settings: dict, log: Callable) -> dict:
     return results
 
 
-def start_anew(out: str, done: dict) -> dict:
-    """Make the folder, remove what an earlier evaluation left in it; nothing is done yet."""
-    os.makedirs(out, exist_ok=True)
-    clear(out, ("samples.jsonl", UNFINISHED))
-    return done
-
-
-def go_on(out: str, settings: dict, done: dict) -> dict:
+def open_sweep(out: str, settings: dict, resume: bool) -> dict:
     """What an unfinished sweep has done; lines of samples.jsonl after its last whole batch are cut off."""
-    old = read_results(os.path.join(out, UNFINISHED))
-    if not old:
-        return start_anew(out, done)  # stopped before its first batch was whole
+    old = read_results(os.path.join(out, UNFINISHED)) if resume else {}
+    if not old:  # anew, or stopped before its first batch was whole
+        os.makedirs(out, exist_ok=True)
+        clear(out, ("samples.jsonl", UNFINISHED))
+        return dict(NOTHING)
     same_settings(old["settings"], settings, out)
     with open(os.path.join(out, "samples.jsonl"), "r+b") as f:
         lines = sum(f.readline().endswith(b"\n") for _ in range(old["samples"]))
         if lines < old["samples"]:
             raise BadInput(f"--resume {out}: samples.jsonl lost lines since the crash: --overwrite it")
         f.truncate(f.tell())
-    return {key: old[key] for key in done}
+    return {key: old[key] for key in NOTHING}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Results on disk and on the screen
+# ---- Results on disk and on the screen
 
 
 def read_results(path: str) -> dict:
@@ -261,7 +256,7 @@ def read_results(path: str) -> dict:
 def clear(out: str, more: tuple = ()) -> None:
     """Remove an earlier evaluation's results and pictures, which would pass for those of the new samples."""
     pictures = read_results(os.path.join(out, "results.json")).get("pictures", [])
-    for name in (*pictures, "results.json", "report.html", *more):
+    for name in (*pictures, "results.json", "report.html", "adherence.md", *more):
         path = os.path.join(out, os.path.basename(name))
         if os.path.exists(path):
             os.remove(path)
@@ -293,20 +288,18 @@ def finish(table: dict, about: dict, out: str, browser: report.Browser, log: Cal
     return results
 
 
-def from_samples(
-    path: str, out: str, *, regrade: bool = False, require_think: bool = False, think_end: str | None = None,
-    trained_budgets: list[int] | None = None, log: Callable = print,
-) -> dict:  # fmt: skip
-    """Results and pictures from saved samples; `regrade` checks again and writes disagreements.jsonl."""
+def from_samples(args: argparse.Namespace) -> None:
+    """Results and pictures from saved samples; --regrade checks again and writes disagreements.jsonl."""
+    path, out, regrade = args.samples, args.out, args.regrade
     table, browser, verify = {}, report.Browser(), {"changed": 0}
     about = {"model": None, "trained_budgets": None, "count": "response"}
     if os.path.basename(path) == "samples.jsonl":
         # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
         beside = read_results(os.path.join(os.path.dirname(path), "results.json"))
         about |= {k: v for k, v in beside.items() if k not in ("datasets", "mean", "pictures", "versions")}
-    about |= {"samples": path, "trained_budgets": trained_budgets or about["trained_budgets"]}
-    think_end = think_end or about.get("think_end") or "</think>"
-    require_think = require_think or bool(about.get("require_think"))
+    about |= {"samples": path, "trained_budgets": args.trained_budgets or about["trained_budgets"]}
+    think_end = args.think_end or about.get("think_end") or "</think>"
+    require_think = bool(args.require_think or about.get("require_think"))
     need = {}
     if regrade:
         # To be checked again, a sample needs its text and its gold answer in place of a verdict.
@@ -319,18 +312,17 @@ def from_samples(
         # Batch by batch: the file may be far larger than the memory.
         for batch in batches(read_samples(path, **need), BATCH):
             stored = [s.get("correct") for s in batch]
-            verify = sum_counts([verify, grade(batch, require_think, think_end)]) if regrade else verify
+            verify = data.add_up([verify, grade(batch, require_think, think_end)]) if regrade else verify
             tally(batch, table, browser, think_end)
             for sample, old in zip(batch, stored, strict=True):
                 if old is not None and bool(old) != sample["correct"]:
                     verify["changed"] += 1
                     f.write(json.dumps(sample | {"correct": old, "regraded": sample["correct"]}) + "\n")
     about |= {"require_think": require_think, "think_end": think_end, "verify": verify} if regrade else {}
-    return finish(table, about, out, browser, log)
+    finish(table, about, out, browser)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
 
 def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
@@ -343,20 +335,27 @@ def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
     return list(dict.fromkeys(budgets))
 
 
-def is_toy(problems: list[dict]) -> bool:
-    """The toy's tokenizer knows no other wording of a budget than "tulu"."""
-    return {problem.get("source") for problem in problems} <= set(toy.TASKS)
+def pick_wording(given: str | None, problems: list[dict], protocol: str | None = None) -> str:
+    """--wording, else l1; of the published ones the toy's tokenizer can write "tulu" only."""
+    is_toy = {problem.get("source") for problem in problems} <= set(toy.TASKS)
+    return "tulu" if is_toy and (not given or (protocol and given in data.SENTENCES)) else given or "l1"
 
 
-def load_data(names: str, limit: int | None, seed: int) -> list[dict]:
-    """Problems of the sets in "math500,FILE,toy"; `source` becomes the set's name (of a FILE its stem)."""
+def load_data(names: str, limit: int | None, seed: int, drawn: bool = False) -> list[dict]:
+    """Problems of the sets in "math500,FILE,toy"; `source` becomes the set's name (of a FILE its stem).
+
+    `limit`: the first ones; with `drawn` those whose texts have the lowest CRC-32, each text once.
+    """
     problems = []
     for spec in map(str.strip, names.split(",")):
         # The test split: the toy's training problems are never asked here.
         if spec in toy.TASKS:
-            found = toy.problems(spec, "test", limit or 200, seed)
+            found = toy.problems(spec, "test", limit if limit and not drawn else 200, seed)
         else:
-            found = data.load_problems(spec, limit=limit)
+            found = data.load_problems(spec, limit=None if drawn else limit)
+        if drawn:
+            texts = {problem["problem"]: problem for problem in reversed(found)}
+            found = [texts[t] for t in sorted(texts, key=lambda t: (zlib.crc32(t.encode()), t))[:limit]]
         name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", os.path.basename(spec.rstrip("/")))
         if name in {problem["source"] for problem in problems}:
             raise BadInput(f"--data {names!r} names {name!r} twice; results go by name, so rename a file")
@@ -392,8 +391,8 @@ def check_source(args: argparse.Namespace) -> None:
         raise BadInput(f"give one of {told}, not {named}")
     if args.samples and not os.path.isfile(args.samples):
         raise BadInput(f"--samples {args.samples}: no such file; give the samples.jsonl of an evaluation")
-    sampled = "data budgets mode n limit max_tokens wording protocol temperature top_p sampler resume".split()
-    for key in sampled if args.samples else ():
+    sampled = "data budgets mode n limit max_tokens wording ask_by protocol temperature top_p sampler resume"
+    for key in sampled.split() if args.samples else ():
         if getattr(args, key):
             raise BadInput(f"--samples asks no model anything: leave out --{key.replace('_', '-')}")
     if args.regrade and not args.samples:
@@ -410,13 +409,18 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused before a file or a model is opened; turn the budgets into lists."""
     check_source(args)
     sampling = bool(args.model or args.base_url)
+    if not re.fullmatch(engines.ASK_BY, args.ask_by or "sentence"):
+        raise BadInput(f"--ask-by {args.ask_by!r}: it is one of {engines.ASK_BYS}")
+    efforts = list(dict.fromkeys(re.findall(r"\w+", (args.ask_by or "").partition("effort:")[2])))
+    if efforts and args.budgets:
+        raise BadInput(f"--budgets {args.budgets}: an effort is asked for without a number, leave it out")
     # Flags that were not given get the value of --protocol, else the default.
     for key, value in (DEFAULTS | PROTOCOLS.get(args.protocol, {})).items() if sampling else ():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if sampling and not args.data:
         raise BadInput("--data is missing: name a preset, a file of problems, toy or toy_ood")
-    if sampling and args.mode != "none" and not args.budgets:
+    if sampling and args.mode != "none" and not args.budgets and not efforts:
         raise BadInput("--budgets is missing: give token counts, as in --budgets 512,1024, or --mode none")
     for key in ("n", "limit", "max_tokens", "seed", "concurrency"):
         value, least = getattr(args, key), 0 if key == "seed" else 1
@@ -431,7 +435,8 @@ def check_args(args: argparse.Namespace) -> None:
         if None in listed:
             raise BadInput(f"--trained-budgets {spec!r}: give token counts only")
         args.trained_budgets = listed
-    args.budgets = budget_list(args.budgets) if args.budgets else [None]
+    args.budgets = efforts or (budget_list(args.budgets) if args.budgets else [None])
+    args.ask_by = "effort" if efforts else args.ask_by or "sentence"
     if args.mode == "none" and args.budgets != [None]:
         print("evaluate: --mode none states no budget, so --budgets is left aside: one run without any")
         args.budgets = [None]
@@ -456,15 +461,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="data sets, comma-separated: presets, hub ids, files of problems, toy, toy_ood")
     add("--budgets", help="tokens, comma-separated: 512,1024; none among them: also a run without a budget")
     add("--mode", choices=("exact", "max", "none"), help="how the budget is asked for (default exact)")
-    add("--protocol", choices=PROTOCOLS, help="settings of the L1 paper or the AI2 blog; flags go before it")
+    add("--protocol", choices=PROTOCOLS, help="settings of L1, the AI2 blog or docs/adherence.md; flags win")
     add("--n", type=int, help="samples per problem and budget (default 1; L1: 16)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
-    add("--wording", choices=("l1", "tulu"), help="the budget sentence (default l1; the toy's tasks: tulu)")
+    add("--wording", help="the budget sentence: l1 (default), tulu (the toy's), or your own with {N} in it")
+    add("--sentence", dest="wording", help='the same: "Use at most {N} tokens."')
+    add("--ask-by", help=f"how: {engines.ASK_BYS} (default sentence)")
 
     add = parser.add_argument_group("sampling (--model, --base-url)").add_argument
     add("--temperature", type=float, help="of sampling; 0 is greedy (default 0.6)")
-    add("--top-p", type=float, help="share of the probability that is browser in sampling (default 0.95)")
-    add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
+    add("--top-p", type=float, help="share of the probability that is sampled from (default 0.95)")
+    add("--max-tokens", type=int, help="response cap, tokens (default: 2 x budget; 8192 where none is exact)")
     add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="of sampling, bootstrap and the toy's problems (default 0)")
     add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
@@ -479,12 +486,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return data.one_line_errors(parser).parse_args(argv)
 
 
-def evaluate_model(args: argparse.Namespace) -> dict:
+def evaluate_model(args: argparse.Namespace) -> None:
     """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
-    problems = load_data(args.data, args.limit, args.seed)
-    wording = args.wording or "l1"
-    if is_toy(problems) and (args.protocol or not args.wording):
-        wording = "tulu"
+    problems = load_data(args.data, args.limit, args.seed, args.protocol == "adherence")
+    wording = pick_wording(args.wording, problems, args.protocol)
     tokenizer = context = None
     if args.base_url:
         sampler = engines.Server(args.base_url, args.api_model, args.concurrency)
@@ -493,33 +498,26 @@ def evaluate_model(args: argparse.Namespace) -> dict:
         # Every budget that does not fit, every missing file is found now: weights take minutes to load.
         tokenizer = data.load_tokenizer(args.model)
         context = data.load_config(args.model, tokenizer).max_position_embeddings
-        requests = plan(problems, args.budgets, args.mode, wording, tokenizer, context, args.max_tokens)
+        asked = args.budgets, args.mode, wording, tokenizer, context, args.max_tokens, args.ask_by
         # No longer than needed: an engine sets memory aside for it.
-        longest = max(len(r["ids"]) + r["max_tokens"] for r in requests)
-        sampler = engines.open_sampler(args.model, args.sampler or "auto", longest, args.seed)
+        longest = max(len(r["ids"]) + r["max_tokens"] for r in plan(problems, *asked))
+        end = (args.think_end or "</think>") if args.ask_by == "thinking-token-budget" else None
+        sampler = engines.open_sampler(args.model, args.sampler or "auto", longest, args.seed, end)
         context = longest
-    return evaluate(
+    evaluate(
         sampler, problems, args.budgets, args.mode, args.n, args.out, tokenizer=tokenizer, context=context,
         wording=wording, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
         seed=args.seed, require_think=args.require_think, think_end=args.think_end or "</think>",
         model=args.model or args.api_model, trained_budgets=args.trained_budgets, resume=args.resume,
+        ask_by=args.ask_by, about={"protocol": args.protocol} if args.protocol else None,
     )  # fmt: skip
 
 
-def command(argv: list[str] | None) -> None:
+@data.exit_code("evaluate.py")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_args(args)
-    if args.samples:
-        from_samples(
-            args.samples, args.out, regrade=args.regrade, require_think=bool(args.require_think),
-            think_end=args.think_end, trained_budgets=args.trained_budgets,
-        )  # fmt: skip
-    else:
-        evaluate_model(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return data.run("evaluate.py", command, argv)
+    from_samples(args) if args.samples else evaluate_model(args)
 
 
 if __name__ == "__main__":

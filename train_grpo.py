@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import methods
-from data import BadInput
+from data import BadInput, add_up
 from rewards import ADVANTAGES, REWARDS
 from scaling import model as net
 from scaling import shared_prompt
@@ -47,8 +47,7 @@ from verifier import check_answers
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
-# -----------------------------------------------------------------------------
-# Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
+# ---- Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
 
 
 def build_parser():
@@ -59,7 +58,7 @@ def build_parser():
         if default is not None:
             kind = {"action": "store_true"} if default is False else {"type": type(default)}
             options, help = kind | options, f"{help} (default: %(default)s)" if default else help
-        parser.add_argument(name, default=default, help=help, **options)
+        parser.add_argument(*name.split(), default=default, help=help, **options)
 
     pairs = {"nargs": "+", "metavar": "K=V", "type": str}
     # model, data, output
@@ -68,7 +67,7 @@ def build_parser():
     add("--limit", 0, "take the first N problems only; 0: all")
     add("--budgets", help="draw budgets here: uniform:LO:HI, log:LO:HI, bucket:A,B, fixed:N or none")
     add("--mode", "exact", "what drawn budgets mean", choices=["exact", "max", "both"])
-    add("--wording", "l1", "sentence that asks for a drawn budget: l1, tulu, or your own with {N} in it")
+    add("--wording --sentence", "l1", "asks for a drawn budget: l1, tulu, or your own with {N} in it")
     add("--out", "out/run", "folder for metrics, checkpoints and evaluations")
     add("--resume", False, "go on from the newest checkpoint in --out, with its flags")
     add("--overwrite", False, "delete the run in --out first")
@@ -186,16 +185,11 @@ def print0(*words, **options):
         print(*words, flush=True, **options)
 
 
-def add_up(counters):
-    return {k: sum(c.get(k, 0) for c in counters) for k in sorted({k for c in counters for k in c})}
-
-
-# -----------------------------------------------------------------------------
-# The sampler: a vLLM engine in this process, on this GPU.
+# ---- The sampler: a vLLM engine in this process, on this GPU.
 
 
 class VLLM:
-    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, sequences, sleep=False):
+    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, seqs, sleep=False, **more):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -216,20 +210,20 @@ class VLLM:
             options = {"enforce_eager": True}
         options |= {"distributed_executor_backend": "external_launcher"} if WORLD > 1 else {}
         self.llm = vllm.LLM(
-            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(sequences, 512),
+            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(seqs, 512),
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled, temperature included
-            enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options,
+            enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options, **more,
         )  # fmt: skip
         set_threads(threads)  # the CPU worker changes it for the whole process and disables the setter
 
-    def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, logit_bias=None):
+    def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, **more):
         """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), of caps[i] tokens.
 
-        The end token is the last of ids. `seed` makes the call reproducible; logps are nats, without top_p.
+        ids hold the end token, too. Same call, same seed: same responses. logps: nats. more: SamplingParams.
         """
         torch.manual_seed(seed)  # the engine draws from the generators of this process
         np.random.seed(seed % 2**32)
-        common = {"n": n, "temperature": temperature, "top_p": top_p, "logit_bias": logit_bias or None}
+        common = more | {"n": n, "temperature": temperature, "top_p": top_p}
         common |= {"stop_token_ids": stop_ids or self.stop_ids, "detokenize": False}
         common |= {"logprobs": 0, "flat_logprobs": True}  # plain lists, one number a token: the sampled one's
         params = [self.vllm.SamplingParams(max_tokens=cap, **common) for cap in caps]
@@ -272,8 +266,7 @@ def pick_sampler(name):
     return name if name != "auto" else "vllm" if installed and DEVICE.type == "cuda" else "hf"
 
 
-# -----------------------------------------------------------------------------
-# Rollouts
+# ---- Rollouts
 
 
 def draw_rows(rows, position, n, seed):
@@ -284,8 +277,8 @@ def draw_rows(rows, position, n, seed):
 
 
 def roll_out(sampler, rows, requests, method, tokenizer, args, key):
-    """(a checked group of responses to each row, counters of the check). Each process samples its share,
-    all get the whole batch: advantages and memories cannot differ between them."""
+    """(a checked group of responses to each row, counters of the check). Each process samples its share, all
+    get the whole batch: advantages cannot differ. key: [step, ...], new at each call, seeds the sampling."""
     own = slice(len(rows) * RANK // WORLD, len(rows) * (RANK + 1) // WORLD)
     rows, requests = rows[own], requests[own]
     seed = int(np.random.SeedSequence([args.seed, key[0], RANK, *key[1:]]).generate_state(1)[0])
@@ -294,10 +287,10 @@ def roll_out(sampler, rows, requests, method, tokenizer, args, key):
     caps = [q["cap"] - len(q["forced"]) for q in flat]
     answers = iter(sampler.generate(prompts, flat[0]["n"], caps, args.temperature, seed) if flat else [])
     groups = [[] for _ in requests]
-    for group, parts in zip(groups, requests, strict=True):
-        for q in parts:
+    for group, requested in zip(groups, requests, strict=True):
+        for q in requested:
             forced = np.array(q["forced"], np.int32)
-            unknown = np.full(len(forced), np.nan, np.float32)  # the sampler did not choose them
+            unknown = np.full(len(forced), np.nan, np.float32)  # not sampled; they have a loss all the same
             for r in next(answers):
                 r["ids"], r["logps"] = np.append(forced, r["ids"]), np.append(unknown, r["logps"])
                 group.append(r | {"prompt_ids": q["prompt_ids"], **q["tags"]})
@@ -331,9 +324,9 @@ def reward_and_advantage(groups, rows, method, args, step):
     rollouts["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=float)
     rollouts |= {"mode": [row.get("mode") for row in rows], "step": step, "require_think": args.require_think}
     rollouts |= method.reward_inputs(groups, rows, step)
-    reward, options = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
-    total, sums = reward(rollouts, **options), "parts" in inspect.signature(reward).parameters
-    parts = reward(rollouts, **options, parts=True) if sums else {}
+    reward, constants = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
+    total, is_sum = reward(rollouts, **constants), "parts" in inspect.signature(reward).parameters
+    parts = reward(rollouts, **constants, parts=True) if is_sum else {}  # its terms by name
     # GDPO normalises each part by itself before they are added; all others see their sum.
     scored = np.stack(list(parts.values()) or [total]) if args.advantage == "gdpo" else total
     return rollouts, total, parts, ADVANTAGES[args.advantage](scored, rollouts, **args.advantage_args)
@@ -349,8 +342,8 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
         position += missing
         method.begin_step(step, turn, new_rows, rows, ask)
         requests, key = [method.requests(row) for row in new_rows], [step, turn] if turn else [step]
-        new, n = roll_out(sampler, new_rows, requests, method, tokenizer, args, key)
-        seen, seen_rows, counts = seen + new, seen_rows + new_rows, add_up([counts, n])
+        new, checked = roll_out(sampler, new_rows, requests, method, tokenizer, args, key)
+        seen, seen_rows, counts = seen + new, seen_rows + new_rows, add_up([counts, checked])
         if args.dynamic_sampling == "none":
             return new, new_rows, position, (new, new_rows), counts
         rollouts, reward, _, _ = reward_and_advantage(new, new_rows, method, args, step)
@@ -361,17 +354,16 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
             break
     n, right = args.prompts_per_step, np.mean([r["correct"] for group in seen for r in group])
     counts |= {"sampled_groups": len(seen), "kept_groups": min(len(groups), n), "sampled_accuracy": right}
-    groups, kept = (groups, kept) if groups else (seen, seen_rows)
+    groups, kept = (groups, kept) if groups else (seen, seen_rows)  # all alike: a step that teaches nothing
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
 
-# -----------------------------------------------------------------------------
-# Loss and update. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says of which response.
+# ---- Loss and update. Response tokens of a micro-batch are one flat row [T]; t["row"] says whose.
 
 
 def token_weights(lengths, reduction, cap):
-    """What a token of each response weighs. Fixed over the WHOLE batch, before it is split over micro-batches
-    and processes: the loss is a weighted sum, so it cannot depend on the split."""
+    """What a token of each response weighs. Fixed over all responses of an OPTIMIZER STEP, before their split
+    over micro-batches and processes: the loss is a weighted sum, so it cannot depend on the split."""
     lengths = np.array(lengths, dtype=float)
     if reduction == "token_mean":  # DAPO, 2503.14476
         return np.ones_like(lengths) / max(lengths.sum(), 1)
@@ -381,7 +373,7 @@ def token_weights(lengths, reduction, cap):
 
 
 def response_sums(x, t, n):
-    """The sum of x [T] over the tokens with a loss of each of n responses, at each of its tokens [T]."""
+    """At each token [T]: the sum of x [T] over those tokens of its response that have a loss; n responses."""
     return x.new_zeros(n).index_add(0, t["row"], x * t["mask"])[t["row"]]
 
 
@@ -394,7 +386,7 @@ def sequence_ratio(logp, t, n):
 def policy_loss(logp, t, args):
     """The clipped objective of the tokens [T], and sums of its diagnostics over those that have a loss.
 
-    t: old_logp, sampler_logp, ref_logp, advantage, weight, mask [T]; sequence_ratio, _gap: see backward().
+    t: old_logp, sampler_logp, ref_logp, advantage, weight, mask [T]; sequence_ratio, sequence_gap.
     """
     old = logp.detach() if t["old_logp"] is None else t["old_logp"]  # at first it is the policy that sampled
     # Ratios beyond e^20 only come from a broken run; the clamp keeps them finite, so that it can be seen.
@@ -434,7 +426,7 @@ def micro_batches(batch, limit):
     memory at the start. Every process gets equally many."""
     batch = sorted(batch, key=size, reverse=True)
     turns, shares = [*range(WORLD), *reversed(range(WORLD))], [[] for _ in range(WORLD)]
-    for i, unit in enumerate(shared_prompt.units(batch, limit)):
+    for i, unit in enumerate(shared_prompt.units(batch, limit, WORLD)):
         micros = shares[turns[i % len(turns)]]
         if not micros or (len(micros[-1]) + len(unit)) * size(micros[-1][0]) > limit:
             micros.append([])
@@ -501,26 +493,26 @@ def backward(model, micro, args):
 def update(model, reference, optimizer, batch, method, args):
     """--minibatches optimizer steps over the batch, the same on every process; means of the diagnostics."""
     n, sums, norms = args.minibatches, Counter(), []
-    parts = [part for k in range(n) if (part := batch[len(batch) * k // n : len(batch) * (k + 1) // n])]
-    for part in parts:
-        for r in part:  # by place, never by value: an end token that is also the padding has a loss
+    minibatches = [b for k in range(n) if (b := batch[len(batch) * k // n : len(batch) * (k + 1) // n])]
+    for minibatch in minibatches:
+        for r in minibatch:  # by place, never by value: an end token that is also the padding has a loss
             r.setdefault("mask", np.ones(len(r["ids"]), np.float32))
-        weights = token_weights([r["mask"].sum() for r in part], args.loss_reduction, args.max_tokens)
-        for r, weight in zip(part, weights, strict=True):
+        weights = token_weights([r["mask"].sum() for r in minibatch], args.loss_reduction, args.max_tokens)
+        for r, weight in zip(minibatch, weights, strict=True):
             r["weight"] = weight
-    for part in parts[1:]:  # later steps compare with the policy that sampled
-        add_logps(model, part, "old_logps", args)
-    for part in parts if args.kl_coef else []:
+    for minibatch in minibatches[1:]:  # later steps compare with the policy that sampled
+        add_logps(model, minibatch, "old_logps", args)
+    for minibatch in minibatches if args.kl_coef else []:
         with net.without_adapters(reference):
-            add_logps(reference, part, "ref_logps", args)
+            add_logps(reference, minibatch, "ref_logps", args)
     learned = [p for group in optimizer.param_groups for p in group["params"]]
-    for part in parts:
-        method.before_update(model, part, lambda m, rs, name: add_logps(m, rs, name, args))
-        for micro in micro_batches(part, args.micro_tokens):
+    for minibatch in minibatches:
+        method.before_update(model, minibatch, lambda m, rs, name: add_logps(m, rs, name, args))
+        for micro in micro_batches(minibatch, args.micro_tokens):
             sums.update(backward(model, micro, args))
         for p in learned if WORLD > 1 else []:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            # A sum: the weights divide by the whole batch already. FSDP has taken the mean.
+            # A sum: the weights divide by the whole minibatch already. FSDP has taken the mean.
             p.grad.mul_(WORLD) if args.fsdp else dist.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(learned, 1.0)
         norms.append((norm.full_tensor() if args.fsdp else norm).item())
@@ -529,7 +521,8 @@ def update(model, reference, optimizer, batch, method, args):
     sums = add_up(gather_object([{k: float(v) for k, v in sums.items()}]))
     per_token = ["entropy", "clip_fraction", "logp_gap", *(["kl"] if args.kl_coef else [])]
     means = {k: sums.get(k, 0.0) / max(sums.get("tokens", 0), 1) for k in per_token}
-    means |= {"loss": sums.get("loss", 0.0) / max(len(parts), 1), "grad_norm": float(np.mean(norms or [0.0]))}
+    loss = sums.get("loss", 0.0) / max(len(minibatches), 1)
+    means |= {"loss": loss, "grad_norm": float(np.mean(norms or [0.0]))}
     return means | {"padding": 1 - sums.get("real", 0) / max(sums.get("padded", 0), 1)}
 
 
@@ -540,8 +533,7 @@ def learning_rate(step, args):
     return args.lr * warm * decay[args.lr_schedule]
 
 
-# -----------------------------------------------------------------------------
-# Checkpoints: a Hugging Face folder that vLLM and evaluate.py load, plus trainer_state.pt for --resume.
+# ---- Checkpoints: a Hugging Face folder that vLLM and evaluate.py load, plus trainer_state.pt for --resume.
 
 
 def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
@@ -611,8 +603,7 @@ def open_run(args, step):
         return trackers.start(args, step)
 
 
-# -----------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
 def main(argv=None):
@@ -684,10 +675,11 @@ def main(argv=None):
         signal.signal(number, lambda n, _: (signals.append(n), signals[2:] and sys.exit(1)))
     print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, "
            f"sampler {kind}: {args.reward}, {args.advantage}, {args.method}")  # fmt: skip
-    if args.eval_every and step == 0:
-        evaluate_now(sampler, asked, args, state, "eval-0")
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
     while step < args.steps:
+        if args.eval_every and step % args.eval_every == 0:  # of a resumed run, too: samples that exist stay
+            evaluate_now(sampler, asked, args, state, f"eval-{step}")
+
         # ---- sample a group of responses to each prompt, check the answers
         t0 = time.time()
         sampled = sample_batch(sampler, rows, method, tokenizer, args, step, position, ask)
@@ -713,10 +705,10 @@ def main(argv=None):
             sampler.sleep()
         m = update(model, reference, optimizer, batch, method, args)
         if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
-            sys.exit(f"train_grpo.py: error: step {step}, not finite: reward {reward.sum()}, {m}; lower --lr")
+            sys.exit(f"train_grpo.py: error: step {step + 1}, not finite: {reward.sum()}, {m}; lower --lr")
         # float32 engines agree to 2e-5 (measured), bf16 ones to hundredths: more is a lost sync.
         if m["logp_gap"] > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
-            sys.exit(f"train_grpo.py: error: step {step}: the sampler lacks the trainer's weights: "
+            sys.exit(f"train_grpo.py: error: step {step + 1}: the sampler lacks the trainer's weights: "
                      f"log-probs are {m['logp_gap']:.2g} apart on average")  # fmt: skip
         t2 = time.time()
 
@@ -737,8 +729,6 @@ def main(argv=None):
             save_checkpoint(args.out, step, model, tokenizer, optimizer, trainer, args)
         if stop:
             break
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            evaluate_now(sampler, asked, args, state, f"eval-{step}")
     bar.close()
     if step < args.steps:
         print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")

@@ -25,7 +25,7 @@ import numpy as np
 
 import data
 import evaluate
-from data import BadInput, run
+from data import BadInput, exit_code
 from evaluation import engines, report
 from evaluation.samples import check_writable
 from studies import edits
@@ -36,8 +36,7 @@ FITTED = 16  # problems whose lengths, not answers, stop_scale's k is fitted on,
 # The first that the tokenizer can write; the toy's cannot write the published texts.
 WAIT_TEXTS, FINAL_TEXTS = ("Wait", "wait"), ("\n\nFinal Answer:", "")
 
-# ------------------------------------------------------------------------------------------------------------
-# Decoding. Prompts are lists of token ids; budgets and lengths are tokens of the response.
+# ---- Decoding. Prompts are lists of token ids; budgets and lengths are tokens of the response.
 
 
 def stop_bias(ids: list[int], scale: float) -> dict[int, float]:
@@ -154,8 +153,7 @@ class Baseline:
         return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The sweep
+# ---- The sweep
 
 
 def fit_scale(baseline: Baseline, prompts: list, budget: int, sampling: dict, tries: int = 10) -> tuple:
@@ -181,7 +179,7 @@ def sweep(args: argparse.Namespace) -> None:
     if None in budgets:
         raise BadInput(f"--budgets {args.budgets!r}: give token counts; the run without a budget is a method")
     problems = evaluate.load_data(args.data, args.limit, args.seed)
-    wording = "tulu" if evaluate.is_toy(problems) else "l1"
+    wording = evaluate.pick_wording(args.wording, problems)
     tokenizer = data.load_tokenizer(args.model)
     context = data.load_config(args.model).max_position_embeddings
     asked = evaluate.plan(problems, [None], "none", wording, tokenizer, context)
@@ -214,8 +212,7 @@ def sweep(args: argparse.Namespace) -> None:
     print(f"\npaired: python -m evaluation.compare {args.out}/* --out {args.out.rstrip('/')}_compared")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -240,6 +237,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95, help="share of the probability that is kept (default 0.95)")
     add("--max-tokens", type=int, help="cap of none (default 8192 tokens) and stop_scale (2 x budget)")
     add("--answer-tokens", type=int, default=512, help="s1, truncate: the answer's cap (default 512; L1: 20)")
+    add("--wording", "--sentence", help="of the prompts, as in training: l1 (default), tulu or your own")
     add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
@@ -266,13 +264,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("evaluation.baselines")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.run(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.baselines", command, argv)
 
 
 if __name__ == "__main__":

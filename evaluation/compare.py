@@ -9,11 +9,11 @@ so that a problem that is hard for all of them widens no difference. A run witho
 """
 
 import argparse
-import json
 import os
 import sys
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
+from evaluate import read_results
 from evaluation import metrics, plots, report
 from evaluation.samples import check_writable, name_folders, read_samples, write_json
 
@@ -22,10 +22,9 @@ COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs e
 
 def read_table(folder: str) -> dict:
     """metrics.py's table of an evaluation's samples: beside its results, or where these were made from."""
-    path, results = (os.path.join(folder, name) for name in ("samples.jsonl", "results.json"))
-    if not os.path.exists(path) and os.path.exists(results):
-        with open(results, encoding="utf-8") as f:
-            path = json.load(f).get("samples") or path
+    path = os.path.join(folder, "samples.jsonl")
+    if not os.path.exists(path):
+        path = read_results(os.path.join(folder, "results.json")).get("samples") or path
     table = {}
     for sample in read_samples(path, flag=folder):
         metrics.add(table, sample)
@@ -77,13 +76,13 @@ def compare_set(parts: dict) -> dict:
     return out
 
 
-def table_rows(budgets: dict) -> list[list[str]]:
+def table_rows(budgets: dict, ask_by: dict) -> list[list[str]]:
     """The table of one data set: a line per budget and model, differences to the first in brackets."""
     head = (text for name in COMPARED.values() for text in (name, "difference [95%]"))
-    rows = [["budget", "problems", "model", *head]]
+    rows = [["budget", "problems", "model", "asked by", *head]]
     for budget, cell in budgets.items():
         for label, figures in cell["figures"].items():
-            row = [budget, str(cell["problems"]), label]
+            row = [budget, str(cell["problems"]), label, ask_by[label]]
             for key in COMPARED:
                 form = "{:.1f}" if key == "mean_length" else "{:.1%}"
                 gap = cell["difference"].get(label, {}).get(key)
@@ -93,7 +92,8 @@ def table_rows(budgets: dict) -> list[list[str]]:
     return rows
 
 
-def compare(argv: list[str] | None) -> None:
+@exit_code("evaluation.compare")
+def main(argv: list[str] | None = None) -> None:
     """Compare finished evaluations; compare.json, pictures and report.html go to --out."""
     parser = argparse.ArgumentParser("-m evaluation.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
@@ -108,7 +108,8 @@ def compare(argv: list[str] | None) -> None:
     tables = {label: read_table(folder) for label, folder in models.items()}
     names = [name for name in next(iter(tables.values())) if all(name in t for t in tables.values())]
     sets = {name: compare_set({label: t[name] for label, t in tables.items()}) for name in names}
-    sets = {name: {"budgets": budgets} for name, budgets in sets.items() if budgets}
+    asked = {n: {m: " and ".join(sorted(t[n]["ask_by"])) or "-" for m, t in tables.items()} for n in sets}
+    sets = {n: {"ask_by": asked[n], "budgets": budgets} for n, budgets in sets.items() if budgets}
     if not sets:
         held = "; ".join(f"{label}: {', '.join(table)}" for label, table in tables.items())
         raise BadInput(f"no data set and budget is in all of them ({held})")
@@ -121,7 +122,7 @@ def compare(argv: list[str] | None) -> None:
             for label, figures in cell["figures"].items():
                 curves[name][label][budget] = figures
         lengths[name] = {label: metrics.lengths_of(table[name]) for label, table in tables.items()}
-        summary, rows = report.summary_rows(curves[name]), table_rows(part["budgets"])
+        summary, rows = report.summary_rows(curves[name]), table_rows(part["budgets"], part["ask_by"])
         text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"
         print(f"\n{name}: differences are to {next(iter(models))}, on the same problems\n{text}")
         sections.append((name, "", [summary, rows], []))
@@ -131,10 +132,6 @@ def compare(argv: list[str] | None) -> None:
     report.write(os.path.join(args.out, "report.html"), " / ".join(models), models, sections, [])
     write_json(os.path.join(args.out, "compare.json"), result)
     print(f"compare: compare.json, pictures and report.html in {args.out}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.compare", compare, argv)
 
 
 if __name__ == "__main__":

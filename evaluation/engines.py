@@ -11,7 +11,9 @@ import argparse
 import bisect
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,23 +28,53 @@ RETRIES = 6  # of one request, seconds apart and doubling: a busy server (429), 
 VLLM = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
 TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
 # What servers call the end of a response, and a cut at the cap. Any other word is a failure of the request.
-ENDS = dict.fromkeys(("stop", "eos", "end_turn", "tool_calls"), "stop") | dict.fromkeys(
-    ("length", "max_tokens"), "length"
-)
+ENDS = dict.fromkeys(("stop", "eos", "end_turn", "tool_calls"), "stop")
+ENDS |= dict.fromkeys(("length", "max_tokens"), "length")
 
-# ------------------------------------------------------------------------------------------------------------
-# In this process
+# ---- How a budget is asked for
+
+ASK_BYS = "sentence, thinking-token-budget, template:VARIABLE, effort:low,medium,high"
+ASK_BY = r"sentence|thinking-token-budget|template:[A-Za-z_]\w*|effort:\w+(,\w+)*"
 
 
-def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0):
-    """A sampler (one of the trainer's) for a finished model; `kind`: auto, vllm or hf; length in tokens."""
+def control(ask_by: str, asked: int | str | None) -> dict:
+    """What a request for `asked` tokens (or an effort) carries beside its prompt, named as by vLLM."""
+    way, _, variable = ask_by.partition(":")
+    if way == "sentence" or asked is None:
+        return {}
+    if way == "template":
+        return {"chat_template_kwargs": {variable: asked}}
+    return {"reasoning_effort" if way == "effort" else "thinking_token_budget": asked}
+
+
+def template_variables(asked: dict, tokenizer) -> dict:
+    """The chat template's variables that a control sets; BadInput where the template has no such variable."""
+    found = asked.get("chat_template_kwargs") or {k: v for k, v in asked.items() if k == "reasoning_effort"}
+    if missing := [name for name in found if name not in str(tokenizer.chat_template)]:
+        raise BadInput(f"--ask-by: the model's chat template has no variable {missing[0]}")
+    return found
+
+
+# ---- In this process
+
+
+def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0, closed_by: str | None = None):
+    """A sampler (one of the trainer's) for a finished model; `kind`: auto, vllm or hf; length in tokens.
+
+    `closed_by`: the text with which vLLM is to close a thinking that reaches its thinking_token_budget.
+    """
     import train_grpo as trainer
 
     kind, tokenizer = trainer.pick_sampler(kind), load_tokenizer(path)
+    if closed_by and (kind != "vllm" or "/" not in closed_by):
+        told = "vLLM and a --think-end with / in it, as </think>: --sampler vllm, or a server by --base-url"
+        raise BadInput(f"--ask-by thinking-token-budget needs {told}")
     dtype = "bfloat16" if trainer.DEVICE.type == "cuda" else "float32"
     if kind == "vllm":
         stops = stop_ids(generation_settings(path), tokenizer)
-        return trainer.VLLM(path, tokenizer, stops, max_model_len, dtype, seed, 0.85, 512)
+        marks = {"reasoning_start_str": (closed_by or "").replace("/", ""), "reasoning_end_str": closed_by}
+        more = {"reasoning_config": marks} if closed_by else {}
+        return trainer.VLLM(path, tokenizer, stops, max_model_len, dtype, seed, 0.85, 512, **more)
     from toy.hf_sampler import HFSampler
 
     options = argparse.Namespace(dtype=dtype, lora=0)
@@ -82,8 +114,11 @@ def respond(sampler, tokenizer, requests, n, temperature, top_p, seed, think_end
     """
     if hasattr(sampler, "respond"):
         return sampler.respond(requests, n, temperature, top_p, seed, think_end)
-    prompts, caps = [r["ids"].tolist() for r in requests], [r["max_tokens"] for r in requests]
-    made = sampler.generate(prompts, n, caps, temperature, seed, top_p=top_p)
+    made = []
+    for asked, group in itertools.groupby(requests, lambda r: r.get("control", {})):
+        prompts, caps = zip(*((r["ids"].tolist(), r["max_tokens"]) for r in group), strict=True)
+        more = asked if "thinking_token_budget" in asked else {}
+        made += sampler.generate(prompts, n, caps, temperature, seed, top_p=top_p, **more)
     return [[to_text(response, tokenizer, think_end) for response in group] for group in made]
 
 
@@ -114,8 +149,7 @@ def versions() -> dict:
     return found | {name: sys.modules[name].__version__ for name in used}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Servers
+# ---- Servers
 
 
 class Server:
@@ -132,7 +166,7 @@ class Server:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.cap_name, self.batch = "max_tokens", 4 * concurrency  # responses between two writes
-        self.extra = {}
+        self.extra, self.context = {}, math.inf
 
     def check(self) -> None:
         """BadInput, before any file is touched, where no server answers or it refuses the key."""
@@ -146,6 +180,7 @@ class Server:
             self.extra = VLLM
         if self.model not in names:
             raise BadInput(f"--api-model {self.model}: {self.url} has {', '.join(names) or 'no model'}")
+        self.context = getattr(models[names.index(self.model)], "max_model_len", None) or math.inf
 
     def respond(self, requests, n, temperature, top_p, seed, think_end) -> list[list[dict]]:
         """As the function respond above; `concurrency` requests are under way at once."""
@@ -177,12 +212,13 @@ class Server:
     def ask(self, request: dict, seed: int, temperature: float, top_p: float, think_end: str) -> dict:
         """One response; {"error"} where the server's answer is none. `length` is the server's own count."""
         options = {"temperature": temperature, "top_p": top_p, "seed": seed % 2**31}
-        options[self.cap_name] = request["max_tokens"]
+        if request["max_tokens"] < self.context:  # else vLLM takes what the prompt leaves
+            options[self.cap_name] = request["max_tokens"]
         turns = request["problem"].get("turns") or ()
         messages = [*turns, {"role": "user", "content": request["prompt"]}]
         try:
-            create = self.client.chat.completions.create
-            answer = create(model=self.model, messages=messages, extra_body=self.extra, **options)
+            create, extra = self.client.chat.completions.create, self.extra | request.get("control", {})
+            answer = create(model=self.model, messages=messages, extra_body=extra, **options)
         except self.openai.BadRequestError as error:
             # OpenAI's newer models know the cap by its newer name only; many servers know the old one only.
             if "max_tokens" not in options or "max_completion_tokens" not in str(error):

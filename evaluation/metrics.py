@@ -22,8 +22,7 @@ from verifier import boxed_answers
 DRAWS = 1000  # bootstrap resamples
 OVERTHINKING = 1000  # tokens of thinking at which a right answer is worth nothing (2508.13141)
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Metrics: pure functions of numbers
+# ---- 1. Metrics: pure functions of numbers
 
 
 def length_error(length: ArrayLike, budget: ArrayLike) -> dict:
@@ -163,8 +162,7 @@ METRICS = (length_error, over_budget, within10, log_linear_fit, pass_at_k, major
 METRICS += (standard_error, correlation, ruler_pm_fm, yapscore, yapindex, length_controlled_winrate)
 METRICS = {function.__name__: function for function in METRICS}  # what tests/data/golden.json calls
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Bootstrap over problems
+# ---- 2. Bootstrap over problems
 
 
 def resamples(problems: int, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
@@ -194,8 +192,7 @@ def bootstrap(columns: dict[str, tuple], seed: int = 0) -> dict[str, np.ndarray]
     return dict(zip(columns, np.transpose(drawn), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Samples -> table. It keeps a few numbers per sample and no text, since a file of generations may be
+# ---- 3. Samples -> table. It keeps a few numbers per sample and no text, since a file of generations may be
 # larger than the memory: {data set: {"ids": {problem id: row}, "texts", "modes", "cells": {budget: columns}}}
 
 
@@ -213,9 +210,15 @@ def spoken_answer(sample: dict, think_end: str = "</think>") -> str | None:
     return text if text and sample["finish_reason"] != "length" else None
 
 
+def asked_for(sample: dict) -> int | str | None:
+    """Budget in tokens, or the word of an effort."""
+    return sample.get("effort") or sample["budget"]
+
+
 def add(table: dict, sample: dict, think_end: str = "</think>") -> None:
     """Append one sample to the table; -1 stands for what is not known."""
-    part = table.setdefault(sample["source"], {"ids": {}, "texts": {}, "modes": set(), "cells": {}})
+    new = {"ids": {}, "texts": {}, "modes": set(), "ask_by": set(), "cells": {}}
+    part = table.setdefault(sample["source"], new)
     length, finish = sample["length"], sample["finish_reason"]
     answer = spoken_answer(sample, think_end) if isinstance(sample.get("response"), str) else None
     row = {
@@ -228,34 +231,35 @@ def add(table: dict, sample: dict, think_end: str = "</think>") -> None:
         "thinking": None if length is None else sample.get("thinking_length"),
         "answer": None if answer is None else zlib.crc32(answer.encode(errors="replace")),
     }
-    cell = part["cells"].setdefault(sample["budget"], {key: array("q") for key in row})
+    cell = part["cells"].setdefault(asked_for(sample), {key: array("q") for key in row})
     for key, value in row.items():
         cell[key].append(-1 if value is None else value)
     part["texts"].setdefault(sample["id"], zlib.crc32(str(sample.get("problem")).encode()))
     part["modes"] |= {sample["mode"]} if sample.get("mode") else set()
+    by_mode = "sentence" if sample.get("mode") else None
+    part["ask_by"] |= {sample.get("ask_by") or sample.get("baseline") or by_mode} - {None}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Table -> figures
+# ---- 4. Table -> figures
 
 FIGURES = ("accuracy", "mean_length", "signed_error", "abs_error", "within_10", "over_budget")
 FIGURES += ("over_budget_500", "truncated", "thinking_length", "length_score", "overthinking_auc")
 
 
-def label(budget: int | None) -> str:
+def label(budget: int | str | None) -> str:
     """A budget's name in results.json."""
     return "none" if budget is None else str(budget)
 
 
 def in_order(cells: dict) -> dict:
-    """The cells by budget, smallest first, the run without a budget (None) last."""
-    return dict(sorted(cells.items(), key=lambda item: item[0] or math.inf))
+    """The cells by budget, smallest first, then efforts, the run without a budget (None) last."""
+    return dict(sorted(cells.items(), key=lambda x: x[0] if isinstance(x[0], int) else 2**32 + (not x[0])))
 
 
 def lengths_of(part: dict) -> dict[int | None, np.ndarray]:
-    """{budget: known lengths} of a data set; a budget without any has no place on a length axis."""
+    """{budget: known lengths} of a data set; one without any, or an effort, has no place on a length axis."""
     found = {b: np.array(cell["length"]) for b, cell in in_order(part["cells"]).items()}
-    return {b: x[x >= 0] for b, x in found.items() if (x >= 0).any()}
+    return {b: x[x >= 0] for b, x in found.items() if (x >= 0).any() and not isinstance(b, str)}
 
 
 def columns_of(cell: dict, problems: int) -> dict[str, tuple]:
@@ -336,13 +340,14 @@ def summarise(table: dict, seed: int = 0) -> tuple[dict, dict]:
         cells, problems = in_order(part["cells"]), len(part["ids"])
         # One seed for all budgets of a set: their draws hold the same problems, so differences are paired.
         both = {b: summarise_cell(cell, problems, seed + at) for b, cell in cells.items()}
-        asked = [b for b in cells if b is not None]
+        asked = [b for b in cells if isinstance(b, int)]
         pairs = [(b, n) for b, lengths in lengths_of(part).items() if b for n in lengths.tolist()]
         # Lengths above 0 have a logarithm; the comparison is false for nan as well.
-        curve = [figures for b, (figures, _) in both.items() if b and figures["mean_length"] > 0]
+        curve = [figures for b, (figures, _) in both.items() if b in asked and figures["mean_length"] > 0]
         points = [[figures[key] for figures in curve] for key in ("mean_length", "accuracy")]
         datasets[name] = {
             "mode": " and ".join(sorted(part["modes"])) or None,
+            "ask_by": " and ".join(sorted(part["ask_by"])) or None,
             "problems": problems,
             "budgets": {label(b): figures for b, (figures, _) in both.items()},
             "mean": mean_of([both[b] for b in asked]),

@@ -61,8 +61,7 @@ def path_of(out: str, kind: str, name: str, names: Sequence[str]) -> str:
     return os.path.join(out, f"{kind}{suffix}.png")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pieces that several pictures share
+# ---- Pieces that several pictures share
 
 
 def plain_ticks(axis, values: Sequence[float]) -> None:
@@ -90,8 +89,7 @@ def legend(ax) -> None:
     ax.legend(found.values(), found.keys(), fontsize=8.5, **place)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures of a model. `lengths`: {budget: lengths}, budget None is the run without one
+# ---- Pictures of a model. `lengths`: {budget: lengths}, budget None is the run without one
 
 
 def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] | None = None) -> None:
@@ -157,7 +155,7 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
         along = sorted((b for b in figures if b != "none"), key=x.get)
         color, marker, prefix = colors[i % 4], markers[i % 8], f"{name}, " if name else ""
         ax.plot([x[b] for b in along], [y[b] for b in along], color=color, lw=1.3, ls=lines[i % 4])
-        known = is_trained([int(b) for b in along], trained) | (not trained)
+        known = is_trained([int(b) if b.isdigit() else 0 for b in along], trained) | (not trained)
         filled = {b for b, is_one in zip(along, known, strict=True) if is_one}
         groups = {
             (marker, color, name or ("trained budgets" if trained else "budgets")): filled,
@@ -189,7 +187,7 @@ def draw_accuracy(ax, models: dict, trained: list[int] | None = None) -> None:
 
 def draw_error(ax, figures: dict, trained: list[int] | None) -> None:
     """Mean absolute length error by budget as bars, signed error as marks; both relative to the budget."""
-    asked = [b for b in figures if b != "none"]
+    asked = [b for b in figures if b.isdigit()]
     size, signed = ([100 * figures[b][key] for b in asked] for key in ("abs_error", "signed_error"))
     # Evenly spaced: the size of an error says nothing about the distance between two budgets.
     x = np.arange(len(asked))
@@ -209,8 +207,7 @@ def draw_error(ax, figures: dict, trained: list[int] | None) -> None:
     legend(ax)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Several models
+# ---- Several models
 
 
 def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:

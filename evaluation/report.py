@@ -16,22 +16,25 @@ from pathlib import Path
 
 SHOWN = 800  # samples in the page's browser: all of some problems, rather than one of each
 TEMPLATE = Path(__file__).with_name("report_page.html")
-FIELDS = "id sample source problem answer prompt budget mode response length finish_reason correct".split()
+FIELDS = "id sample source problem answer prompt budget mode effort response length finish_reason correct"
 LONGEST = 20_000  # characters of a response that are shown; what is left out of its middle is said
-COLUMNS = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length", "signed": "signed_error"}
-COLUMNS |= {
-    "abs error": "abs_error",
-    "within 10%": "within_10",
-    "over": "over_budget",
-    "cut off": "truncated",
-}
+COLUMNS = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length"}
+COLUMNS |= {"signed": "signed_error", "abs error": "abs_error", "within 10%": "within_10"}
+COLUMNS |= {"over": "over_budget", "cut off": "truncated"}
 # The report's further columns; pass@k and maj@k follow.
 MORE = {"median": "median_length", "thinking": "thinking_length", "over by 500": "over_budget_500"}
 MORE |= {"LIFEBench score": "length_score", "AUC OAA": "overthinking_auc"}
 TOKENS = ("mean_length", "median_length", "thinking_length", "length_score")
+MARKDOWN = {  # heading: figure in results.json, how it is written
+    "samples": ("n", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean length": ("mean_length", "{:.0f}"),
+    "of it thinking": ("thinking_length", "{:.0f}"),
+    "signed error": ("signed_error", "{:+.1%}"), "absolute error": ("abs_error", "{:.1%}"),
+    "within 10%": ("within_10", "{:.1%}"), "over budget": ("over_budget", "{:.1%}"),
+    "cut off": ("truncated", "{:.1%}"), "accuracy lost": ("lost", "{:+.1%}"),
+}  # fmt: skip
+MADE = "model sampler ask_by wording mode n temperature top_p max_tokens seed require_think".split()
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables: rows of texts, the first one the heading
+# ---- Tables: rows of texts, the first one the heading
 
 
 def show(value: float | None, ends: Sequence[float] | None = None, form: str = "{:.1%}") -> str:
@@ -73,6 +76,7 @@ def lines_of(part: dict) -> dict:
 def format_table(name: str, part: dict) -> str:
     """The table of one data set, as it is printed."""
     text = f"\n{name}: {part['problems']} problems, mode {part['mode'] or 'none'}"
+    text += f", asked by {part['ask_by']}" if part.get("ask_by") else ""
     if part["correlation"] is not None:
         text += f", correlation of requested and produced length {part['correlation']:.3f}"
     return f"{text}\n{plain_table(table_rows(lines_of(part)))}"
@@ -82,15 +86,30 @@ def summary_rows(models: dict) -> list[list[str]]:
     """Table of {model: {budget: figures}}: a line per budget, a column per model, accuracy at mean length."""
     budgets = list(dict.fromkeys(b for figures in models.values() for b in figures))
     rows = [["asked for", *models]]
-    for budget in sorted(budgets, key=lambda b: math.inf if b == "none" else int(b)):
+    for budget in sorted(budgets, key=lambda b: int(b) if b.isdigit() else math.inf):
         cells = [figures.get(budget) for figures in models.values()]
         pairs = [c and (show(c["accuracy"]), show(c["mean_length"], form="{:.0f}")) for c in cells]
         rows.append([budget, *(" at ".join(pair) if pair else "" for pair in pairs)])
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
+def markdown_table(results: dict) -> str:
+    """Markdown: a line per data set and budget of a results.json, below it the correlations."""
+    lines = [f"| data | asked for | {' | '.join(MARKDOWN)} |", "| --- | ---: |" + " ---: |" * len(MARKDOWN)]
+    for name, part in (results["datasets"] | {"mean": results.get("mean", {"budgets": {}})}).items():
+        free = part["budgets"].get("none")
+        for budget, cell in part["budgets"].items():
+            lost = free["accuracy"] - cell["accuracy"] if free and cell is not free else None
+            known = {key: value for key, value in (cell | {"lost": lost}).items() if value is not None}
+            texts = [form.format(known[key]) if key in known else "" for key, form in MARKDOWN.values()]
+            lines.append(f"| {name} | {budget} | {' | '.join(texts)} |")
+    found = {name: part["correlation"] for name, part in results["datasets"].items()}
+    told = ", ".join(f"{name} {show(value, form='{:.3f}')}" for name, value in found.items())
+    note = "Lengths in generated tokens, end token included; error: (length - budget) / budget."
+    return "\n".join([*lines, "", f"{note} Correlation of requested and produced length: {told}."])
+
+
+# ---- The page
 
 
 class Browser:
@@ -106,7 +125,7 @@ class Browser:
         rank, self.total = zlib.crc32(f"{sample['source']} {sample['id']}".encode()), self.total + 1
         if not isinstance(sample.get("response"), str) or rank >= self.below:
             return
-        entry = {key: sample.get(key) for key in FIELDS}
+        entry = {key: sample.get(key) for key in FIELDS.split()}
         if (cut := len(entry["response"]) - LONGEST) > 0:
             start, end = entry["response"][: LONGEST // 2], entry["response"][-LONGEST // 2 :]
             entry["response"] = f"{start}\n[... {cut} characters left out ...]\n{end}"
@@ -164,7 +183,7 @@ def write(path: str, title: str, facts: dict, sections: list, samples: list, tot
 
 
 def write_report(results: dict, pictures: dict[str, list], browser: Browser, out: str) -> None:
-    """OUT/report.html of a results.json; `pictures`: paths by data set."""
+    """OUT/report.html of a results.json; `pictures`: paths by data set. Its protocol adds adherence.md."""
     sections = []
     for name, part in results["datasets"].items():
         lines, note = lines_of(part), "In brackets: 95% bootstrap intervals over problems."
@@ -185,3 +204,9 @@ def write_report(results: dict, pictures: dict[str, list], browser: Browser, out
     model = os.path.basename(str(results.get("model") or results.get("samples")).rstrip("/"))
     page = os.path.join(out, "report.html")
     write(page, f"{model}: length control", facts, sections, browser.samples(), browser.total)
+    if results.get("protocol") == "adherence":
+        made = [f"{key} {results[key]}" for key in MADE if results.get(key) is not None]
+        made += [f"{n}: {d['problems']} problems, {d['sha256'][:12]}" for n, d in results["data"].items()]
+        made += [f"{name} {version}" for name, version in results["versions"].items()]
+        with open(os.path.join(out, "adherence.md"), "w", encoding="utf-8") as f:
+            f.write(f"{markdown_table(results)}\n\nMade with: {'; '.join(made)}.\n")

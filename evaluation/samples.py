@@ -16,7 +16,7 @@ from evaluation.metrics import jsonable
 
 NEEDED = ("id", "source", "budget", "length", "finish_reason", "correct")  # of a sample, for results
 TYPES = dict.fromkeys(("source", "problem", "prompt", "response"), str)
-TYPES |= {"id": (str, int), "answer": (str, list), "kind": (str, type(None))}
+TYPES |= {"id": (str, int), "answer": (str, list)} | dict.fromkeys(("kind", "effort"), (str, type(None)))
 
 
 def check_sample(sample: object, need: Iterable[str]) -> dict:
@@ -27,15 +27,15 @@ def check_sample(sample: object, need: Iterable[str]) -> dict:
         raise BadInput(f"no field {', '.join(missing)}; a sample needs {', '.join(need)} (null: not known)")
     for key, least in (("budget", 1), ("length", 0), ("thinking_length", 0)):
         value = sample.get(key)
+        if value is None:
+            continue
         # nan and infinity, which Python's json reads, fail the comparison with their own whole part.
-        if value is not None and (
-            type(value) not in (int, float) or value != value // 1 or not least <= value < 2**31
-        ):
+        if type(value) not in (int, float) or value != value // 1 or not least <= value < 2**31:
             raise BadInput(f"{key} is {value!r}; it must be null or a whole number of tokens from {least}")
-        sample |= {} if value is None else {key: int(value)}
+        sample[key] = int(value)
     if "correct" in need and sample["correct"] not in (0, 1):
         raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
-    for key in [*need, "kind", "source"]:
+    for key in [*need, "kind", "source", "effort"]:
         if key in sample and not isinstance(sample[key], TYPES.get(key, object)):
             raise BadInput(f"{key} is {str(sample[key])[:50]!r}; evaluate.py writes none such")
     return sample
@@ -90,9 +90,8 @@ def check_writable(folder: str) -> None:
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise BadInput(
-            f"--out {folder} cannot be written ({place}: {error.strerror}): name another"
-        ) from None
+        told = f"--out {folder} cannot be written ({place}: {error.strerror})"
+        raise BadInput(f"{told}: name another") from None
 
 
 def name_folders(specs: list[str]) -> dict[str, str]:
@@ -105,8 +104,3 @@ def name_folders(specs: list[str]) -> dict[str, str]:
         label = label or os.path.basename(os.path.abspath(folder))
         found[folder if label in found else label] = folder
     return found
-
-
-def sum_counts(counts: list[dict]) -> dict:
-    """Counters added up, name by name."""
-    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}

@@ -14,29 +14,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from data import BadInput, first_line, one_line_errors, run
+from data import BadInput, exit_code, first_line, one_line_errors
+from evaluate import read_results, report
 from train_grpo import load_rows
 
 TEMPLATE = Path(__file__).with_name("card_page.md")
-COLUMNS = {  # figure in results.json: heading, how it is written
-    "n": ("samples", "{}"), "accuracy": ("accuracy", "{:.1%}"), "mean_length": ("mean length", "{:.0f}"),
-    "abs_error": ("mean error", "{:.1%}"), "signed_error": ("signed error", "{:.1%}"),
-    "within_10": ("within 10%", "{:.1%}"), "over_budget": ("over budget", "{:.1%}"),
-}  # fmt: skip
-
-
-def table(evaluation: Path) -> str:
-    """Markdown: a line per data set and budget of the results.json in the folder `evaluation`."""
-    results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
-    lines = ["| data | asked for | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
-    lines.append("| --- | ---: |" + " ---: |" * len(COLUMNS))
-    for name, part in results["datasets"].items():
-        for budget, cell in part["budgets"].items():
-            known = {key: value for key, value in cell.items() if value is not None}
-            shown = (form.format(known[key]) if key in known else "" for key, (_, form) in COLUMNS.items())
-            lines.append(f"| {name} | {budget} | {' | '.join(shown)} |")
-    note = "Lengths in generated tokens, end token included; error: |length - budget| / budget."
-    return "\n".join([*lines, "", note])
 
 
 def template(rows: list[dict]) -> str:
@@ -58,8 +40,8 @@ def write_card(folder: str, evaluation: str | None) -> None:
     budgets = sorted({row["budget"] for row in rows if row.get("budget")})
     few = ", ".join(map(str, budgets)) if len(budgets) < 9 else f"{budgets[0]} to {budgets[-1]}"
     done, text = Path(evaluation or out / "eval"), "Not measured yet."
-    if (done / "results.json").exists():
-        text = table(done)
+    if found := read_results(str(done / "results.json")):
+        text = report.markdown_table(found)
         for picture in sorted(done.glob("violins*.png")):
             shutil.copy(picture, folder)
             text += f"\n\n![requested and produced length]({picture.name})"
@@ -89,7 +71,8 @@ def push(folder: str, repo: str) -> None:
     print(f"uploaded: {done.commit_url}")
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("integrations.card")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("integrations.card", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--eval", help="folder of an evaluation (default: eval beside the checkpoint)")
@@ -98,10 +81,6 @@ def command(argv: list[str] | None) -> None:
     write_card(args.checkpoint, args.eval)
     if args.push_to_hub:
         push(args.checkpoint, args.push_to_hub)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("integrations.card", command, argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import tempfile
 import numpy as np
 import torch
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
 from scaling import plan
 from scaling.race import DEVICE, clock, memory, print_table, race, timed
 
@@ -60,8 +60,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-# -----------------------------------------------------------------------------
-# step: the same update by train_grpo.update and by TRL's GRPOTrainer.
+# ---- step: the same update by train_grpo.update and by TRL's GRPOTrainer.
 #
 # Settings in which both are the same mathematics: loss a mean over all response tokens of the batch (TRL's
 # default "dapo", ours --loss-reduction token_mean), clip 0.2, no KL, temperature 1, one optimizer step on
@@ -131,7 +130,6 @@ def make_trainer(s: dict, folder: str, variant: str) -> tuple:
 
 
 def ours_worker(variant: str, s: dict, folder: str, pipe) -> None:
-    """Worker: our update."""
     import methods
     from scaling import shared_prompt
     from train_grpo import update
@@ -201,7 +199,6 @@ def difference(variants, folder: str) -> float:
 
 
 def bench_step(s: dict, folder: str) -> dict:
-    """One update, ours against TRL's."""
     installed = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
     if installed != TRL:
         raise BadInput(f"step needs TRL {TRL}, found: {installed}; pip install trl=={TRL}")
@@ -228,21 +225,13 @@ def bench_prompts(s: dict, folder: str) -> dict:
         out[name] = found | {"gradient_difference": difference(found, at)}
         rows.append([name, *(f"{x:.2f}" for x in (*seconds, seconds[1] / seconds[0])), *map(mib, peak)])
         rows[-1].append(f"{out[name]['gradient_difference']:.1e}")
-    head = [
-        "prompt:response",
-        "once s",
-        "repeated s",
-        "faster",
-        "once MiB",
-        "repeated MiB",
-        "gradients apart",
-    ]
-    print_table(head, rows)
+    print_table(
+        "prompt:response,once s,repeated s,faster,once MiB,repeated MiB,gradients apart".split(","), rows
+    )
     return {"lengths": out}
 
 
-# -----------------------------------------------------------------------------
-# logprobs, padding, scale
+# ---- logprobs, padding, scale
 
 
 def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
@@ -278,7 +267,6 @@ def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
 
 
 def bench_logprobs(s: dict, folder: str) -> dict:
-    """Time and working memory of both versions for each vocabulary."""
     out, rows = {}, []
     for vocab in s["vocabs"]:
         found = race(dict.fromkeys((f"ours-{vocab}", f"full-{vocab}"), logprobs_worker), s, folder)
@@ -363,8 +351,7 @@ def bench_scale(s: dict, folder: str) -> dict:
     return out | {"grad_norm_difference": float(np.max(np.abs(np.array(norms) / norms[0] - 1)))}
 
 
-# -----------------------------------------------------------------------------
-# sampler, verify
+# ---- sampler, verify
 
 
 def sampler_worker(variant: str, s: dict, folder: str, pipe) -> None:
@@ -449,8 +436,7 @@ def bench_verify(s: dict, folder: str) -> dict:
     return {"answers": len(golds), "variants": found}
 
 
-# -----------------------------------------------------------------------------
-# plan
+# ---- plan
 
 
 def bench_plan(s: dict, folder: str) -> dict:
@@ -460,9 +446,8 @@ def bench_plan(s: dict, folder: str) -> dict:
         import train_grpo
 
         args = train_grpo.build_parser().parse_args([f"@recipes/{s['recipe']}.args"])
-        rows = [
-            plan.of_flags(c, args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]) for c in configs.values()
-        ]
+        given = args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]
+        rows = [plan.of_flags(c, *given) for c in configs.values()]
         cells = [[name, *(f"{r[k]:.1f}" for k in ("trainer_gib", "engine_gib", "peak_gib")), r["fits"]]
                  for name, r in zip(configs, rows, strict=True)]  # fmt: skip
         print_table(["model", "trainer, GiB", "engine, GiB", "peak, GiB", f"fits {s['gpu_gib']}"], cells)
@@ -487,14 +472,11 @@ def bench_plan(s: dict, folder: str) -> dict:
     return {"rows": rows, "checks": checks}
 
 
-# -----------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
-
-COMMANDS = {
-    "step": bench_step, "logprobs": bench_logprobs, "prompts": bench_prompts, "padding": bench_padding,
-    "scale": bench_scale, "sampler": bench_sampler, "verify": bench_verify, "plan": bench_plan,
-}  # fmt: skip
+COMMANDS = bench_step, bench_logprobs, bench_prompts, bench_padding, bench_scale, bench_sampler
+COMMANDS += bench_verify, bench_plan
+COMMANDS = {function.__name__.removeprefix("bench_"): function for function in COMMANDS}
 
 
 def mib(n: float) -> str:
@@ -511,7 +493,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("scaling.bench")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     small, full = SETTINGS[args.command]
     s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
@@ -524,10 +507,6 @@ def command(argv: list[str] | None) -> None:
         found = COMMANDS[args.command](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"command": args.command, "settings": s, "device": device} | found))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("scaling.bench", command, argv)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ def pays(responses: list[dict]) -> bool:
     return sum(prompts.values()) + own <= MOST * (all_prompts + own)
 
 
-def units(responses: list[dict], limit: int) -> list[list[dict]]:
+def units(responses: list[dict], limit: int, processes: int = 1) -> list[list[dict]]:
     """What should stay together in a micro-batch of `limit` tokens, longest first, as the input is.
 
-    Responses to one prompt where sharing pays, in parts that fit; else every response is by itself.
+    Responses to one prompt where sharing pays, in parts that fit, and enough of them for all processes; else
+    every response is by itself.
     """
     groups, parts = {}, []
     for r in responses if pays(responses) else ():
         groups.setdefault(tuple(r["prompt_ids"]), []).append(r)
     for prompt, group in groups.items():
-        n = max(1, limit // (len(prompt) + len(group[0]["ids"])))
+        n = max(1, min(limit // (len(prompt) + len(group[0]["ids"])), -(-len(group) // processes)))
         parts += [group[i : i + n] for i in range(0, len(group), n)]
     parts.sort(key=lambda part: len(part[0]["prompt_ids"]) + len(part[0]["ids"]), reverse=True)
     return parts or [[r] for r in responses]

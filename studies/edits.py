@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import data
 from data import BadInput
-from evaluate import is_toy
+from evaluate import pick_wording
 from evaluation.samples import check_writable, read_samples, write_json
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the same parts under the same names
@@ -183,12 +183,14 @@ def tops(args: argparse.Namespace) -> None:
     rows = []
     for s in best.values():
         # The trained model is to choose its own effort: the prompt names none, whatever the sample was asked.
-        kind, wording = s.get("kind") or "math", "tulu" if is_toy([s]) else "l1"
+        kind, wording = s.get("kind") or "math", pick_wording(None, [s])
         prompt = data.budget_prompt(s["problem"], None, None, kind, wording)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": s["response"]}]
         row = {key: s.get(key) for key in ("id", "problem", "answer", "source", "length")}
         row |= {"kind": kind, "prompt": prompt, "budget": None, "mode": None, "messages": turns}
-        row |= {"effort": s.get("budget")} | ({"choices": s["choices"]} if s.get("choices") else {})
+        row |= {"effort": s.get("effort") or s.get("budget")} | (
+            {"choices": s["choices"]} if s.get("choices") else {}
+        )
         rows.append(row)
     data.write_rows(rows, args.out)
     print(f"tops: {len(rows)} of {len(problems)} problems have a right response; written to {args.out}")

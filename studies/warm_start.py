@@ -77,7 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(argv: list[str] | None) -> None:
+@data.exit_code("studies.warm_start")
+def main(argv: list[str] | None = None) -> None:
     """Sample, annotate, train, save a model folder."""
     args, device = parse_args(argv), train_grpo.DEVICE
     words = f"--tis-cap 0 --max-tokens {args.cap} --micro-tokens {args.micro_tokens} --dtype "
@@ -121,4 +122,4 @@ def command(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.run("studies.warm_start", command, None))
+    sys.exit(main())

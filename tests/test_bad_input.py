@@ -73,7 +73,6 @@ TRAIN = [
     ("--reward o1_pruner --advantage grpo", ["ref_", "starting_model"]),
     ("--reward crf --advantage grpo --method crf", ["model"]),
     ("--reward laser_d --advantage grpo", ["laser_d", "--method laser_d", "--reward-args targets="]),
-    ("--reward curriculum_band --advantage grpo", ["--method curriculum", "--reward-args b0="]),
     ("--reward dot_threshold --advantage grpo", ["dot_threshold", "lcpo_exact"]),
     ("--tis-mode sequences", ["sequences", "sequence_mask"]),
     ("--tis-mode token_mask --tis-cap 1", ["--tis-cap (1.0)", "exceed 1"]),
@@ -208,6 +207,10 @@ LINES = [  # by the real command line
     "data.py {math} --budgets fixed:0 --out {root}/o.jsonl",
     "evaluate.py --model {model} --data {root}/empty.jsonl --budgets 8 --out {root}/o",
     "evaluate.py --samples {root}/broken.jsonl --out {root}/o",
+    # No place for files: told before a model is loaded.
+    "evaluate.py --model {model} --data toy --budgets 8 --out {root}/file/o",
+    "-m evaluation.baselines sweep --model {model} --data toy --budgets 8 --out {root}/file/o",
+    "-m evaluation.compare {root}/run {root}/plain --out {root}/file/o",
     "-m evaluation.compare {root}/run {root}/plain --out {root}/o",
     "-m evaluation.baselines tops --samples {root}/broken.jsonl --out {root}/o.jsonl",
     "-m evaluation.baselines merge --base {root}/plain --tuned {model} --out {root}/o",

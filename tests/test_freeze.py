@@ -164,6 +164,8 @@ def test_frozen(name, tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
     os.chdir(ROOT)
     for name in [n for n in sys.argv[1:] if n != "--freeze"]:
         began = time.monotonic()

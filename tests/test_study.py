@@ -255,7 +255,7 @@ def test_two_steps_with_unfinished_responses(base, tmp_path, script):
 def test_a_warm_start_from_own_right_answers(mlt, base, tmp_path, undone):
     out, rows = tmp_path / "m", prepare.prepare()["data"]
     small = [*study.WARM_START.split(), "--problems", "12", "--batch", "2", "--data", rows]
-    warm_start.command([base, str(out), *small, *(["--mlt"] if mlt else [])])
+    assert not warm_start.main([base, str(out), *small, *(["--mlt"] if mlt else [])])
     told = json.loads((out / "warm_start.json").read_text())
     assert told["responses"] > 1 and told["steps"] == 3 * told["responses"] // 2 and told["right"]
     hf = open_sampler(str(out), "hf", 200)

@@ -46,4 +46,6 @@ def make_tiny(folder: str, data: str = SAMPLE, pad_is_eos: bool = False, seed: i
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
     make_tiny(*sys.argv[1:])

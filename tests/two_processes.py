@@ -77,6 +77,8 @@ class Nothing:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
     if train_grpo.WORLD > 1:
         state = PartialState(cpu=train_grpo.DEVICE.type == "cpu")
     main(sys.argv[1], sys.argv[2], sys.argv[3:])

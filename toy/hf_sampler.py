@@ -59,10 +59,8 @@ class HFSampler:
         logits = self._logits(ids, mask[:, :width], position[:, :width], cache).repeat_interleave(n, 0)
         cache.batch_repeat_interleave(n)
         mask, position = mask.repeat_interleave(n, 0), position.repeat_interleave(n, 0)
-        cap, stops = (
-            torch.tensor(caps, device=device).repeat_interleave(n),
-            torch.tensor(stop_ids, device=device),
-        )
+        cap = torch.tensor(caps, device=device).repeat_interleave(n)
+        stops = torch.tensor(stop_ids, device=device)
         tokens = torch.zeros(len(cap), max(caps), dtype=torch.long, device=device)
         logps = torch.zeros(len(cap), max(caps), device=device)
         length, stopped = cap.clone(), torch.zeros_like(cap, dtype=torch.bool)
@@ -84,9 +82,8 @@ class HFSampler:
                 row, token, open_, mask, position = (x[kept] for x in (row, token, open_, mask, position))
             end = width + t + 1
             logits = self._logits(token[:, None], mask[:, :end], position[:, end - 1 : end], cache)
-        done = zip(
-            tokens.cpu().int().numpy(), logps.cpu().numpy(), length.tolist(), stopped.tolist(), strict=True
-        )
+        arrays = tokens.cpu().int().numpy(), logps.cpu().numpy()
+        done = zip(*arrays, length.tolist(), stopped.tolist(), strict=True)
         result = [{"ids": i[:m], "logps": lp[:m], "truncated": int(not stop)} for i, lp, m, stop in done]
         return [result[i : i + n] for i in range(0, len(result), n)]
 

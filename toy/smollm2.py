@@ -12,13 +12,14 @@ import importlib.util
 import os
 import sys
 
-from data import BadInput, encode_prompt, load_tokenizer, one_line_errors, run
+from data import BadInput, encode_prompt, exit_code, load_tokenizer, one_line_errors
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ASKED, ANSWER = "What is the capital of France?", "The capital of France is Paris.<|im_end|>"
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("toy.smollm2")
+def main(argv: list[str] | None = None) -> None:
     """Write OUT, read it again and ask it: BadInput where a package is missing or the answer is wrong."""
     form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = one_line_errors(argparse.ArgumentParser("toy.smollm2", **form))
@@ -45,4 +46,4 @@ def command(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("toy.smollm2", command, None))
+    sys.exit(main())
