@@ -515,6 +515,7 @@ def evaluate_model(args: argparse.Namespace) -> None:
 
 @data.exit_code("evaluate.py")
 def main(argv: list[str] | None = None) -> None:
+    """The command: measure a model, or saved samples."""
     args = parse_args(argv)
     check_args(args)
     from_samples(args) if args.samples else evaluate_model(args)

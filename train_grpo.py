@@ -127,6 +127,7 @@ def build_parser():
 
 
 def parse_args(argv=None):
+    """Flags of the command line, the toy's or a resumed run's; BadInput for the mistakes that people make."""
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     try:
         args = parser.parse_args(argv)
@@ -527,6 +528,7 @@ def update(model, reference, optimizer, batch, method, args):
 
 
 def learning_rate(step, args):
+    """Of this step: linear warm-up, then --lr-schedule to the end of training."""
     warm, after = min(1, (step + 1) / max(1, args.warmup_steps)), max(0, step - args.warmup_steps)
     done = after / max(1, args.steps - args.warmup_steps)
     decay = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
@@ -537,6 +539,7 @@ def learning_rate(step, args):
 
 
 def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
+    """OUT/checkpoint-STEP, whole or not at all; the newest two are kept. Every process calls it."""
     folder, beside = f"{out}/checkpoint-{step}", f"{out}/checkpoint-{step}.tmp"
     # Adapters and shards are made whole by all processes; one keeps and writes them.
     state |= net.trained_state(model, optimizer)
@@ -607,6 +610,7 @@ def open_run(args, step):
 
 
 def main(argv=None):
+    """A whole run, from flags to the last evaluation. Every process calls it."""
     args = parse_args(argv)
     if args.model is None:
         from toy.prepare import prepare
@@ -677,15 +681,15 @@ def main(argv=None):
            f"sampler {kind}: {args.reward}, {args.advantage}, {args.method}")  # fmt: skip
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
     while step < args.steps:
-        if args.eval_every and step % args.eval_every == 0:  # of a resumed run, too: samples that exist stay
-            evaluate_now(sampler, asked, args, state, f"eval-{step}")
+        if args.eval_every and step % args.eval_every == 0:  # what was evaluated where a run goes on stays
+            evaluate_now(sampler, asked, args, state, f"eval-{step}", step == saved.get("step"))
 
         # ---- sample a group of responses to each prompt, check the answers
         t0 = time.time()
         sampled = sample_batch(sampler, rows, method, tokenizer, args, step, position, ask)
         groups, batch_rows, position, seen, counts = sampled
 
-        # ---- reward and advantage: every token of a response shares its advantage
+        # ---- reward and advantage, one number for all tokens of a response unless a method changes it later
         rollouts, reward, parts, advantage = reward_and_advantage(groups, batch_rows, method, args, step)
         for i, group in enumerate(groups):
             for r, a in zip(group, advantage[i], strict=True):
@@ -739,6 +743,7 @@ def main(argv=None):
 
 
 def load_rows(args):
+    """Rows of --data, with budgets drawn if --budgets says so; BadInput where they cannot be trained on."""
     rows = data.load_problems(args.data)[: args.limit or None]
     if args.budgets:
         mode = "none" if args.budgets == "none" else args.mode

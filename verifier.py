@@ -514,12 +514,6 @@ def _start() -> Popen:
     return worker
 
 
-def start_workers(n: int) -> None:
-    """Starts workers until n are idle, say before CUDA is in use; else they start when they are needed."""
-    while len(_IDLE) < n:
-        _IDLE.append(_start())
-
-
 def _solve(task: str, timeout: float) -> tuple[bool, str]:
     """(right?, how it ended) for one hard answer; a worker that is late or has died is replaced."""
     for fresh in (False, True):

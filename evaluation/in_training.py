@@ -29,12 +29,15 @@ def plan_evaluation(rows: list[dict], tokenizer, context: int, args) -> dict:
     return found | {"max_tokens": cap, "room": longest + cap}
 
 
-def evaluate_now(sampler, asked: dict, args, state, name: str) -> None:
-    """Asks what plan_evaluation made; samples, results and report go to OUT/name. Every process calls it."""
+def evaluate_now(sampler, asked: dict, args, state, name: str, resume=False) -> None:
+    """Asks what plan_evaluation made; samples, results and report go to OUT/name. Every process calls it.
+
+    With `resume` what is there already stays: it has to be the same model's.
+    """
     told = print if state.is_main_process else lambda *words: None
     evaluate(
         sampler, n=2, out=f"{args.out}/{name}", wording=args.wording, temperature=args.temperature, top_p=1.0,
-        seed=args.seed, model=args.model, log=told, resume=args.resume, require_think=args.require_think,
+        seed=args.seed, model=args.model, log=told, resume=resume, require_think=args.require_think,
         think_end=args.think_end, state=state, tokenizer=sampler.tokenizer,
         context=sampler.max_model_len, **{k: v for k, v in asked.items() if k != "room"},
     )  # fmt: skip

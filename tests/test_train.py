@@ -368,6 +368,10 @@ def test_evaluations_during_training(tmp_path, capsys):
         shutil.rmtree(tmp_path / "run" / name)
     train_grpo.main(["--resume", "--out", str(tmp_path / "run")])  # stopped after step 2, before it evaluated
     assert {"eval-2", "eval"} <= set(os.listdir(tmp_path / "run")) and len(lines(tmp_path / "run")) == 3
+    # Gone on with for one more step: another model at the end, and none of the old one's figures for it.
+    old = os.stat(tmp_path / "run" / "eval" / "samples.jsonl").st_mtime_ns
+    train_grpo.main(["--resume", "--steps", "4", "--out", str(tmp_path / "run")])
+    assert os.stat(tmp_path / "run" / "eval" / "samples.jsonl").st_mtime_ns > old
 
 
 def test_rows_that_say_how_they_ask(tmp_path):
