@@ -52,18 +52,29 @@ def one_line_errors(parser):
     return parser
 
 
-def run(name, command, argv):
-    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        command(argv)
-    except BadInput as error:
-        print(f"{name}: error: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
-    return 0
+def exit_code(name):
+    """Decorator of a command: it returns 0, or 2 after a user's mistake, which is told in one line."""
+
+    def decorate(command):
+        def main(argv=None):
+            try:
+                command(argv)
+            except BadInput as error:
+                print(f"{name}: error: {error}".replace("\n", " "), file=sys.stderr)
+                return 2
+            return 0
+
+        return main
+
+    return decorate
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts, in the wordings of the published training data; any other sentence with {N} is a wording, too.
+def add_up(counts):
+    """Counters as one, name by name, zeros kept."""
+    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
+
+
+# ---- Prompts, in the wordings of the published training data; any other sentence with {N} is a wording, too.
 
 STEPS = "Let's think step by step and output the final answer"
 SENTENCES = {
@@ -155,8 +166,7 @@ def stop_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *declared, *map(known.get, END_TOKENS.split())} - {None})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Budgets
+# ---- Budgets
 BUDGETS = r"(uniform|log):\d{1,8}:\d{1,8}|bucket:\d{1,8}(,\d{1,8})*|fixed:\d{1,8}|none"
 EXAMPLES = "uniform:100:4000, log:256:23170, bucket:100,1024,4096, fixed:512 or none"
 
@@ -215,8 +225,7 @@ def annotate(problems, budgets, mode, wording="l1", copies=1, seed=0):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Layouts: what the columns of the published sets are called, in lower case. Each function turns one record
+# ---- Layouts: what the columns of the published sets are called, in lower case. Each function turns a record
 # into the plain form: problem (or passage + question), choices, answer (or answers, solution), id, level, ...
 
 
@@ -347,8 +356,7 @@ PRESETS = {
     "gsm_plus": ("qintongli/GSM-Plus", (), "testmini"),  # ~
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# From a record to a problem
+# ---- From a record to a problem
 NO_ANSWER = "|None|null|nan|NaN|N/A|n/a|proof|notfound".split("|")  # NuminaMath has the last two
 ALIASES = {  # a field's other names, where a record has no value for it
     "problem": ("question",),
@@ -413,10 +421,13 @@ def find_choices(row):
 
 def answer_letter(value, choices, labels):
     """The letter of a gold: a letter, a label, an index from 0 (as in MMLU) or an option's whole text."""
-    text, letters = clean_answer(value), LETTERS[: len(labels)]
+    text, letters = clean_answer(value), LETTERS[: len(choices) or None]
     text = text if isinstance(text, str) else ""
-    if (bare := text.strip("().")) in labels:  # "(C)", "C."
-        return letters[labels.index(bare)]
+    # A label as it stands, or but for its marks, as in "(C)" and "C."; else a letter, whatever labels are.
+    bare, *plain = (x.lstrip("(").rstrip(").") for x in (text, *labels))
+    for gold, names in ((text, labels), (bare, plain), (bare, [*LETTERS])):
+        if gold in names:
+            return dict(enumerate(letters)).get(names.index(gold))
     is_index = re.fullmatch(r"\d+", text, re.ASCII) and int(text) < len(letters)
     readings = {letters[int(text)]} if is_index else set()
     # As text (CSV), "2" may be an index or the option that reads "2": it counts where only one can be meant.
@@ -486,8 +497,7 @@ def normalise(row, name, index, need_answer=True):
     return result | {key: prompt[key] for key in ("prompt", "budget", "mode") if "prompt" in prompt}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files and hub datasets
+# ---- Files and hub datasets
 
 
 def read_file(path):
@@ -671,8 +681,7 @@ def check_out(path):
         raise BadInput(f"--out {path}: unknown suffix; use .jsonl, .jsonl.gz or .parquet")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command
 
 
 def select(problems, excluded, limit, counts):
@@ -741,7 +750,8 @@ def check_args(args):
     return dist
 
 
-def build(argv):
+@exit_code("data.py")
+def main(argv=None):
     """Reads, selects, annotates, filters, writes; prints the summary."""
     args = parse_args(argv)
     dist = check_args(args)
@@ -782,10 +792,6 @@ def build(argv):
     if asked := [row["budget"] for row in rows if row["budget"] is not None]:
         print(f"budget (tokens): mean {np.mean(asked):.1f}, from {min(asked)} to {max(asked)}")
     print(f"written to {args.out}")
-
-
-def main(argv=None):
-    return run("data.py", build, argv)
 
 
 if __name__ == "__main__":

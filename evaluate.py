@@ -31,13 +31,14 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, run, sum_counts, write_json
+from evaluation.samples import append, batches, check_writable, read_samples, write_json
 from toy import task as toy
 from verifier import check_answers
 
 BATCH = 1024  # responses sampled between two writes of samples.jsonl: what a crash can lose
 OPEN_CAP = 8192  # response cap in tokens where no exact budget sets one (L1's choice)
 UNFINISHED = "unfinished.json"  # beside the samples: how many of them are whole, and how they were made
+NOTHING = {"samples": 0, "batches": 0, "verify": {}}  # what a sweep has done at its start
 DEFAULTS = {"mode": "exact", "n": 1, "temperature": 0.6, "top_p": 0.95, "require_think": False}
 # What a paper evaluates and how; any flag that is given goes before. The AI2 blog states neither samples
 # nor temperature, so the defaults stand there.
@@ -49,14 +50,10 @@ PROTOCOLS = {
                   "temperature": 0.6, "top_p": 0.95, "limit": 100},  # docs/adherence.md
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples: planned, asked for, graded
+# ---- Samples: planned, asked for, graded
 
 
-def plan(
-    problems: list[dict], budgets: list, mode: str, wording: str, tokenizer, context: int | None,
-    max_tokens: int | None = None, ask_by: str = "sentence",
-) -> Iterator[dict]:  # fmt: skip
+def plan(problems, budgets, mode, wording, tokenizer, context, max_tokens=None, ask_by="sentence"):
     """One request per budget and problem: {"problem", "budget", "mode", "prompt", "control", "max_tokens"}.
 
     `context` and `max_tokens` in tokens; BadInput where prompt and response do not fit into the context.
@@ -139,13 +136,10 @@ def sample_batch(sampler, tokenizer, requests: list[dict], asked: tuple, log: Ca
     return samples
 
 
-def evaluate(
-    sampler, problems: list[dict], budgets: list[int | None], mode: str, n: int, out: str, *,
-    tokenizer=None, context: int | None = None, wording: str = "l1", temperature: float = 0.6,
-    top_p: float = 0.95, max_tokens: int | None = None, seed: int = 0, require_think: bool = False,
-    think_end: str = "</think>", trained_budgets: list[int] | None = None, model: str | None = None,
-    about: dict | None = None, log: Callable = print, state=None, resume: bool = False, ask_by="sentence",
-) -> dict:  # fmt: skip
+def evaluate(sampler, problems, budgets, mode, n, out, *, tokenizer=None, context=None, wording="l1",
+             temperature=0.6, top_p=0.95, max_tokens=None, seed=0, require_think=False, think_end="</think>",
+             trained_budgets=None, model=None, about=None, log=print, state=None, resume=False,
+             ask_by="sentence") -> dict:  # fmt: skip
     """Sample n responses per problem and budget (None: no budget); samples, results and pictures go to `out`.
 
     Returns the results. Data sets are told apart by the problems' `source`. What `out` held is written over,
@@ -163,9 +157,8 @@ def evaluate(
     settings |= {"data": hash_data(problems)} | (about or {})
     if resume and (finished := finished_results(out, settings, log)):
         return finished
-    done, table, browser = {"samples": 0, "batches": 0, "verify": {}}, {}, report.Browser()
-    if rank == 0:
-        done = go_on(out, settings, done) if resume else start_anew(out, done)
+    table, browser = {}, report.Browser()
+    done = open_sweep(out, settings, resume) if rank == 0 else dict(NOTHING)
     path = os.path.join(out, "samples.jsonl") if rank == 0 else os.devnull
     todo = list(batches(requests, per_batch))[done["batches"] :]
     if done["samples"]:
@@ -189,7 +182,7 @@ def evaluate(
                 samples, counts = gather_object(samples), gather_object(counts)
             done["samples"] += len(samples)
             done["batches"] += "only" not in batch[0]
-            done["verify"] = sum_counts([done["verify"], *counts])
+            done["verify"] = data.add_up([done["verify"], *counts])
             tally(samples, table, browser, think_end)
             if rank == 0:
                 append(f, samples)
@@ -202,8 +195,7 @@ def evaluate(
     return finish(table, about, out, browser, log) if rank == 0 else {}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples on disk, crashes and how to go on
+# ---- Samples on disk, crashes and how to go on
 
 
 def tally(samples: Iterable[dict], table: dict, browser: report.Browser, think_end: str = "</think>") -> None:
@@ -231,29 +223,23 @@ def finished_results(out: str, settings: dict, log: Callable) -> dict:
     return results
 
 
-def start_anew(out: str, done: dict) -> dict:
-    """Make the folder, remove what an earlier evaluation left in it; nothing is done yet."""
-    os.makedirs(out, exist_ok=True)
-    clear(out, ("samples.jsonl", UNFINISHED))
-    return done
-
-
-def go_on(out: str, settings: dict, done: dict) -> dict:
+def open_sweep(out: str, settings: dict, resume: bool) -> dict:
     """What an unfinished sweep has done; lines of samples.jsonl after its last whole batch are cut off."""
-    old = read_results(os.path.join(out, UNFINISHED))
-    if not old:
-        return start_anew(out, done)  # stopped before its first batch was whole
+    old = read_results(os.path.join(out, UNFINISHED)) if resume else {}
+    if not old:  # anew, or stopped before its first batch was whole
+        os.makedirs(out, exist_ok=True)
+        clear(out, ("samples.jsonl", UNFINISHED))
+        return dict(NOTHING)
     same_settings(old["settings"], settings, out)
     with open(os.path.join(out, "samples.jsonl"), "r+b") as f:
         lines = sum(f.readline().endswith(b"\n") for _ in range(old["samples"]))
         if lines < old["samples"]:
             raise BadInput(f"--resume {out}: samples.jsonl lost lines since the crash: --overwrite it")
         f.truncate(f.tell())
-    return {key: old[key] for key in done}
+    return {key: old[key] for key in NOTHING}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Results on disk and on the screen
+# ---- Results on disk and on the screen
 
 
 def read_results(path: str) -> dict:
@@ -302,20 +288,18 @@ def finish(table: dict, about: dict, out: str, browser: report.Browser, log: Cal
     return results
 
 
-def from_samples(
-    path: str, out: str, *, regrade: bool = False, require_think: bool = False, think_end: str | None = None,
-    trained_budgets: list[int] | None = None, log: Callable = print,
-) -> dict:  # fmt: skip
-    """Results and pictures from saved samples; `regrade` checks again and writes disagreements.jsonl."""
+def from_samples(args: argparse.Namespace) -> None:
+    """Results and pictures from saved samples; --regrade checks again and writes disagreements.jsonl."""
+    path, out, regrade = args.samples, args.out, args.regrade
     table, browser, verify = {}, report.Browser(), {"changed": 0}
     about = {"model": None, "trained_budgets": None, "count": "response"}
     if os.path.basename(path) == "samples.jsonl":
         # Beside the samples lies what their run knew and no sample tells: model, settings, trained budgets.
         beside = read_results(os.path.join(os.path.dirname(path), "results.json"))
         about |= {k: v for k, v in beside.items() if k not in ("datasets", "mean", "pictures", "versions")}
-    about |= {"samples": path, "trained_budgets": trained_budgets or about["trained_budgets"]}
-    think_end = think_end or about.get("think_end") or "</think>"
-    require_think = require_think or bool(about.get("require_think"))
+    about |= {"samples": path, "trained_budgets": args.trained_budgets or about["trained_budgets"]}
+    think_end = args.think_end or about.get("think_end") or "</think>"
+    require_think = bool(args.require_think or about.get("require_think"))
     need = {}
     if regrade:
         # To be checked again, a sample needs its text and its gold answer in place of a verdict.
@@ -328,18 +312,17 @@ def from_samples(
         # Batch by batch: the file may be far larger than the memory.
         for batch in batches(read_samples(path, **need), BATCH):
             stored = [s.get("correct") for s in batch]
-            verify = sum_counts([verify, grade(batch, require_think, think_end)]) if regrade else verify
+            verify = data.add_up([verify, grade(batch, require_think, think_end)]) if regrade else verify
             tally(batch, table, browser, think_end)
             for sample, old in zip(batch, stored, strict=True):
                 if old is not None and bool(old) != sample["correct"]:
                     verify["changed"] += 1
                     f.write(json.dumps(sample | {"correct": old, "regraded": sample["correct"]}) + "\n")
     about |= {"require_think": require_think, "think_end": think_end, "verify": verify} if regrade else {}
-    return finish(table, about, out, browser, log)
+    finish(table, about, out, browser)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
 
 def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
@@ -487,8 +470,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling (--model, --base-url)").add_argument
     add("--temperature", type=float, help="of sampling; 0 is greedy (default 0.6)")
-    add("--top-p", type=float, help="share of the probability that is browser in sampling (default 0.95)")
-    add("--max-tokens", type=int, help="response cap, tokens (default: exact 2 x budget, else 8192)")
+    add("--top-p", type=float, help="share of the probability that is sampled from (default 0.95)")
+    add("--max-tokens", type=int, help="response cap, tokens (default: 2 x budget; 8192 where none is exact)")
     add("--sampler", choices=("auto", "vllm", "hf"), help="default auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="of sampling, bootstrap and the toy's problems (default 0)")
     add("--api-model", help="with --base-url: the model's name there (the key: OPENAI_API_KEY)")
@@ -503,7 +486,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return data.one_line_errors(parser).parse_args(argv)
 
 
-def evaluate_model(args: argparse.Namespace) -> dict:
+def evaluate_model(args: argparse.Namespace) -> None:
     """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
     problems = load_data(args.data, args.limit, args.seed, args.protocol == "adherence")
     wording = pick_wording(args.wording, problems, args.protocol)
@@ -521,7 +504,7 @@ def evaluate_model(args: argparse.Namespace) -> dict:
         end = (args.think_end or "</think>") if args.ask_by == "thinking-token-budget" else None
         sampler = engines.open_sampler(args.model, args.sampler or "auto", longest, args.seed, end)
         context = longest
-    return evaluate(
+    evaluate(
         sampler, problems, args.budgets, args.mode, args.n, args.out, tokenizer=tokenizer, context=context,
         wording=wording, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
         seed=args.seed, require_think=args.require_think, think_end=args.think_end or "</think>",
@@ -530,20 +513,12 @@ def evaluate_model(args: argparse.Namespace) -> dict:
     )  # fmt: skip
 
 
-def command(argv: list[str] | None) -> None:
+@data.exit_code("evaluate.py")
+def main(argv: list[str] | None = None) -> None:
+    """The command: measure a model, or saved samples."""
     args = parse_args(argv)
     check_args(args)
-    if args.samples:
-        from_samples(
-            args.samples, args.out, regrade=args.regrade, require_think=bool(args.require_think),
-            think_end=args.think_end, trained_budgets=args.trained_budgets,
-        )  # fmt: skip
-    else:
-        evaluate_model(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluate.py", command, argv)
+    from_samples(args) if args.samples else evaluate_model(args)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ import re
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. The tables. What is written below `@reward(...)` is in REWARDS under its name; its `needs` are the fields
+# ---- 1. The tables. What is written below `@reward(...)` is in REWARDS by its name; `needs` are the fields
 #    that it reads besides correct, truncated and length; `compares_group`: does it depend on the whole group?
 
 
@@ -57,8 +56,7 @@ def register(table, *needs, compares_group=False, name=None):
 REWARDS, ADVANTAGES = Table(), Table()
 reward, advantage = functools.partial(register, REWARDS), functools.partial(register, ADVANTAGES)
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. The batch, a dict `rollouts` of fields: numbers [P, G], or [P] for one a prompt (None is nan), words [P],
+# ---- 2. The batch, a dict `rollouts`: numbers [P, G], or [P] for one a prompt (None is nan), words [P],
 #    texts [P][G], and the single values `step` and `require_think`.
 
 
@@ -137,8 +135,7 @@ def _z_correct(rollouts, eps, ddof):
     return np.where(std > 0, gap / (std + eps), 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Rewards: (rollouts, constants with the paper's values) -> float64 [P, G]. Those that are sums give their
+# ---- 3. Rewards: (rollouts, constants with the paper's values) -> float64 [P, G]. Sums give their
 #    terms by name with parts=True. In the formulas L is the length, c the effective correctness, mean_c the
 #    mean over the correct responses of a group. A truncated answer is everywhere a wrong one.
 
@@ -233,10 +230,8 @@ def curriculum_budget(step, b0=256, gamma=0.7, period=150):
 
 
 @reward("step", "well_formed")
-def curriculum_triangular(
-    rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256, gamma=0.7,
-    period=150, parts=False, band=False,
-):  # fmt: skip
+def curriculum_triangular(rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256,
+                          gamma=0.7, period=150, parts=False, band=False):  # fmt: skip
     """lam_c r_cor c + lam_l R_len + lam_f r_fmt well_formed; R_len = r_max L/B to B, then down to 0 at 2B.
     B = curriculum_budget(step). Wrong answers keep R_len. 2508.08940; length-heavy weights are 0.3 / 0.6."""
     x = _get(rollouts, "length") / curriculum_budget(rollouts["step"], b0, gamma, period)
@@ -246,10 +241,8 @@ def curriculum_triangular(
 
 
 @reward("step", "well_formed")
-def curriculum_band(
-    rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256, gamma=0.7,
-    period=150, parts=False,
-):  # fmt: skip
+def curriculum_band(rollouts, lam_c=0.6, lam_l=0.3, lam_f=0.1, r_cor=1.0, r_max=1.0, r_fmt=1.0, b0=256,
+                    gamma=0.7, period=150, parts=False):  # fmt: skip
     """As curriculum_triangular, but R_len = r_max for every L <= B. 2508.08940: shorter, less right."""
     weights = (lam_c, lam_l, lam_f, r_cor, r_max, r_fmt, b0, gamma, period)
     return curriculum_triangular(rollouts, *weights, parts, band=True)
@@ -378,10 +371,8 @@ def shorter_better(rollouts, alpha=2.0, beta=1e-3, parts=False):
 
 
 @reward("well_formed")
-def laser(
-    rollouts, target=2048, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5, reward_malformed=-1.0,
-    parts=False,
-):  # fmt: skip
+def laser(rollouts, target=2048, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5, reward_malformed=-1.0,
+          parts=False):  # fmt: skip
     """1 right, -0.5 wrong, -1 malformed or truncated; + bonus if right and L <= target tokens. 2505.15612.
     Needs `well_formed` [P, G], which overrides correctness."""
     ok = _get(rollouts, "well_formed") * _finished(rollouts) > 0
@@ -399,20 +390,16 @@ def laser_target(rollouts, targets=LASER_TARGETS):
 
 
 @reward("well_formed", compares_group=True)
-def laser_d(
-    rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5,
-    reward_malformed=-1.0, parts=False,
-):  # fmt: skip
+def laser_d(rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5,
+            reward_malformed=-1.0, parts=False):  # fmt: skip
     """laser at the target of the prompt's class. 2505.15612, where a monitor set moves the targets."""
     target = laser_target(rollouts, targets)
     return laser(rollouts, target, bonus, reward_correct, reward_wrong, reward_malformed, parts)
 
 
 @reward("well_formed", "repetitive", compares_group=True)
-def laser_de(
-    rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5,
-    reward_malformed=-1.0, parts=False,
-):  # fmt: skip
+def laser_de(rollouts, targets=LASER_TARGETS, bonus=0.5, reward_correct=1.0, reward_wrong=-0.5,
+             reward_malformed=-1.0, parts=False):  # fmt: skip
     """laser_d; bonus also for a wrong, well-formed answer above the target, unless `repetitive` [P, G]."""
     terms = laser_d(rollouts, targets, bonus, reward_correct, reward_wrong, reward_malformed, parts=True)
     wrong = _get(rollouts, "well_formed") * _finished(rollouts) * (1 - _c(rollouts)) > 0
@@ -542,8 +529,7 @@ def affectgpt(rollouts, k_max=8, weight=1.0, parts=False):
     return _sum({"correct": _c(rollouts), "length": -weight * excess}, parts)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. Advantages: (rewards [P, G], rollouts, **hyper-parameters) -> [P, G], one number for all tokens of a
+# ---- 4. Advantages: (rewards [P, G], rollouts, **hyper-parameters) -> [P, G], one number for all tokens of a
 #    rollout. Equal rewards, or a rollout alone, give exactly 0: noise over a tiny std would be a gradient.
 
 

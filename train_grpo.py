@@ -38,16 +38,16 @@ from tqdm import tqdm
 
 import data
 import methods
-from data import BadInput
+from data import BadInput, add_up
 from rewards import ADVANTAGES, REWARDS
 from scaling import model as net
+from scaling import shared_prompt
 from verifier import check_answers
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
-# -----------------------------------------------------------------------------
-# Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
+# ---- Flags. `@FILE` reads them from a recipe; a later flag overrides an earlier one.
 
 
 def build_parser():
@@ -127,6 +127,7 @@ def build_parser():
 
 
 def parse_args(argv=None):
+    """Flags of the command line, the toy's or a resumed run's; BadInput for the mistakes that people make."""
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     try:
         args = parser.parse_args(argv)
@@ -185,16 +186,11 @@ def print0(*words, **options):
         print(*words, flush=True, **options)
 
 
-def add_up(counters):
-    return {k: sum(c.get(k, 0) for c in counters) for k in sorted({k for c in counters for k in c})}
-
-
-# -----------------------------------------------------------------------------
-# The sampler: a vLLM engine in this process, on this GPU.
+# ---- The sampler: a vLLM engine in this process, on this GPU.
 
 
 class VLLM:
-    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, rows, sleep=False, **more):
+    def __init__(self, path, tokenizer, stops, max_model_len, dtype, seed, memory, seqs, sleep=False, **more):
         # In this process and not in one of its own: so weights can be handed over as plain tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -215,7 +211,7 @@ class VLLM:
             options = {"enforce_eager": True}
         options |= {"distributed_executor_backend": "external_launcher"} if WORLD > 1 else {}
         self.llm = vllm.LLM(
-            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(rows, 512),
+            model=path, dtype=dtype, seed=seed, max_model_len=max_model_len, max_num_seqs=min(seqs, 512),
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled, temperature included
             enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **options, **more,
         )  # fmt: skip
@@ -224,7 +220,7 @@ class VLLM:
     def generate(self, prompts, n, caps, temperature, seed, top_p=1.0, stop_ids=None, **more):
         """n responses {"ids" [L], "logps" [L], "truncated"} to each prompt (token ids), of caps[i] tokens.
 
-        The end token ends ids. Equal `seed`, equal call; logps: nats, without top_p. `more`: SamplingParams.
+        ids hold the end token, too. Same call, same seed: same responses. logps: nats. more: SamplingParams.
         """
         torch.manual_seed(seed)  # the engine draws from the generators of this process
         np.random.seed(seed % 2**32)
@@ -271,8 +267,7 @@ def pick_sampler(name):
     return name if name != "auto" else "vllm" if installed and DEVICE.type == "cuda" else "hf"
 
 
-# -----------------------------------------------------------------------------
-# Rollouts
+# ---- Rollouts
 
 
 def draw_rows(rows, position, n, seed):
@@ -283,8 +278,8 @@ def draw_rows(rows, position, n, seed):
 
 
 def roll_out(sampler, rows, requests, method, tokenizer, args, key):
-    """(a checked group of responses to each row, counters of the check). Each process samples its share,
-    all get the whole batch: advantages and memories cannot differ between them."""
+    """(a checked group of responses to each row, counters of the check). Each process samples its share, all
+    get the whole batch: advantages cannot differ. key: [step, ...], new at each call, seeds the sampling."""
     own = slice(len(rows) * RANK // WORLD, len(rows) * (RANK + 1) // WORLD)
     rows, requests = rows[own], requests[own]
     seed = int(np.random.SeedSequence([args.seed, key[0], RANK, *key[1:]]).generate_state(1)[0])
@@ -293,10 +288,10 @@ def roll_out(sampler, rows, requests, method, tokenizer, args, key):
     caps = [q["cap"] - len(q["forced"]) for q in flat]
     answers = iter(sampler.generate(prompts, flat[0]["n"], caps, args.temperature, seed) if flat else [])
     groups = [[] for _ in requests]
-    for group, parts in zip(groups, requests, strict=True):
-        for q in parts:
+    for group, requested in zip(groups, requests, strict=True):
+        for q in requested:
             forced = np.array(q["forced"], np.int32)
-            unknown = np.full(len(forced), np.nan, np.float32)  # the sampler did not choose them
+            unknown = np.full(len(forced), np.nan, np.float32)  # not sampled; they have a loss all the same
             for r in next(answers):
                 r["ids"], r["logps"] = np.append(forced, r["ids"]), np.append(unknown, r["logps"])
                 group.append(r | {"prompt_ids": q["prompt_ids"], **q["tags"]})
@@ -330,9 +325,9 @@ def reward_and_advantage(groups, rows, method, args, step):
     rollouts["budget"] = np.array([row.get("budget") or np.nan for row in rows], dtype=float)
     rollouts |= {"mode": [row.get("mode") for row in rows], "step": step, "require_think": args.require_think}
     rollouts |= method.reward_inputs(groups, rows, step)
-    reward, options = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
-    total, sums = reward(rollouts, **options), "parts" in inspect.signature(reward).parameters
-    parts = reward(rollouts, **options, parts=True) if sums else {}
+    reward, constants = REWARDS[args.reward], args.reward_args | rollouts.pop("constants", {})
+    total, is_sum = reward(rollouts, **constants), "parts" in inspect.signature(reward).parameters
+    parts = reward(rollouts, **constants, parts=True) if is_sum else {}  # its terms by name
     # GDPO normalises each part by itself before they are added; all others see their sum.
     scored = np.stack(list(parts.values()) or [total]) if args.advantage == "gdpo" else total
     return rollouts, total, parts, ADVANTAGES[args.advantage](scored, rollouts, **args.advantage_args)
@@ -348,8 +343,8 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
         position += missing
         method.begin_step(step, turn, new_rows, rows, ask)
         requests, key = [method.requests(row) for row in new_rows], [step, turn] if turn else [step]
-        new, n = roll_out(sampler, new_rows, requests, method, tokenizer, args, key)
-        seen, seen_rows, counts = seen + new, seen_rows + new_rows, add_up([counts, n])
+        new, checked = roll_out(sampler, new_rows, requests, method, tokenizer, args, key)
+        seen, seen_rows, counts = seen + new, seen_rows + new_rows, add_up([counts, checked])
         if args.dynamic_sampling == "none":
             return new, new_rows, position, (new, new_rows), counts
         rollouts, reward, _, _ = reward_and_advantage(new, new_rows, method, args, step)
@@ -360,18 +355,16 @@ def sample_batch(sampler, rows, method, tokenizer, args, step, position, ask):
             break
     n, right = args.prompts_per_step, np.mean([r["correct"] for group in seen for r in group])
     counts |= {"sampled_groups": len(seen), "kept_groups": min(len(groups), n), "sampled_accuracy": right}
-    counts["kept_groups"] = min(len(groups), n)
-    groups, kept = (groups, kept) if groups else (seen, seen_rows)
+    groups, kept = (groups, kept) if groups else (seen, seen_rows)  # all alike: a step that teaches nothing
     return groups[:n], kept[:n], position, (seen, seen_rows), counts
 
 
-# -----------------------------------------------------------------------------
-# Loss and update. Response tokens of a micro-batch lie in one flat row [T]; t["row"] says of which response.
+# ---- Loss and update. Response tokens of a micro-batch are one flat row [T]; t["row"] says whose.
 
 
 def token_weights(lengths, reduction, cap):
-    """What a token of each response weighs. Fixed over the WHOLE batch, before it is split over micro-batches
-    and processes: the loss is a weighted sum, so it cannot depend on the split."""
+    """What a token of each response weighs. Fixed over all responses of an OPTIMIZER STEP, before their split
+    over micro-batches and processes: the loss is a weighted sum, so it cannot depend on the split."""
     lengths = np.array(lengths, dtype=float)
     if reduction == "token_mean":  # DAPO, 2503.14476
         return np.ones_like(lengths) / max(lengths.sum(), 1)
@@ -381,7 +374,7 @@ def token_weights(lengths, reduction, cap):
 
 
 def response_sums(x, t, n):
-    """The sum of x [T] over the tokens with a loss of each of n responses, at each of its tokens [T]."""
+    """At each token [T]: the sum of x [T] over those tokens of its response that have a loss; n responses."""
     return x.new_zeros(n).index_add(0, t["row"], x * t["mask"])[t["row"]]
 
 
@@ -394,7 +387,7 @@ def sequence_ratio(logp, t, n):
 def policy_loss(logp, t, args):
     """The clipped objective of the tokens [T], and sums of its diagnostics over those that have a loss.
 
-    t: old_logp, sampler_logp, ref_logp, advantage, weight, mask [T]; sequence_ratio, _gap: see backward().
+    t: old_logp, sampler_logp, ref_logp, advantage, weight, mask [T]; sequence_ratio, sequence_gap.
     """
     old = logp.detach() if t["old_logp"] is None else t["old_logp"]  # at first it is the policy that sampled
     # Ratios beyond e^20 only come from a broken run; the clamp keeps them finite, so that it can be seen.
@@ -434,11 +427,11 @@ def micro_batches(batch, limit):
     memory at the start. Every process gets equally many."""
     batch = sorted(batch, key=size, reverse=True)
     turns, shares = [*range(WORLD), *reversed(range(WORLD))], [[] for _ in range(WORLD)]
-    for i, r in enumerate(batch):
+    for i, unit in enumerate(shared_prompt.units(batch, limit, WORLD)):
         micros = shares[turns[i % len(turns)]]
-        if not micros or (len(micros[-1]) + 1) * size(micros[-1][0]) > limit:
+        if not micros or (len(micros[-1]) + len(unit)) * size(micros[-1][0]) > limit:
             micros.append([])
-        micros[-1].append(r)
+        micros[-1] += unit
     # Shards are gathered by all processes together: one with fewer micro-batches runs weightless fillers.
     filler = {"advantage": 0.0, "weight": 0.0, "mask": np.zeros(len(batch[-1]["ids"]), np.float32)}
     return shares[RANK] + [[batch[-1] | filler]] * (max(map(len, shares)) - len(shares[RANK]))
@@ -452,7 +445,8 @@ def to_tensors(micro):
         ids[i, : prompts[i]], ids[i, prompts[i] : size(r)] = r["prompt_ids"], r["ids"]
     row, starts = np.repeat(np.arange(len(micro)), lengths), np.cumsum(lengths) - lengths
     # A token is predicted one place before it stands.
-    flat = {"row": row, "column": np.arange(len(row)) - starts[row] + prompts[row] - 1}
+    flat = {"ids": ids, "row": row, "column": np.arange(len(row)) - starts[row] + prompts[row] - 1}
+    flat |= {"prompt": prompts if shared_prompt.pays(micro) else None, "sequence_ratio": None}
     flat["target"] = np.concatenate([r["ids"] for r in micro]).astype(np.int64)
     flat["sampler_logp"] = np.concatenate([r["logps"] for r in micro])
     flat["mask"] = np.concatenate([r["mask"] for r in micro])
@@ -461,8 +455,7 @@ def to_tensors(micro):
     flat["advantage"] = np.concatenate([np.full(len(r["ids"]), r["advantage"], np.float32) for r in micro])
     for name in ("old_logp", "ref_logp"):
         flat[name] = np.concatenate([r[name + "s"] for r in micro]) if name + "s" in micro[0] else None
-    t = {k: None if v is None else torch.from_numpy(v).to(DEVICE) for k, v in flat.items()}
-    return t | {"ids": torch.from_numpy(ids).to(DEVICE), "sequence_ratio": None}
+    return {k: None if v is None else torch.from_numpy(v).to(DEVICE) for k, v in flat.items()}
 
 
 @torch.no_grad()
@@ -487,7 +480,7 @@ def backward(model, micro, args):
         t["sequence_ratio"] = sequence_ratio(logp, t, n)
         t["sequence_gap"] = response_sums((t["old_logp"] - t["sampler_logp"]).nan_to_num(0.0), t, n)
     for part in head.parts():  # a chunk of tokens at a time: their logits never exist all at once
-        of_part = {k: v if v is None or k == "ids" else v[part] for k, v in t.items()}
+        of_part = {k: v if v is None or k in ("ids", "prompt") else v[part] for k, v in t.items()}
         logp, entropy = head.logps(part, of_part["target"])
         loss, stats = policy_loss(logp.requires_grad_(), of_part, args)
         loss.backward()
@@ -501,26 +494,26 @@ def backward(model, micro, args):
 def update(model, reference, optimizer, batch, method, args):
     """--minibatches optimizer steps over the batch, the same on every process; means of the diagnostics."""
     n, sums, norms = args.minibatches, Counter(), []
-    parts = [part for k in range(n) if (part := batch[len(batch) * k // n : len(batch) * (k + 1) // n])]
-    for part in parts:
-        for r in part:  # by place, never by value: an end token that is also the padding has a loss
+    minibatches = [b for k in range(n) if (b := batch[len(batch) * k // n : len(batch) * (k + 1) // n])]
+    for minibatch in minibatches:
+        for r in minibatch:  # by place, never by value: an end token that is also the padding has a loss
             r.setdefault("mask", np.ones(len(r["ids"]), np.float32))
-        weights = token_weights([r["mask"].sum() for r in part], args.loss_reduction, args.max_tokens)
-        for r, weight in zip(part, weights, strict=True):
+        weights = token_weights([r["mask"].sum() for r in minibatch], args.loss_reduction, args.max_tokens)
+        for r, weight in zip(minibatch, weights, strict=True):
             r["weight"] = weight
-    for part in parts[1:]:  # later steps compare with the policy that sampled
-        add_logps(model, part, "old_logps", args)
-    for part in parts if args.kl_coef else []:
+    for minibatch in minibatches[1:]:  # later steps compare with the policy that sampled
+        add_logps(model, minibatch, "old_logps", args)
+    for minibatch in minibatches if args.kl_coef else []:
         with net.without_adapters(reference):
-            add_logps(reference, part, "ref_logps", args)
+            add_logps(reference, minibatch, "ref_logps", args)
     learned = [p for group in optimizer.param_groups for p in group["params"]]
-    for part in parts:
-        method.before_update(model, part, lambda m, rs, name: add_logps(m, rs, name, args))
-        for micro in micro_batches(part, args.micro_tokens):
+    for minibatch in minibatches:
+        method.before_update(model, minibatch, lambda m, rs, name: add_logps(m, rs, name, args))
+        for micro in micro_batches(minibatch, args.micro_tokens):
             sums.update(backward(model, micro, args))
         for p in learned if WORLD > 1 else []:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            # A sum: the weights divide by the whole batch already. FSDP has taken the mean.
+            # A sum: the weights divide by the whole minibatch already. FSDP has taken the mean.
             p.grad.mul_(WORLD) if args.fsdp else dist.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(learned, 1.0)
         norms.append((norm.full_tensor() if args.fsdp else norm).item())
@@ -529,22 +522,24 @@ def update(model, reference, optimizer, batch, method, args):
     sums = add_up(gather_object([{k: float(v) for k, v in sums.items()}]))
     per_token = ["entropy", "clip_fraction", "logp_gap", *(["kl"] if args.kl_coef else [])]
     means = {k: sums.get(k, 0.0) / max(sums.get("tokens", 0), 1) for k in per_token}
-    means |= {"loss": sums.get("loss", 0.0) / max(len(parts), 1), "grad_norm": float(np.mean(norms or [0.0]))}
+    loss = sums.get("loss", 0.0) / max(len(minibatches), 1)
+    means |= {"loss": loss, "grad_norm": float(np.mean(norms or [0.0]))}
     return means | {"padding": 1 - sums.get("real", 0) / max(sums.get("padded", 0), 1)}
 
 
 def learning_rate(step, args):
+    """Of this step: linear warm-up, then --lr-schedule to the end of training."""
     warm, after = min(1, (step + 1) / max(1, args.warmup_steps)), max(0, step - args.warmup_steps)
     done = after / max(1, args.steps - args.warmup_steps)
     decay = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
     return args.lr * warm * decay[args.lr_schedule]
 
 
-# -----------------------------------------------------------------------------
-# Checkpoints: a Hugging Face folder that vLLM and evaluate.py load, plus trainer_state.pt for --resume.
+# ---- Checkpoints: a Hugging Face folder that vLLM and evaluate.py load, plus trainer_state.pt for --resume.
 
 
 def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
+    """OUT/checkpoint-STEP, whole or not at all; the newest two are kept. Every process calls it."""
     folder, beside = f"{out}/checkpoint-{step}", f"{out}/checkpoint-{step}.tmp"
     # Adapters and shards are made whole by all processes; one keeps and writes them.
     state |= net.trained_state(model, optimizer)
@@ -611,11 +606,11 @@ def open_run(args, step):
         return trackers.start(args, step)
 
 
-# -----------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
 def main(argv=None):
+    """A whole run, from flags to the last evaluation. Every process calls it."""
     args = parse_args(argv)
     if args.model is None:
         from toy.prepare import prepare
@@ -684,16 +679,17 @@ def main(argv=None):
         signal.signal(number, lambda n, _: (signals.append(n), signals[2:] and sys.exit(1)))
     print0(f"{model.num_parameters() / 1e6:.2f}M parameters, {WORLD} x {DEVICE.type}, {len(rows)} rows, "
            f"sampler {kind}: {args.reward}, {args.advantage}, {args.method}")  # fmt: skip
-    if args.eval_every and step == 0:
-        evaluate_now(sampler, asked, args, state, "eval-0")
     bar = tqdm(total=args.steps, initial=step, disable=True if RANK else None, unit="step")
     while step < args.steps:
+        if args.eval_every and step % args.eval_every == 0:  # what was evaluated where a run goes on stays
+            evaluate_now(sampler, asked, args, state, f"eval-{step}", step == saved.get("step"))
+
         # ---- sample a group of responses to each prompt, check the answers
         t0 = time.time()
         sampled = sample_batch(sampler, rows, method, tokenizer, args, step, position, ask)
         groups, batch_rows, position, seen, counts = sampled
 
-        # ---- reward and advantage: every token of a response shares its advantage
+        # ---- reward and advantage, one number for all tokens of a response unless a method changes it later
         rollouts, reward, parts, advantage = reward_and_advantage(groups, batch_rows, method, args, step)
         for i, group in enumerate(groups):
             for r, a in zip(group, advantage[i], strict=True):
@@ -713,10 +709,10 @@ def main(argv=None):
             sampler.sleep()
         m = update(model, reference, optimizer, batch, method, args)
         if not np.isfinite([m["loss"], m["grad_norm"], reward.sum()]).all():
-            sys.exit(f"train_grpo.py: error: step {step}, not finite: reward {reward.sum()}, {m}; lower --lr")
+            sys.exit(f"train_grpo.py: error: step {step + 1}, not finite: {reward.sum()}, {m}; lower --lr")
         # float32 engines agree to 2e-5 (measured), bf16 ones to hundredths: more is a lost sync.
         if m["logp_gap"] > (1e-3 if args.dtype == "float32" and DEVICE.type == "cpu" else 0.1):
-            sys.exit(f"train_grpo.py: error: step {step}: the sampler lacks the trainer's weights: "
+            sys.exit(f"train_grpo.py: error: step {step + 1}: the sampler lacks the trainer's weights: "
                      f"log-probs are {m['logp_gap']:.2g} apart on average")  # fmt: skip
         t2 = time.time()
 
@@ -737,8 +733,6 @@ def main(argv=None):
             save_checkpoint(args.out, step, model, tokenizer, optimizer, trainer, args)
         if stop:
             break
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            evaluate_now(sampler, asked, args, state, f"eval-{step}")
     bar.close()
     if step < args.steps:
         print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")
@@ -749,6 +743,7 @@ def main(argv=None):
 
 
 def load_rows(args):
+    """Rows of --data, with budgets drawn if --budgets says so; BadInput where they cannot be trained on."""
     rows = data.load_problems(args.data)[: args.limit or None]
     if args.budgets:
         mode = "none" if args.budgets == "none" else args.mode

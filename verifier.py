@@ -378,10 +378,8 @@ def _equal(pair: tuple, texts: str) -> bool:
             return False  # one is ordered, the other a set in braces
         found, wanted = sorted(pair, key=lambda x: isinstance(x, FiniteSet))[::-1]  # a list is ordered, then
     # math-verify takes 2^-2013 and 3^-2013 both for 0, and 2e-7 and 4e-7 too; UnevaluatedExpr: a percentage.
-    if (
-        all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in pair)
-        and found != wanted
-    ):
+    numbers = all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in pair)
+    if numbers and found != wanted:
         gap = (found - wanted).doit()
         tolerance = 0 if gap.is_Rational else 1e-5 if any(x.has(Float) for x in pair) else 1e-12
         if not abs(gap.evalf(15)) <= tolerance * abs(wanted.evalf(15)):
@@ -514,12 +512,6 @@ def _start() -> Popen:
         reason = reply[2] if reply else "no sign of it"
         raise RuntimeError(f"the answer-checking process did not start: {reason}")
     return worker
-
-
-def start_workers(n: int) -> None:
-    """Starts workers until n are idle, say before CUDA is in use; else they start when they are needed."""
-    while len(_IDLE) < n:
-        _IDLE.append(_start())
 
 
 def _solve(task: str, timeout: float) -> tuple[bool, str]:

@@ -25,7 +25,7 @@ import numpy as np
 
 import data
 import evaluate
-from data import BadInput, run
+from data import BadInput, exit_code
 from evaluation import engines, report
 from evaluation.samples import check_writable
 from studies import edits
@@ -36,8 +36,7 @@ FITTED = 16  # problems whose lengths, not answers, stop_scale's k is fitted on,
 # The first that the tokenizer can write; the toy's cannot write the published texts.
 WAIT_TEXTS, FINAL_TEXTS = ("Wait", "wait"), ("\n\nFinal Answer:", "")
 
-# ------------------------------------------------------------------------------------------------------------
-# Decoding. Prompts are lists of token ids; budgets and lengths are tokens of the response.
+# ---- Decoding. Prompts are lists of token ids; budgets and lengths are tokens of the response.
 
 
 def stop_bias(ids: list[int], scale: float) -> dict[int, float]:
@@ -154,8 +153,7 @@ class Baseline:
         return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The sweep
+# ---- The sweep
 
 
 def fit_scale(baseline: Baseline, prompts: list, budget: int, sampling: dict, tries: int = 10) -> tuple:
@@ -214,8 +212,7 @@ def sweep(args: argparse.Namespace) -> None:
     print(f"\npaired: python -m evaluation.compare {args.out}/* --out {args.out.rstrip('/')}_compared")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -267,13 +264,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise BadInput(f"--out {args.out} holds a run of {method}: name another folder")
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("evaluation.baselines")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.run(args)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.baselines", command, argv)
 
 
 if __name__ == "__main__":

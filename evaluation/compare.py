@@ -9,11 +9,11 @@ so that a problem that is hard for all of them widens no difference. A run witho
 """
 
 import argparse
-import json
 import os
 import sys
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
+from evaluate import read_results
 from evaluation import metrics, plots, report
 from evaluation.samples import check_writable, name_folders, read_samples, write_json
 
@@ -22,10 +22,9 @@ COMPARED = {"accuracy": "accuracy", "mean_length": "length", "abs_error": "abs e
 
 def read_table(folder: str) -> dict:
     """metrics.py's table of an evaluation's samples: beside its results, or where these were made from."""
-    path, results = (os.path.join(folder, name) for name in ("samples.jsonl", "results.json"))
-    if not os.path.exists(path) and os.path.exists(results):
-        with open(results, encoding="utf-8") as f:
-            path = json.load(f).get("samples") or path
+    path = os.path.join(folder, "samples.jsonl")
+    if not os.path.exists(path):
+        path = read_results(os.path.join(folder, "results.json")).get("samples") or path
     table = {}
     for sample in read_samples(path, flag=folder):
         metrics.add(table, sample)
@@ -93,7 +92,8 @@ def table_rows(budgets: dict, ask_by: dict) -> list[list[str]]:
     return rows
 
 
-def compare(argv: list[str] | None) -> None:
+@exit_code("evaluation.compare")
+def main(argv: list[str] | None = None) -> None:
     """Compare finished evaluations; compare.json, pictures and report.html go to --out."""
     parser = argparse.ArgumentParser("-m evaluation.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="evaluations: FOLDER or LABEL=FOLDER")
@@ -132,10 +132,6 @@ def compare(argv: list[str] | None) -> None:
     report.write(os.path.join(args.out, "report.html"), " / ".join(models), models, sections, [])
     write_json(os.path.join(args.out, "compare.json"), result)
     print(f"compare: compare.json, pictures and report.html in {args.out}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.compare", compare, argv)
 
 
 if __name__ == "__main__":

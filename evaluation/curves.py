@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
 from evaluation import plots
 from evaluation.samples import check_writable, name_folders
 
@@ -84,7 +84,8 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
             ax.set_xlabel("steps")
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("evaluation.curves")
+def main(argv: list[str] | None = None) -> None:
     """Draw the curves of these runs, say where each stands."""
     parser = argparse.ArgumentParser("-m evaluation.curves", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="--out folders of runs, or LABEL=FOLDER")
@@ -102,10 +103,6 @@ def command(argv: list[str] | None) -> None:
     os.makedirs(out, exist_ok=True)
     draw(runs, f"{out}/curves.png")
     print(f"learning curves in {out}/curves.png")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("evaluation.curves", command, argv)
 
 
 if __name__ == "__main__":

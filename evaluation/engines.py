@@ -31,8 +31,7 @@ TIMEOUT = 1800.0  # seconds: a long chain of thought on a busy server
 ENDS = dict.fromkeys(("stop", "eos", "end_turn", "tool_calls"), "stop")
 ENDS |= dict.fromkeys(("length", "max_tokens"), "length")
 
-# ------------------------------------------------------------------------------------------------------------
-# How a budget is asked for
+# ---- How a budget is asked for
 
 ASK_BYS = "sentence, thinking-token-budget, template:VARIABLE, effort:low,medium,high"
 ASK_BY = r"sentence|thinking-token-budget|template:[A-Za-z_]\w*|effort:\w+(,\w+)*"
@@ -56,8 +55,7 @@ def template_variables(asked: dict, tokenizer) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# In this process
+# ---- In this process
 
 
 def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0, closed_by: str | None = None):
@@ -151,8 +149,7 @@ def versions() -> dict:
     return found | {name: sys.modules[name].__version__ for name in used}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Servers
+# ---- Servers
 
 
 class Server:

@@ -1,12 +1,9 @@
 """Budget sweeps during training, with the trainer's own engine."""
 
-import json
-import os
-
 import numpy as np
 
 from data import BadInput, budget_prompt
-from evaluate import budget_list, evaluate, load_data, plan
+from evaluate import budget_list, evaluate, load_data, plan, read_results
 from evaluation.report import plain_table, show
 
 ASKED = ("problem", "budget", "mode", "kind")
@@ -32,12 +29,15 @@ def plan_evaluation(rows: list[dict], tokenizer, context: int, args) -> dict:
     return found | {"max_tokens": cap, "room": longest + cap}
 
 
-def evaluate_now(sampler, asked: dict, args, state, name: str) -> None:
-    """Asks what plan_evaluation made; samples, results and report go to OUT/name. Every process calls it."""
+def evaluate_now(sampler, asked: dict, args, state, name: str, resume=False) -> None:
+    """Asks what plan_evaluation made; samples, results and report go to OUT/name. Every process calls it.
+
+    With `resume` what is there already stays: it has to be the same model's.
+    """
     told = print if state.is_main_process else lambda *words: None
     evaluate(
         sampler, n=2, out=f"{args.out}/{name}", wording=args.wording, temperature=args.temperature, top_p=1.0,
-        seed=args.seed, model=args.model, log=told, require_think=args.require_think,
+        seed=args.seed, model=args.model, log=told, resume=resume, require_think=args.require_think,
         think_end=args.think_end, state=state, tokenizer=sampler.tokenizer,
         context=sampler.max_model_len, **{k: v for k, v in asked.items() if k != "room"},
     )  # fmt: skip
@@ -47,14 +47,13 @@ def evaluate_now(sampler, asked: dict, args, state, name: str) -> None:
 
 def before_and_after(out: str) -> str:
     """A table of OUT/eval-0 and OUT/eval: mean absolute error and accuracy at every budget, per data set."""
-    folders = [f"{out}/eval-0", f"{out}/eval"]
-    if not os.path.exists(f"{folders[0]}/results.json"):
-        return f"results: {folders[1]}"
-    before, after = (json.load(open(f"{folder}/results.json"))["datasets"] for folder in folders)
+    before, after = (read_results(f"{out}/{name}/results.json") for name in ("eval-0", "eval"))
+    if not before:
+        return f"results: {out}/eval"
     rows = [["data", "asked", "error before -> after", "right before -> after"]]
-    for name, part in after.items():
+    for name, part in after["datasets"].items():
         for budget, new in part["budgets"].items():
-            if old := before.get(name, {"budgets": {}})["budgets"].get(budget):
+            if old := before["datasets"].get(name, {"budgets": {}})["budgets"].get(budget):
                 changes = [f"{show(old[key])} -> {show(new[key])}" for key in ("abs_error", "accuracy")]
                 rows.append([name, budget, *changes])
-    return f"{plain_table(rows)}\npictures, samples and the report: {folders[1]}"
+    return f"{plain_table(rows)}\npictures, samples and the report: {out}/eval"

@@ -22,8 +22,7 @@ from verifier import boxed_answers
 DRAWS = 1000  # bootstrap resamples
 OVERTHINKING = 1000  # tokens of thinking at which a right answer is worth nothing (2508.13141)
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Metrics: pure functions of numbers
+# ---- 1. Metrics: pure functions of numbers
 
 
 def length_error(length: ArrayLike, budget: ArrayLike) -> dict:
@@ -163,8 +162,7 @@ METRICS = (length_error, over_budget, within10, log_linear_fit, pass_at_k, major
 METRICS += (standard_error, correlation, ruler_pm_fm, yapscore, yapindex, length_controlled_winrate)
 METRICS = {function.__name__: function for function in METRICS}  # what tests/data/golden.json calls
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Bootstrap over problems
+# ---- 2. Bootstrap over problems
 
 
 def resamples(problems: int, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
@@ -194,8 +192,7 @@ def bootstrap(columns: dict[str, tuple], seed: int = 0) -> dict[str, np.ndarray]
     return dict(zip(columns, np.transpose(drawn), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Samples -> table. It keeps a few numbers per sample and no text, since a file of generations may be
+# ---- 3. Samples -> table. It keeps a few numbers per sample and no text, since a file of generations may be
 # larger than the memory: {data set: {"ids": {problem id: row}, "texts", "modes", "cells": {budget: columns}}}
 
 
@@ -243,8 +240,7 @@ def add(table: dict, sample: dict, think_end: str = "</think>") -> None:
     part["ask_by"] |= {sample.get("ask_by") or sample.get("baseline") or by_mode} - {None}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Table -> figures
+# ---- 4. Table -> figures
 
 FIGURES = ("accuracy", "mean_length", "signed_error", "abs_error", "within_10", "over_budget")
 FIGURES += ("over_budget_500", "truncated", "thinking_length", "length_score", "overthinking_auc")

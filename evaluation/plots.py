@@ -61,8 +61,7 @@ def path_of(out: str, kind: str, name: str, names: Sequence[str]) -> str:
     return os.path.join(out, f"{kind}{suffix}.png")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pieces that several pictures share
+# ---- Pieces that several pictures share
 
 
 def plain_ticks(axis, values: Sequence[float]) -> None:
@@ -90,8 +89,7 @@ def legend(ax) -> None:
     ax.legend(found.values(), found.keys(), fontsize=8.5, **place)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures of a model. `lengths`: {budget: lengths}, budget None is the run without one
+# ---- Pictures of a model. `lengths`: {budget: lengths}, budget None is the run without one
 
 
 def draw_violins(ax, lengths: dict, trained: list[int] | None, axis: list[int] | None = None) -> None:
@@ -209,8 +207,7 @@ def draw_error(ax, figures: dict, trained: list[int] | None) -> None:
     legend(ax)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Several models
+# ---- Several models
 
 
 def draw_models(curves: dict, lengths: dict, out: str) -> list[str]:

@@ -18,13 +18,9 @@ SHOWN = 800  # samples in the page's browser: all of some problems, rather than 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 FIELDS = "id sample source problem answer prompt budget mode effort response length finish_reason correct"
 LONGEST = 20_000  # characters of a response that are shown; what is left out of its middle is said
-COLUMNS = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length", "signed": "signed_error"}
-COLUMNS |= {
-    "abs error": "abs_error",
-    "within 10%": "within_10",
-    "over": "over_budget",
-    "cut off": "truncated",
-}
+COLUMNS = {"accuracy": "accuracy", "+-": "accuracy_stderr", "length": "mean_length"}
+COLUMNS |= {"signed": "signed_error", "abs error": "abs_error", "within 10%": "within_10"}
+COLUMNS |= {"over": "over_budget", "cut off": "truncated"}
 # The report's further columns; pass@k and maj@k follow.
 MORE = {"median": "median_length", "thinking": "thinking_length", "over by 500": "over_budget_500"}
 MORE |= {"LIFEBench score": "length_score", "AUC OAA": "overthinking_auc"}
@@ -38,8 +34,7 @@ MARKDOWN = {  # heading: figure in results.json, how it is written
 }  # fmt: skip
 MADE = "model sampler ask_by wording mode n temperature top_p max_tokens seed require_think".split()
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables: rows of texts, the first one the heading
+# ---- Tables: rows of texts, the first one the heading
 
 
 def show(value: float | None, ends: Sequence[float] | None = None, form: str = "{:.1%}") -> str:
@@ -114,8 +109,7 @@ def markdown_table(results: dict) -> str:
     return "\n".join([*lines, "", f"{note} Correlation of requested and produced length: {told}."])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
+# ---- The page
 
 
 class Browser:

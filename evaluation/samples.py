@@ -8,9 +8,8 @@ import gzip
 import itertools
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from data import BadInput
 from evaluation.metrics import jsonable
@@ -28,12 +27,12 @@ def check_sample(sample: object, need: Iterable[str]) -> dict:
         raise BadInput(f"no field {', '.join(missing)}; a sample needs {', '.join(need)} (null: not known)")
     for key, least in (("budget", 1), ("length", 0), ("thinking_length", 0)):
         value = sample.get(key)
+        if value is None:
+            continue
         # nan and infinity, which Python's json reads, fail the comparison with their own whole part.
-        if value is not None and (
-            type(value) not in (int, float) or value != value // 1 or not least <= value < 2**31
-        ):
+        if type(value) not in (int, float) or value != value // 1 or not least <= value < 2**31:
             raise BadInput(f"{key} is {value!r}; it must be null or a whole number of tokens from {least}")
-        sample |= {} if value is None else {key: int(value)}
+        sample[key] = int(value)
     if "correct" in need and sample["correct"] not in (0, 1):
         raise BadInput(f"correct is {sample['correct']!r}, not true or false; --regrade checks it anew")
     for key in [*need, "kind", "source", "effort"]:
@@ -105,18 +104,3 @@ def name_folders(specs: list[str]) -> dict[str, str]:
         label = label or os.path.basename(os.path.abspath(folder))
         found[folder if label in found else label] = folder
     return found
-
-
-def sum_counts(counts: list[dict]) -> dict:
-    """Counters added up, name by name."""
-    return {key: sum(c.get(key, 0) for c in counts) for key in sorted({k for c in counts for k in c})}
-
-
-def run(name: str, command: Callable[[list | None], object], argv: list[str] | None) -> int:
-    """The exit code of command(argv): 0, or 2 after a user's mistake, which is told in one line."""
-    try:
-        command(argv)
-    except BadInput as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -14,9 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from data import BadInput, first_line, one_line_errors, run
-from evaluate import read_results
-from evaluation import report
+from data import BadInput, exit_code, first_line, one_line_errors
+from evaluate import read_results, report
 from train_grpo import load_rows
 
 TEMPLATE = Path(__file__).with_name("card_page.md")
@@ -72,7 +71,8 @@ def push(folder: str, repo: str) -> None:
     print(f"uploaded: {done.commit_url}")
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("integrations.card")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("integrations.card", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--eval", help="folder of an evaluation (default: eval beside the checkpoint)")
@@ -81,10 +81,6 @@ def command(argv: list[str] | None) -> None:
     write_card(args.checkpoint, args.eval)
     if args.push_to_hub:
         push(args.checkpoint, args.push_to_hub)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("integrations.card", command, argv)
 
 
 if __name__ == "__main__":

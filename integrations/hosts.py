@@ -24,10 +24,8 @@ load_once = lru_cache(load_tokenizer)
 FIELDS = ("id", "problem", "prompt", "answer", "kind", "budget", "mode", "choices")  # what makes a row
 
 
-def score(
-    reward: str, rows: list[dict], responses: list, tokenizer, group_size: int = 1, step: int = 0,
-    require_think: bool = False, timeout: float = 5.0, **options,
-) -> tuple[list[float], dict]:  # fmt: skip
+def score(reward, rows, responses, tokenizer, group_size=1, step=0, require_think=False, timeout=5.0,
+          **options) -> tuple[list[float], dict]:  # fmt: skip
     """Rewards of responses (token ids) to `rows`, one a response; and the rollouts they were made from.
 
     Rows are those of data.py: answer, budget, mode, kind, choices. The responses to one prompt stand side by
@@ -78,10 +76,8 @@ def trl_reward(reward: str, tokenizer, group_size: int = 1, **options) -> Callab
     return function
 
 
-def compute_score(
-    data_source: str, solution_str: str, ground_truth: str | list, extra_info: dict | None = None,
-    reward: str = "lcpo_exact", tokenizer=None, ids: list[int] | None = None, **options,
-) -> dict:  # fmt: skip
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, reward="lcpo_exact",
+                  tokenizer=None, ids=None, **options) -> dict:  # fmt: skip
     """verl's custom_reward_function, one response a call: {"score", "acc", "length"}; extra_info has the row.
 
     Stock managers pass text without special tokens: it is encoded again by `tokenizer` (a name or path, from
@@ -132,14 +128,11 @@ def open_instruct_score(ids: list, label: str, tokenizer, reward: str = "lcpo_ex
     """
     row = json.loads(label)
     if not isinstance(row, dict) or "answer" not in row:
-        raise ValueError(
-            f"label {label[:40]!r} is not a row: take the column `row` of --export open-instruct"
-        )
+        raise ValueError(f"{label[:40]!r} is not a row: take the column `row` of --export open-instruct")
     return score(reward, [row], [ids], tokenizer, **options)[0][0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows: what data.py --export writes. data.py reads all of them back.
+# ---- Rows: what data.py --export writes. data.py reads all of them back.
 
 
 def user_turn(row: dict) -> list[dict]:
@@ -151,13 +144,10 @@ def to_verl(row: dict, index: int) -> dict:
     """verl's columns, L1's num_tokens (negative: a maximum, -1: none); the rest of the row in extra_info."""
     tokens = -1 if row["budget"] is None else row["budget"] * (1 if row["mode"] == "exact" else -1)
     keys = ("id", "problem", "kind", "budget", "mode", "level", "subject", "choices")
-    return {
-        "data_source": row["source"],
-        "prompt": user_turn(row),
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": row["answer"], "num_tokens": tokens},
-        "extra_info": {"split": "train", "index": index} | {key: row.get(key) for key in keys},
-    }
+    info = {"split": "train", "index": index} | {key: row.get(key) for key in keys}
+    reward = {"style": "rule", "ground_truth": row["answer"], "num_tokens": tokens}
+    found = {"data_source": row["source"], "prompt": user_turn(row), "ability": "math"}
+    return found | {"reward_model": reward, "extra_info": info}
 
 
 def to_trl(row: dict, index: int) -> dict:

@@ -19,13 +19,11 @@ def start(args, step: int = 0) -> Callable[[dict], None]:
     tracker.start()
     tracker.store_init_configuration({key: str(value) for key, value in vars(args).items()})
     atexit.register(tracker.finish)
-    return lambda m: tracker.log(
-        {f"train/{key}": value for key, value in flat(m).items() if key != "step"}, step=m["step"] + 1
-    )
+    return lambda m: tracker.log(flat({k: v for k, v in m.items() if k != "step"}), step=m["step"] + 1)
 
 
-def flat(values: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a/b": 1.0}; only numbers are kept."""
+def flat(values: dict, prefix: str = "train/") -> dict:
+    """{"a": {"b": 1}} -> {"train/a/b": 1.0}; only numbers are kept."""
     found = {}
     for key, value in values.items():
         if isinstance(value, dict):

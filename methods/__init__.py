@@ -23,7 +23,7 @@ def prompt_ids(tokenizer, row, added=""):
 
 
 def request(ids, n, cap, forced=(), **tags):
-    """n responses to a prompt, of `cap` tokens at most; `forced` begin each, `tags` are noted on each."""
+    """n responses to a prompt, of `cap` tokens at most; `forced` begin each, with a loss; `tags`: notes."""
     return {"prompt_ids": ids, "n": n, "cap": cap, "forced": list(forced), "tags": tags}
 
 
@@ -51,7 +51,7 @@ def go_on(responses, sampler, args, seed, n=1):
 class Method:
     """Plain GRPO: every hook does nothing."""
 
-    provides = ()  # fields of the rollouts that reward_inputs() adds, for rewards that read them
+    provides = ()  # fields of the rollouts that rewards may read: noted on the responses, or reward_inputs()
     moves = {}  # {reward: the constant of it that stands still without this method}
     asks_starting_model = False  # a copy of it is kept, for begin_step's ask(..., starting=True)
 
@@ -59,12 +59,12 @@ class Method:
         self.args, self.tokenizer = args, tokenizer
         self.state = {}  # plain numbers, saved with checkpoints
 
+    def row(self, row, step):
+        """The row as it is asked at this step (curricula change its budget). Called before the run, too."""
+        return row
+
     def begin_step(self, step, turn, rows, all_rows, ask):
         """Before sampling; `turn` counts its refills. ask(rows, n, key, starting) samples and checks."""
-
-    def row(self, row, step):
-        """The row as it is asked at this step (curricula change its budget)."""
-        return row
 
     def requests(self, row):
         """The requests that make up a row's group, each for equally many responses."""
@@ -78,7 +78,7 @@ class Method:
 
     def reward_inputs(self, groups, rows, step):
         """Fields for the reward besides lengths and verdicts, [P] or [P, G]; "constants" override its own."""
-        return {}
+        return {name: np.array([[r[name] for r in group] for group in groups]) for name in self.provides}
 
     def learn(self, groups, rows):
         """After the rewards: what the next step remembers of all that was sampled."""
@@ -91,7 +91,7 @@ class Method:
 
     def metrics(self, groups, rollouts, reward):
         """Numbers of its own for metrics.jsonl."""
-        return {}
+        return {name: rollouts[name].mean() for name in self.provides}
 
 
 def names():
@@ -100,8 +100,15 @@ def names():
 
 
 def find(name):
-    """The class of --method NAME."""
-    return Method if name == "plain" else importlib.import_module(f"methods.{name}").METHOD
+    """The class of --method NAME: the last Method that methods/NAME.py defines, or one that it imports."""
+    if name == "plain":
+        return Method
+    path = f"methods.{name}"
+    found = vars(importlib.import_module(path)).values()
+    found = [c for c in found if isinstance(c, type) and issubclass(c, Method) and c is not Method]
+    if not found:
+        raise BadInput(f"methods/{name}.py defines no Method: see methods/hapo.py")
+    return sorted(found, key=lambda c: c.__module__ == path)[-1]
 
 
 KNOWN = {"budget", "mode", "step", "range", *DERIVED}  # what a reward can read without a method
@@ -124,13 +131,13 @@ def make(args, tokenizer, *readers):
 
 def constants(name, function, words):
     """["alpha=0.1", "metric=shortest"] -> {"alpha": 0.1, "metric": "shortest"}, parameters of `function`."""
-    known, found = inspect.signature(function).parameters, {}
+    known, found, empty = inspect.signature(function).parameters, {}, inspect.Parameter.empty
+    having = [k for k in known if known[k].default is not empty and k != "parts"]
     if isinstance(words, dict):  # of a resumed run
         words = [f"{k}={json.dumps(value)}" for k, value in words.items()]
     for word in words:
         k, _, value = word.partition("=")
-        if not value or k == "parts" or k not in known or known[k].default is inspect.Parameter.empty:
-            having = [k for k in known if known[k].default is not inspect.Parameter.empty and k != "parts"]
+        if not value or k not in having:
             near = ", ".join(difflib.get_close_matches(k, having, 1) or having) or "it has none"
             flag = f"--{name.replace('_', '-')} ({word})"
             raise BadInput(f"{flag} must be K=V with K a constant of {function.__name__}: {near}")

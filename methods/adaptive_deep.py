@@ -3,8 +3,6 @@
 Reward adaptive_deep.
 """
 
-import numpy as np
-
 from data import BadInput
 from methods import Method, prompt_ids, request
 
@@ -27,9 +25,6 @@ class AdaptiveDeep(Method):
         n, cap = self.args.group_size // 2, self.args.max_tokens
         return [request(ids, n, cap, long_mode=k) for k, ids in enumerate(prompts)]
 
-    def reward_inputs(self, groups, rows, step):
-        return {"long_mode": np.array([[r["long_mode"] for r in g] for g in groups])}
-
     def metrics(self, groups, rollouts, reward):
         m = {}
         for k, name in enumerate(("short", "long")):
@@ -37,6 +32,3 @@ class AdaptiveDeep(Method):
             m |= {f"{name}_length": rollouts["length"][part].mean()}
             m |= {f"{name}_accuracy": rollouts["correct"][part].mean()}
         return m
-
-
-METHOD = AdaptiveDeep

@@ -69,6 +69,3 @@ class AdaptThink(StartingModel):
             m[f"{name}_length"] = rollouts["length"][part].mean()
             m[f"{name}_accuracy"] = rollouts["correct"][part].mean()
         return m
-
-
-METHOD = AdaptThink

@@ -23,11 +23,14 @@ def segment_advantage(v, p):
 
 
 class Brpo(Method):
-    def __init__(
-        self, args, tokenizer, budgets=(2000, 4000, 6000, 8000), weights=(1, 2, 3, 4), answers=4, length=118,
-        cut="...\n\n...\n\n", ask="\n\n**Final Answer**\n",
-    ):  # fmt: skip
+    def __init__(self, args, tokenizer, budgets=(2000, 4000, 6000, 8000), weights=(1, 2, 3, 4), answers=4,
+                 length=118, cut="...\n\n...\n\n", ask="\n\n**Final Answer**\n"):  # fmt: skip
         super().__init__(args, tokenizer)
+        if args.reward != "correct" or args.overlong_filter:  # the filter drops answers that were cut
+            raise BadInput(f"brpo: --reward ({args.reward}) must be correct, and --overlong-filter not given")
+        rising = type(budgets) in (list, tuple) and sorted({b for b in budgets if type(b) is int and b > 0})
+        if not rising or rising != [*budgets]:
+            raise BadInput(f"brpo: --method-args budgets={budgets} must be a list of whole numbers that rise")
         texts = args.think_end, ask, cut + args.think_end + ask
         self.end, self.ask, self.forced = (tokenizer.encode(x, add_special_tokens=False) for x in texts)
         self.budgets, self.answers, self.shape = budgets, answers, (-1, len(budgets), answers)
@@ -75,6 +78,3 @@ class Brpo(Method):
     def metrics(self, groups, rollouts, reward):
         scores = rollouts["correct"].reshape(self.shape).mean((0, 2)).tolist()
         return {"accuracy_by_budget": dict(zip(map(str, self.budgets), scores, strict=True))}
-
-
-METHOD = Brpo

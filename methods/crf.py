@@ -1,6 +1,5 @@
 """CRF, "Efficient Reasoning via Reward Model": a classifier scores how concise a response is. Reward crf."""
 
-import numpy as np
 import torch
 
 from data import BadInput, load_config, load_tokenizer
@@ -49,12 +48,3 @@ class Crf(Method):
         flat = sum(groups, [])
         for r, score in zip(flat, self.scores([r["text"] for r in flat]), strict=True):
             r["conciseness"] = score
-
-    def reward_inputs(self, groups, rows, step):
-        return {"conciseness": np.array([[r["conciseness"] for r in g] for g in groups])}
-
-    def metrics(self, groups, rollouts, reward):
-        return {"conciseness": rollouts["conciseness"].mean()}
-
-
-METHOD = Crf

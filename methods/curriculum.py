@@ -15,8 +15,6 @@ SCHEDULES = {  # the paper's own, equal ratios, equal differences (the last two 
 
 
 class Curriculum(Method):
-    moves = {"curriculum_triangular": "b0", "curriculum_band": "b0"}
-
     def __init__(self, args, tokenizer, schedule="step", start=256, gamma=0.7, period=150, end=87, steps=600):
         super().__init__(args, tokenizer)
         if schedule not in SCHEDULES:
@@ -40,11 +38,9 @@ class Curriculum(Method):
         return row | {"budget": budget, "mode": mode, "prompt": prompt}
 
     def reward_inputs(self, groups, rows, step):
-        own = self.args.reward in self.moves  # these know one schedule only: here its value is given
+        # These know one schedule only: here its value is given.
+        own = self.args.reward in ("curriculum_triangular", "curriculum_band")
         return {"constants": {"b0": self.budget(step), "gamma": 1.0}} if own else {}
 
     def metrics(self, groups, rollouts, reward):
         return {"scheduled_budget": self.budget(rollouts["step"])}
-
-
-METHOD = Curriculum

@@ -20,9 +20,7 @@ class Dot(Method):
         # A single outlier of n values lies at most (n - 1) / sqrt(n) sample deviations above their mean.
         if not 0 < a < (n - 1) / math.sqrt(n):
             least = next((g for g in range(2, 10**4) if (g - 1) / math.sqrt(g) > a), "none")
-            raise BadInput(
-                f"--method dot, a={a:g}, cuts nothing in {n} responses: --group-size {least} or more"
-            )
+            raise BadInput(f"--method dot, a={a:g}, cuts nothing in {n}: --group-size {least} or more")
 
     def revise(self, groups, rows):
         if not groups:
@@ -37,10 +35,9 @@ class Dot(Method):
                     r |= {"ids": r["ids"][:n], "logps": r["logps"][:n], "length": n, "dot_cut": 1}
                     r["text"] = self.tokenizer.decode(r["ids"], skip_special_tokens=False)
                     cut.append((r, row))
-        verdicts, _ = check_answers(
-            [r["text"] for r, _ in cut], [row["answer"] for _, row in cut], [row["kind"] for _, row in cut],
-            [row.get("choices") for _, row in cut], self.args.require_think, think_end=self.args.think_end,
-        )  # fmt: skip
+        golds, kinds, choices = ([row.get(k) for _, row in cut] for k in ("answer", "kind", "choices"))
+        think = {"require_think": self.args.require_think, "think_end": self.args.think_end}
+        verdicts, _ = check_answers([r["text"] for r, _ in cut], golds, kinds, choices, **think)
         for (r, _), right in zip(cut, verdicts, strict=True):
             r["correct"] = int(right)
 
@@ -49,6 +46,3 @@ class Dot(Method):
         cut = [r for r in sum(groups, []) if "dot_cut" in r]
         mean = np.nanmean(limits) if np.isfinite(limits).any() else np.nan
         return {"dot_threshold": mean, "dot_cut": len(cut), "dot_lost": sum(not r["correct"] for r in cut)}
-
-
-METHOD = Dot

@@ -4,10 +4,9 @@ Its loss is no sum over responses: the wrong ones of a prompt stand in one logar
 of sum(w logp) with a number w for each response: the loop's own loss with advantage -w, weight 1 and ratio 1.
 """
 
-import os
-
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from data import BadInput
 from methods import Method
@@ -59,10 +58,7 @@ class Drpo(Method):
                 table[i] = new.mean(), len(new), moved.sum()
                 # The ratio is 1; the gap to the sampler stays that of the policy that sampled.
                 r |= {"old_logps": r["new_logps"], "logps": (r["logps"] - moved).astype(np.float32)}
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate.utils import gather_object
-
-            table = sum(gather_object([table]))
+        table = sum(gather_object([table]))
         score, length, moved = torch.from_numpy(table).T
         kl = moved.sum() / length.sum()
         group, correct = (torch.tensor([r[k] for r in minibatch]) for k in ("group", "correct"))
@@ -74,6 +70,3 @@ class Drpo(Method):
     def metrics(self, groups, rollouts, reward):
         loss, kl = np.mean(self.told or [(0.0, 0.0)], 0)
         return {"loss": loss, "drpo_kl": kl}
-
-
-METHOD = Drpo

@@ -15,7 +15,7 @@ COSTS = {"low": 1e-4, "medium": 3e-5, "high": 1e-5}
 class Effort(Tldr):
     """costs: lambda of every effort, per token; text: what asks for it, with {} in it."""
 
-    provides = ("level", "token_cost")
+    provides = ("token_cost",)  # its levels are no lengths, as those of TLDR are
 
     def __init__(self, args, tokenizer, costs=COSTS, text="Thinking effort level: {}"):
         if not isinstance(costs, dict) or not costs or "{}" not in text:
@@ -26,6 +26,3 @@ class Effort(Tldr):
     def reward_inputs(self, groups, rows, step):
         fields = super().reward_inputs(groups, rows, step)
         return fields | {"token_cost": np.array([self.costs[e] for e in fields["level"]], float)}
-
-
-METHOD = Effort

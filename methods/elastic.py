@@ -43,6 +43,3 @@ class Elastic(Method):
 
     def metrics(self, groups, rollouts, reward):
         return {"forced_share": np.mean(["forced_end" in r for r in sum(groups, [])])}
-
-
-METHOD = Elastic

@@ -21,6 +21,3 @@ class Grlc(Method):
     def metrics(self, groups, rollouts, reward):
         think = rollouts["think_length"]
         return {"think_length": think.mean(), "answer_length": (rollouts["length"] - think).mean()}
-
-
-METHOD = Grlc

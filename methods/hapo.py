@@ -45,6 +45,3 @@ class Hapo(Method):
         known = np.isfinite(rollouts["history"])
         mean = rollouts["history"][known].mean() if known.any() else np.nan
         return {"history_known": known.mean(), "history_length": mean}
-
-
-METHOD = Hapo

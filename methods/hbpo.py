@@ -4,8 +4,6 @@ The budget is named by the first sentence of the thinking, which is neither trai
 code counts it); in_prompt: it ends the question instead.
 """
 
-import numpy as np
-
 from data import BadInput
 from methods import Method, prompt_ids, request
 
@@ -30,13 +28,7 @@ class Hbpo(Method):
             made.append(request(ids, n, self.args.max_tokens, subgroup_budget=budget))
         return made
 
-    def reward_inputs(self, groups, rows, step):
-        return {"subgroup_budget": np.array([[float(r["subgroup_budget"]) for r in g] for g in groups])}
-
     def metrics(self, groups, rollouts, reward):
         parts = {f"{b:g}": rollouts["subgroup_budget"] == b for b in self.budgets}
         values = {"length_by_subgroup": rollouts["length"], "reward_by_subgroup": reward}
         return {name: {b: value[part].mean() for b, part in parts.items()} for name, value in values.items()}
-
-
-METHOD = Hbpo

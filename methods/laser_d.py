@@ -14,11 +14,8 @@ def find_targets(correct, length, l_max, low, step):
     l_max where there is none.
     """
     n, thirds = correct.shape[1], 3 * correct.sum(1)
-    classes = {
-        "easy": (thirds > 2 * n, 2 * n // 3),
-        "medium": ((thirds > n) & (thirds <= 2 * n), n // 3),
-        "hard": (thirds <= n, 1),
-    }
+    medium = (thirds > n) & (thirds <= 2 * n)
+    classes = {"easy": (thirds > 2 * n, 2 * n // 3), "medium": (medium, n // 3), "hard": (thirds <= n, 1)}
     targets = {}
     for name, (rows, m) in classes.items():
         found = length[rows].ravel()
@@ -52,6 +49,3 @@ class LaserD(Method):
 
     def metrics(self, groups, rollouts, reward):
         return {f"laser_{name}": target for name, target in self.state["targets"].items()}
-
-
-METHOD = LaserD

@@ -42,6 +42,3 @@ class Palu(Method):
 
     def metrics(self, groups, rollouts, reward):
         return {"palu_budget": rollouts["target"].mean()}
-
-
-METHOD = Palu

@@ -13,6 +13,3 @@ class ThinkPrune(Method):
     def requests(self, row):
         cap = min(self.args.max_tokens, row["budget"])
         return [request(prompt_ids(self.tokenizer, row), self.args.group_size, cap)]
-
-
-METHOD = ThinkPrune

@@ -30,6 +30,3 @@ class Tldr(Method):
         level = np.array(rollouts["level"])
         lengths = {name: rollouts["length"][level == name].mean() for name in sorted({*rollouts["level"]})}
         return {"length_by_level": lengths}
-
-
-METHOD = Tldr

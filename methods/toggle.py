@@ -36,6 +36,3 @@ class Toggle(StartingModel):
         known = rollouts["target"][np.isfinite(rollouts["target"])]
         budget = known.mean() if len(known) else np.nan
         return {"toggle_limited": len(known) / len(over), "toggle_over": over.mean(), "toggle_budget": budget}
-
-
-METHOD = Toggle

@@ -2,6 +2,7 @@
 
     python -m scaling.bench step [--full]       one update: ours and TRL's GRPOTrainer
     python -m scaling.bench logprobs            log-probs and their gradient: ours, full logits; by vocabulary
+    python -m scaling.bench prompts             one update: each prompt once for its group, or once a response
     python -m scaling.bench padding             share of padded tokens: ours, TRL's; time of to_tensors
     python -m scaling.bench scale               step time against tokens, 1 and 2 processes
     python -m scaling.bench sampler             responses from the trainer's vLLM, from a bare vllm.LLM
@@ -25,7 +26,7 @@ import tempfile
 import numpy as np
 import torch
 
-from data import BadInput, one_line_errors, run
+from data import BadInput, exit_code, one_line_errors
 from scaling import plan
 from scaling.race import DEVICE, clock, memory, print_table, race, timed
 
@@ -44,6 +45,8 @@ SETTINGS = {
     "step": (BASE, ACCEPTED),
     "logprobs": ({"vocabs": [32_768, 131_072, 262_144], "tokens": 512, "width": 64, "dtype": "float32",
                   "rounds": 5}, {"tokens": 2048, "width": 256}),
+    "prompts": (BASE | {"vocab": 8192, "sequences": 32, "lengths": [[128, 64], [96, 96], [16, 160]]},
+                {"vocab": 49_152, "layers": 8}),
     "padding": ({"sequences": 2048, "prompt": 150, "low": 100, "high": 4000, "micro_tokens": 16_384,
                  "vocab": 151_936, "processes": [1, 2, 8], "responses": 128}, {}),
     "scale": (BASE | {"vocab": 8192, "sequences": [4, 8, 16, 32, 64], "rounds": 3},
@@ -57,8 +60,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-# -----------------------------------------------------------------------------
-# step: the same update by train_grpo.update and by TRL's GRPOTrainer.
+# ---- step: the same update by train_grpo.update and by TRL's GRPOTrainer.
 #
 # Settings in which both are the same mathematics: loss a mean over all response tokens of the batch (TRL's
 # default "dapo", ours --loss-reduction token_mean), clip 0.2, no KL, temperature 1, one optimizer step on
@@ -89,7 +91,9 @@ def make_batch(s: dict) -> list[dict]:
     for length, advantage in zip(lengths, advantages, strict=False):
         # Ids from 3 on: TRL's tokenizer needs a few special ones.
         ids, mask = rng.integers(3, s["vocab"], length).astype(np.int32), np.ones(length, np.float32)
-        r = {"prompt_ids": rng.integers(3, s["vocab"], s["prompt"]).tolist(), "ids": ids, "weight": 1.0}
+        if len(batch) % 8 == 0:
+            prompt = rng.integers(3, s["vocab"], s["prompt"]).tolist()
+        r = {"prompt_ids": prompt, "ids": ids, "weight": 1.0}
         # nan: no correction for the sampler.
         batch.append(r | {"logps": np.full(length, np.nan, np.float32), "mask": mask, "advantage": advantage})
     return batch
@@ -126,10 +130,11 @@ def make_trainer(s: dict, folder: str, variant: str) -> tuple:
 
 
 def ours_worker(variant: str, s: dict, folder: str, pipe) -> None:
-    """Worker: our update."""
     import methods
+    from scaling import shared_prompt
     from train_grpo import update
 
+    shared_prompt.MOST = {"once": 1.0, "repeated": 0.0}.get(variant, shared_prompt.MOST)
     args, model, reference, optimizer, held = make_trainer(s, folder, variant)
     plain, batch = methods.Method(args, None), make_batch(s)
 
@@ -186,15 +191,19 @@ def trl_worker(variant: str, s: dict, folder: str, pipe) -> None:
     trainer.train()
 
 
+def difference(variants, folder: str) -> float:
+    """|gradient - that of the second variant| / |the second's|."""
+    ours, theirs = (torch.load(os.path.join(folder, f"{v}.pt"), map_location="cpu") for v in variants)
+    apart = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
+    return (apart / sum(b.double().square().sum() for b in theirs)).sqrt().item()
+
+
 def bench_step(s: dict, folder: str) -> dict:
-    """One update, ours against TRL's."""
     installed = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
     if installed != TRL:
         raise BadInput(f"step needs TRL {TRL}, found: {installed}; pip install trl=={TRL}")
     found, rows = race({"ours": ours_worker, "trl": trl_worker}, s, folder), []
-    ours, theirs = (torch.load(os.path.join(folder, f"{v}.pt"), map_location="cpu") for v in found)
-    apart = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
-    apart = (apart / sum(b.double().square().sum() for b in theirs)).sqrt().item()
+    apart = difference(found, folder)
     tokens = sum(len(r["prompt_ids"]) + len(r["ids"]) for r in make_batch(s))
     for name, f in found.items():
         f |= {"speedup": f["seconds"] / found["ours"]["seconds"], "memory": found["ours"]["peak"] / f["peak"]}
@@ -206,8 +215,23 @@ def bench_step(s: dict, folder: str) -> dict:
     return {"tokens": tokens, "variants": found, "gradient_difference": apart}
 
 
-# -----------------------------------------------------------------------------
-# logprobs, padding, scale
+def bench_prompts(s: dict, folder: str) -> dict:
+    """One update of groups of 8 with each prompt computed once, and with a prompt for every response."""
+    out, rows, workers = {}, [], dict.fromkeys(("once", "repeated"), ours_worker)
+    for prompt, mean in s["lengths"]:
+        at, name = tempfile.mkdtemp(dir=folder), f"{prompt}:{mean}"
+        found = race(workers, s | {"prompt": prompt, "low": mean // 2, "high": mean * 3 // 2}, at)
+        seconds, peak = ([f[k] for f in found.values()] for k in ("seconds", "peak"))
+        out[name] = found | {"gradient_difference": difference(found, at)}
+        rows.append([name, *(f"{x:.2f}" for x in (*seconds, seconds[1] / seconds[0])), *map(mib, peak)])
+        rows[-1].append(f"{out[name]['gradient_difference']:.1e}")
+    print_table(
+        "prompt:response,once s,repeated s,faster,once MiB,repeated MiB,gradients apart".split(","), rows
+    )
+    return {"lengths": out}
+
+
+# ---- logprobs, padding, scale
 
 
 def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
@@ -243,7 +267,6 @@ def logprobs_worker(variant: str, s: dict, folder: str, pipe) -> None:
 
 
 def bench_logprobs(s: dict, folder: str) -> dict:
-    """Time and working memory of both versions for each vocabulary."""
     out, rows = {}, []
     for vocab in s["vocabs"]:
         found = race(dict.fromkeys((f"ours-{vocab}", f"full-{vocab}"), logprobs_worker), s, folder)
@@ -328,8 +351,7 @@ def bench_scale(s: dict, folder: str) -> dict:
     return out | {"grad_norm_difference": float(np.max(np.abs(np.array(norms) / norms[0] - 1)))}
 
 
-# -----------------------------------------------------------------------------
-# sampler, verify
+# ---- sampler, verify
 
 
 def sampler_worker(variant: str, s: dict, folder: str, pipe) -> None:
@@ -414,8 +436,7 @@ def bench_verify(s: dict, folder: str) -> dict:
     return {"answers": len(golds), "variants": found}
 
 
-# -----------------------------------------------------------------------------
-# plan
+# ---- plan
 
 
 def bench_plan(s: dict, folder: str) -> dict:
@@ -425,9 +446,8 @@ def bench_plan(s: dict, folder: str) -> dict:
         import train_grpo
 
         args = train_grpo.build_parser().parse_args([f"@recipes/{s['recipe']}.args"])
-        rows = [
-            plan.of_flags(c, args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]) for c in configs.values()
-        ]
+        given = args, s["gpus"][0], s["gpu_gib"], s["longest_prompt"]
+        rows = [plan.of_flags(c, *given) for c in configs.values()]
         cells = [[name, *(f"{r[k]:.1f}" for k in ("trainer_gib", "engine_gib", "peak_gib")), r["fits"]]
                  for name, r in zip(configs, rows, strict=True)]  # fmt: skip
         print_table(["model", "trainer, GiB", "engine, GiB", "peak, GiB", f"fits {s['gpu_gib']}"], cells)
@@ -452,14 +472,11 @@ def bench_plan(s: dict, folder: str) -> dict:
     return {"rows": rows, "checks": checks}
 
 
-# -----------------------------------------------------------------------------
-# Command line
+# ---- Command line
 
-
-COMMANDS = {
-    "step": bench_step, "logprobs": bench_logprobs, "padding": bench_padding, "scale": bench_scale,
-    "sampler": bench_sampler, "verify": bench_verify, "plan": bench_plan,
-}  # fmt: skip
+COMMANDS = bench_step, bench_logprobs, bench_prompts, bench_padding, bench_scale, bench_sampler
+COMMANDS += bench_verify, bench_plan
+COMMANDS = {function.__name__.removeprefix("bench_"): function for function in COMMANDS}
 
 
 def mib(n: float) -> str:
@@ -476,7 +493,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def command(argv: list[str] | None) -> None:
+@exit_code("scaling.bench")
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     small, full = SETTINGS[args.command]
     s = small | (full if args.full else {}) | ({"model": args.model} if args.command == "plan" else {})
@@ -489,10 +507,6 @@ def command(argv: list[str] | None) -> None:
         found = COMMANDS[args.command](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"command": args.command, "settings": s, "device": device} | found))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run("scaling.bench", command, argv)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ def check_memory(model, reference, optimizer, longest: int, args, sampler=None) 
     all is as before: gradients are gone, an optimizer that was new has no state. BadInput where it fails.
     """
     fresh, rates = not optimizer.state, [group["lr"] for group in optimizer.param_groups]
-    r = {"prompt_ids": [0] * (longest - args.max_tokens), "ids": np.zeros(args.max_tokens, np.int32)}
+    r = {"ids": np.zeros(args.max_tokens, np.int32)}
     r |= {"logps": np.zeros(args.max_tokens, np.float32), "advantage": 0.0, "weight": 0.0}
     r["mask"] = np.zeros(args.max_tokens, np.float32)
-    batch = [dict(r) for _ in range(train_grpo.WORLD * max(1, args.micro_tokens // longest))]
+    rows = train_grpo.WORLD * max(1, args.micro_tokens // longest)  # no two share a prompt
+    batch = [r | {"prompt_ids": [i % 50] * (longest - args.max_tokens)} for i in range(rows)]
     if args.vllm_sleep and sampler:  # as it is during an update; the next load() wakes it
         sampler.sleep()
     try:

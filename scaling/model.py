@@ -4,19 +4,14 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as whole_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data import BadInput
+from scaling import shared_prompt
 
-# -----------------------------------------------------------------------------
-# What is trained
+# ---- What is trained
 
 
 def load_model(path: str, args, frozen: bool = False, empty: bool = False):
@@ -64,8 +59,7 @@ def build(args, model=None, with_reference: bool = False, device="cpu"):
     return model, reference, torch.optim.AdamW(learned, lr=args.lr, fused=True)
 
 
-# -----------------------------------------------------------------------------
-# Log-probs of the tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
+# ---- Log-probs of tokens and their gradient, a chunk of them at a time: [tokens x vocabulary] never exists.
 #
 # A vocabulary of 150,000 makes the logits the largest thing in training by far. With p = softmax(z),
 # z = W h / T and g = dloss/dlogp, the gradients are known as soon as g is, while the chunk's p is at hand:
@@ -157,15 +151,19 @@ def hidden_states(model, ids: torch.Tensor, bf16: bool) -> torch.Tensor:
 def output_head(model, t: dict, args) -> ChunkedHead:
     """The output layer over the hidden states [T, d] that predict the response tokens.
 
-    t: ids [N, width], and row and column [T] of the places from which the tokens are predicted.
+    t: ids [N, width], row and column [T] of the places from which the tokens are predicted; prompt [N], the
+    prompts' lengths where those that are alike shall be computed once, or None.
     """
-    # A sharded model is called as a module: that gathers its weights.
-    hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], args.dtype == "bfloat16")
-    return ChunkedHead(hidden[t["row"], t["column"]], model.get_output_embeddings().weight, args.temperature)
+    bf16 = args.dtype == "bfloat16"
+    if t["prompt"] is not None and shared_prompt.fits(model, args):
+        flat = shared_prompt.hidden_states(model, t, bf16)
+    else:  # a sharded model is called as a module: that gathers its weights
+        hidden = model(t["ids"]) if args.fsdp else hidden_states(model, t["ids"], bf16)
+        flat = hidden[t["row"], t["column"]]
+    return ChunkedHead(flat, model.get_output_embeddings().weight, args.temperature)
 
 
-# -----------------------------------------------------------------------------
-# Adapters and shards
+# ---- Adapters and shards
 
 ADAPTER = "default"
 
@@ -215,8 +213,8 @@ def shard(model, bf16: bool, device) -> None:
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, contents, options=options)
+    options = whole_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    whole_state.set_model_state_dict(model, contents, options=options)
     for buffer in model.buffers():  # those of rotary embeddings are in no state
         dist.broadcast(buffer, 0)
 
@@ -261,18 +259,19 @@ def trained_state(model, optimizer) -> dict:
     adapter = {name: whole(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
     if not isinstance(model, FSDPModule):  # bitsandbytes unwraps its state in its own methods alone
         return {"optimizer": optimizer.state_dict(), "adapter": adapter}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {"optimizer": get_optimizer_state_dict(model, optimizer, options=options), "adapter": adapter}
+    options = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    moments = whole_state.get_optimizer_state_dict(model, optimizer, options=options)
+    return {"optimizer": moments, "adapter": adapter}
 
 
 def load_trained_state(model, optimizer, saved: dict) -> None:
     """What trained_state() gave, or {} at a start; every process maps the file and keeps its own shards."""
     if not saved:
         return
-    options = StateDictOptions(full_state_dict=True, strict=False)
+    options = whole_state.StateDictOptions(full_state_dict=True, strict=False)
     if saved["adapter"]:
-        set_model_state_dict(model, saved["adapter"], options=options)
+        whole_state.set_model_state_dict(model, saved["adapter"], options=options)
     if isinstance(model, FSDPModule):
-        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+        whole_state.set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     else:
         optimizer.load_state_dict(saved["optimizer"])

@@ -23,8 +23,8 @@ BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever b
 # Runs without a recipe: the toy's own default, L1-Max alone, its ablation that the paper warns of, RLOO.
 LCPO_MAX = "--mode max --advantage grpo --reward lcpo_max --reward-args alpha=0.02"
 EXTRA = {"peaked_exact": "", "lcpo_max": LCPO_MAX, "lcpo_max_additive": LCPO_MAX + " additive=true"}
-# L1-Exact again, for other cards: trained by the tests, no runs of their own here.
-CARDS = ("l1_exact_24gb", "l1_exact_80gb_small")
+# Methods again, for other cards or models: trained by the tests, no runs of their own here.
+CARDS = ("l1_exact_24gb", "l1_exact_80gb_small", "smollm2_gsm8k")
 EXTRA |= {"rloo": "--budgets none --reward correct --advantage rloo --steps 120"}
 # What methods log beyond the common metrics: shown in the table, and asked for by tests/test_recipes.py.
 OWN = """

@@ -110,7 +110,7 @@ def tables() -> dict:
         constants = list(inspect.signature(method).parameters.values())[2:]
         about = cell(inspect.getmodule(method).__doc__.partition("\n\n")[0])
         words = f"[`{name}`](../methods/{name}.py)", about
-        shown = ", ".join(f"`{p.name}={p.default}`" for p in constants)
+        shown = ", ".join(f"`{p.name}={p.default!r}`" for p in constants)
         rows.append("| " + " | ".join((*words, shown, users("--method", name, "plain"))) + " |")
     sections = {"target": "a target length", "short": "short is better", "guessed": "reconstructions"}
     found = {key: functions(REWARDS, "--reward", "lcpo_exact", head) for key, head in sections.items()}

@@ -67,7 +67,8 @@ def test_a_template_that_writes_the_sentence_gives_the_same(model, tmp_path):
         budgets["low"]["mean_length"]
         == read(tmp_path / "spoken")["datasets"]["toy"]["budgets"]["8"]["mean_length"]
     )
-    both = compare.compare([str(tmp_path / n) for n in ways], str(tmp_path / "both"), log=lambda line: None)
+    assert compare.main([*(str(tmp_path / n) for n in ways), "--out", str(tmp_path / "both")]) == 0
+    both = json.loads((tmp_path / "both" / "compare.json").read_text())
     assert both["datasets"]["toy"]["ask_by"] == ways
     # Saved samples are enough, whatever they were asked by.
     assert run("--samples", tmp_path / "effort" / "samples.jsonl", "--out", tmp_path / "again") == 0

@@ -73,7 +73,6 @@ TRAIN = [
     ("--reward o1_pruner --advantage grpo", ["ref_", "starting_model"]),
     ("--reward crf --advantage grpo --method crf", ["model"]),
     ("--reward laser_d --advantage grpo", ["laser_d", "--method laser_d", "--reward-args targets="]),
-    ("--reward curriculum_band --advantage grpo", ["--method curriculum", "--reward-args b0="]),
     ("--reward dot_threshold --advantage grpo", ["dot_threshold", "lcpo_exact"]),
     ("--tis-mode sequences", ["sequences", "sequence_mask"]),
     ("--tis-mode token_mask --tis-cap 1", ["--tis-cap (1.0)", "exceed 1"]),

@@ -55,6 +55,15 @@ def test_logprobs(capsys):
     assert cell["ours"]["seconds"] > 0 and cell["full"]["peak"] > cell["full"]["held"]
 
 
+def test_prompts_once(capsys):
+    sizes = "layers=1 width=64 vocab=512 sequences=16 rounds=1 lengths=[[24,8],[4,40]]".split()
+    found, table = run(capsys, "prompts", "--set", *sizes)
+    assert set(found["lengths"]) == {"24:8", "4:40"} and len(table) == 3
+    for cell in found["lengths"].values():
+        assert 0 < cell["gradient_difference"] < 1e-5  # another way to the same sum
+        assert cell["once"]["seconds"] > 0 and cell["repeated"]["peak"] > 0
+
+
 def test_padding_and_the_time_of_to_tensors(capsys):
     found, _ = run(capsys, "padding", "--set", "sequences=256", "processes=[1,2]")
     *ours, trl = found["padding"].values()

@@ -591,6 +591,33 @@ def test_options_in_all_their_forms(row, letter):
     )
 
 
+ROUND = {"(A)": "w", "(B)": "x", "(C)": "y"}
+SMALL = {"a": "w", "b": "x", "c": "y"}
+NUMBERS = {"text": ["w", "x", "y", ".2"], "label": ["1", "2", "3", "4"]}
+
+
+@pytest.mark.parametrize(
+    "choices, gold, letter",
+    [
+        (ROUND, "(A)", "A"), (ROUND, "(B).", "B"), (ROUND, "C", "C"), (ROUND, "(D)", None),
+        # The label counts before the letter as an index.
+        ({"(B)": "w", "(A)": "x"}, "A", "B"), ({"B": "w", "A": "x"}, "(A)", "B"),
+        (SMALL, "b", "B"), (SMALL, "(b)", "B"), (SMALL, "A", "A"), (SMALL, "(B)", "B"), (SMALL, "D", None),
+        (NUMBERS, "3", "C"), (NUMBERS, "(3)", "C"), (NUMBERS, "B", "B"), (NUMBERS, "E", None),
+        (NUMBERS, ".2", "D"),  # a text, not label 2
+        ({"text": ["w", "x", "y"]}, "C", "C"), ({"text": ["w", "x", "y"]}, "D", None),  # no labels
+        (["w", "E", "y"], "E", None),  # a letter is never a text
+    ],
+)  # fmt: skip
+def test_a_gold_is_a_label_or_else_a_letter(choices, gold, letter):
+    row = {"question": "Q", "choices": choices, "answer": gold}
+    if letter is None:
+        with pytest.raises(data.Skip, match="names no option"):
+            one(row)
+    else:
+        assert one(row)["answer"] == letter
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [

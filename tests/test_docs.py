@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import types
 from argparse import Namespace
 
@@ -87,6 +88,12 @@ def test_the_quickstart_needs_no_other_index():
 def test_pages_are_current(page):
     """Numbers of lines, and the tables of docs/methods.md."""
     assert links.current(page) == PAGES[page], "run python tests/link_lines.py"
+
+
+def test_a_row_of_a_table_is_one_line():
+    for name, table in links.tables().items():
+        for line in table.splitlines():
+            assert line.startswith("| ") and line.endswith(" |"), f"{name}: {line}"
 
 
 def test_every_reward_advantage_and_method_has_a_line():
@@ -229,15 +236,16 @@ def test_the_reward_of_the_readme():
     assert reward.needs == ("budget",) and not reward.compares_group
 
 
-def shown_method(page, name, tmp_path):
-    """The class of a method that a page shows, as methods.find() would give it."""
-    module = types.ModuleType("shown")
+def shown_method(page, name, monkeypatch):
+    """The class of a method that a page shows, as its file would give it."""
+    module = types.ModuleType("methods.shown")
     exec(block(page, name), vars(module))
-    return module.METHOD
+    monkeypatch.setitem(sys.modules, "methods.shown", module)
+    return methods.find("shown")
 
 
-def test_the_method_of_the_readme(tmp_path):
-    method = shown_method("README.md", "a method", tmp_path)(Namespace(), None, steps=50)
+def test_the_method_of_the_readme(monkeypatch):
+    method = shown_method("README.md", "a method", monkeypatch)(Namespace(), None, steps=50)
     weights = [method.reward_inputs([], [], step)["constants"]["weight"] for step in (0, 25, 80)]
     assert weights == [0.0, 0.5, 1.0]
     known = methods.constants("method_args", type(method), ["steps=50"])
@@ -247,13 +255,13 @@ def test_the_method_of_the_readme(tmp_path):
     )
 
 
-def test_two_methods_in_one(tmp_path):
+def test_two_methods_in_one(monkeypatch):
     """The guide's subclass cuts as DOT does, and remembers what is left as HAPO does."""
     from toy import task
 
     tokenizer = task.make_tokenizer()
     args = Namespace(group_size=16, require_think=True, think_end="</think>")
-    method = shown_method("docs/guide.md", "two methods", tmp_path)(args, tokenizer)
+    method = shown_method("docs/guide.md", "two methods", monkeypatch)(args, tokenizer)
     short, long = tokenizer.encode("=2 </think> 2 <eos>"), tokenizer.encode("=2 " * 300 + "</think> 2 <eos>")
     group = [{"ids": np.array(x), "logps": np.zeros(len(x)), "length": len(x), "correct": 1, "truncated": 0,
               "text": ""} for x in [short] * 15 + [long]]  # fmt: skip

@@ -250,7 +250,7 @@ def test_a_disk_that_is_full_while_saving(finished, script, tmp_path):
 
 def test_a_reward_that_is_not_finite_stops_the_run(tmp_path):
     flags = [*TOY, "--reward", "lcpo_exact", "--advantage", "grpo", "--reward-args", "alpha=1e308"]
-    with pytest.raises(SystemExit, match=r"step 0, not finite: reward -inf, .*lower --lr"):
+    with pytest.raises(SystemExit, match=r"step 1, not finite: -inf, .*lower --lr"):
         train_grpo.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "metrics.jsonl").read_text() and not train_grpo.checkpoints(
         tmp_path / "run"
@@ -272,7 +272,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypat
     out = str(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Method, "before_update", poison)
-        with pytest.raises(SystemExit, match=rf"step 2, not finite: reward .*'{what}': (nan|inf)"):
+        with pytest.raises(SystemExit, match=rf"step 3, not finite: .*'{what}': (nan|inf)"):
             train_grpo.main([*TOY, "--steps", "4", "--save-every", "1", "--out", out])
     assert train_grpo.checkpoints(out) == [1, 2] and [m["step"] for m in lines(out)] == [0, 1]
     train_grpo.main(["--resume", "--out", out])

@@ -8,7 +8,7 @@ import pytest
 from conftest import FREEZE, ROOT, lines
 
 NEEDED = """train_grpo.py rewards.py verifier.py data.py methods/__init__.py scaling/__init__.py
-    scaling/model.py""".split()
+    scaling/model.py scaling/shared_prompt.py""".split()
 SAMPLERS = {"hf": ["toy/__init__.py", "toy/hf_sampler.py"], "vllm": []}
 FLAGS = """--model model --data rows.jsonl --budgets bucket:16,32 --wording tulu --require-think --steps 2
     --max-tokens 48 --prompts-per-step 4 --group-size 4 --micro-tokens 2048 --lr 1e-3 --kl-coef 0.1""".split()

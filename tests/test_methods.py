@@ -61,6 +61,8 @@ def test_budget_schedules():
     new = m.row(row, 2)
     assert new["budget"] == 16 and new["prompt"].endswith("Think for 16 tokens.") and row["budget"] == 7
     assert made("--reward", "lcpo_exact", "--method", "curriculum").reward_inputs([], [], 0) == {}
+    # Without the method the reward has a schedule of its own, which reads the step.
+    assert type(made("--reward", "curriculum_band")) is methods.Method
 
 
 def test_palu_budget():
@@ -209,7 +211,7 @@ def test_brpo_cuts_forces_and_pays_each_token(tiny):
     """A random model: each thought is cut at 8 and 20 tokens, two answers are forced at each; every token of
     it is trained once, forced ones never, and thinking and answer have advantages of their own."""
     words = "--method brpo --method-args budgets=[8,20] weights=[1,3] answers=2 length=6".split()
-    group, model, m = sampled(tiny, *words, 'cut="so"', 'ask="x"', n=12)
+    group, model, m = sampled(tiny, "--reward", "correct", *words, 'cut="so"', 'ask="x"', n=12)
     [end], trained = m.end, 0
     assert len(group) == 12 and m.p.tolist() == [0.25, 0.75]
     for k, r in enumerate(group):
@@ -249,10 +251,8 @@ def test_brpo_cuts_forces_and_pays_each_token(tiny):
 def test_brpo_thinking_that_ends_unclosed_is_wrong():
     """One thought ends with </think>, and is asked for an answer; one with the end token, and is lost."""
     tokenizer = make_tokenizer()
-    words = (
-        "--method brpo --group-size 4 --method-args budgets=[3,9] weights=[1,1] answers=1 length=2".split()
-    )
-    m = made(*words, 'cut=""', 'ask=""', tokenizer=tokenizer)
+    words = "--method brpo --method-args budgets=[3,9] weights=[1,1] answers=1 length=2".split()
+    m = made("--reward", "correct", "--group-size", "4", *words, 'cut=""', 'ask=""', tokenizer=tokenizer)
     group = []
     for text in ("9 8 7 </think> 7 <eos>", "9 8 7 6 <eos>"):
         ids = np.array(tokenizer.encode(text), np.int32)
@@ -336,6 +336,7 @@ def test_requests(tiny):
     assert [q["tags"]["long_mode"] for q in (a, b)] == [0, 1] and a["prompt_ids"] != b["prompt_ids"]
 
 
+BRPO = "--reward correct --method brpo --group-size 16 --max-tokens 9000 --method-args"
 MISTAKES = [
     ("--method hbpo --group-size 6", "multiple of 4"),
     ("--method adaptive_deep --reward adaptive_deep --group-size 5", "even"),
@@ -353,8 +354,16 @@ MISTAKES = [
     ("--method crf --reward crf", "model=FOLDER"),
     ("--method toggle --reward toggle --method-args m=0", "m (0) must be 1 or more"),
     ("--method effort --reward effort --method-args costs=low", 'needs costs={"low"'),
-    ("--method brpo --group-size 20", "--group-size 16 x N"),
-    ("--method brpo --method-args budgets=[8,16] --group-size 8", "2 weights"),
+    ("--reward correct --method brpo --group-size 20", "--group-size 16 x N"),
+    ("--reward correct --method brpo --method-args budgets=[8,16] --group-size 8", "2 weights"),
+    ("--reward lcpo_exact --method brpo --group-size 16 --max-tokens 9000", "(lcpo_exact) must be correct"),
+    (f"--overlong-filter {BRPO} answers=4", "--overlong-filter not given"),
+    (f"{BRPO} budgets=8 weights=[1]", "budgets=8 "),
+    (f"{BRPO} budgets=[] weights=[]", "budgets=[] "),
+    (f"{BRPO} budgets=[16,8] weights=[1,1]", "budgets=[16, 8] "),
+    (f"{BRPO} budgets=[8,8] weights=[1,1]", "budgets=[8, 8] "),
+    (f"{BRPO} budgets=[0,8] weights=[1,1]", "budgets=[0, 8] "),
+    (f'{BRPO} budgets=["8",16] weights=[1,1]', "budgets=['8', 16] "),
     ("--reward grlc", "give --method grlc"),
     ("--reward toggle", "give --method palu or toggle"),
     ("--reward hapo_cosine", "give --method hapo"),
@@ -619,7 +628,8 @@ class ShrinkingCap(Curriculum, ThinkPrune):
 
 def test_two_methods_at_once(world, tmp_path, monkeypatch):
     module = types.ModuleType("methods.shrinking_cap")
-    module.METHOD, named = ShrinkingCap, [*methods.names(), "shrinking_cap"]
+    module.ShrinkingCap, named = ShrinkingCap, [*methods.names(), "shrinking_cap"]
+    monkeypatch.setattr(ShrinkingCap, "__module__", module.__name__)
     monkeypatch.setitem(sys.modules, "methods.shrinking_cap", module)
     monkeypatch.setattr(methods, "names", lambda: named)
     words = "--reward curriculum_triangular --method shrinking_cap --method-args start=40 period=1 --steps 2"
@@ -666,7 +676,7 @@ def test_reference_samples_come_from_the_starting_model(tiny, tmp_path, monkeypa
 
 
 LASER = "--method laser_d --method-args every=3 size=4 samples=3 low=8 step=8"
-BRPO = """--reward correct --method brpo --method-args budgets=[8,24] weights=[1,2] answers=1 length=4
+BRPO_RUN = """--reward correct --method brpo --method-args budgets=[8,24] weights=[1,2] answers=1 length=4
     'cut=""' 'ask=""'"""
 ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --ratio sequence"
 
@@ -678,7 +688,7 @@ ADAPTTHINK = "--method adaptthink --method-args think_word=null samples=2 --rati
         f"--reward adaptthink --advantage raw {ADAPTTHINK}",
         f"--reward laser_d {LASER} --minibatches 2",
         "--reward toggle --method toggle --method-args m=2 samples=2",
-        f"{BRPO} --minibatches 2",
+        f"{BRPO_RUN} --minibatches 2",
     ],
 )
 def test_resume_is_exact(world, words, tmp_path):

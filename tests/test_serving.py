@@ -41,28 +41,24 @@ def model_folder(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def server(model_folder, tmp_path_factory):
-    with serve(model_folder, tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
-
-
 @contextlib.contextmanager
-def serve(model_folder, path):
-    """Address of a server started with the commands of docs/serving.md; only model and port are ours."""
+def serving(folder: str, log, hard_caps: bool = True):
+    """Address of a server started with the command of docs/serving.md; only model and port are ours."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     text = re.search(r"<!-- serve -->\n```sh\n(.+?)\n```", PAGE, re.S)[1]
-    cache, place, python, *words = shlex.split(text.replace("\\\n", " "))
-    assert (place, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-250")
-    command = [sys.executable, *words[:3], model_folder, *words[4:], "--port", str(port)]
+    cache, path, python, *words = shlex.split(text.replace("\\\n", " "))
+    assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-250")
+    at = words.index("--reasoning-config")  # a line that the page says to leave out where it is not needed
+    words = words if hard_caps else words[:at] + words[at + 2 :]
+    command = [sys.executable, *words[:3], folder, *words[4:], "--port", str(port)]
     env = os.environ | dict([cache.split("=")]) | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": ROOT}
-    with open(path, "w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
         for _ in range(480):
-            assert process.poll() is None, path.read_text()[-3000:]
+            assert process.poll() is None, log.read_text()[-3000:]
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
@@ -72,6 +68,12 @@ def serve(model_folder, path):
         with contextlib.suppress(ProcessLookupError):  # it died: the assertion above tells why
             os.killpg(process.pid, signal.SIGTERM)  # the engine is a child process of the server's
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(model_folder, tmp_path_factory):
+    with serving(model_folder, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 def snippet(name: str, url: str) -> dict:
@@ -147,7 +149,7 @@ def test_one_model_asked_in_four_ways(taught, script, tmp_path):
     """By sentence, vLLM's thinking budget, a template's variable and an effort, measured on one server."""
     ways = {"sentence": "sentence", "budget": "thinking-token-budget", "variable": "template:thinking_budget"}
     common = ["--data", "toy", "--limit", "10", "--temperature", "0", "--require-think"]
-    with serve(taught, tmp_path / "log") as url:
+    with serving(taught, tmp_path / "log") as url:
         common = ["evaluate.py", "--base-url", url, "--api-model", "l1", *common]
         for name, way in ways.items():
             # By default the caps differ; where they do not fit the context, the server sets them.

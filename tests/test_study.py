@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 import data
 import methods
 import rewards
+import train_grpo
 from evaluation.engines import open_sampler
-from studies import ideas, study, study_report, supervised, zoo
+from studies import ideas, study, study_report, warm_start, zoo
 from toy import hf_sampler, prepare
+from verifier import check_answers
 
 DOCS = os.path.join(ROOT, "docs")
 with open(os.path.join(ROOT, "studies", "study_text.md"), encoding="utf-8") as f:
@@ -249,16 +252,60 @@ def test_two_steps_with_unfinished_responses(base, tmp_path, script):
 
 
 @pytest.mark.parametrize("mlt", [False, True])
-def test_supervised_training_on_own_traces(mlt, base, tmp_path, monkeypatch, undone):
-    monkeypatch.setattr(supervised, "BATCH", 2)
-    out = str(tmp_path / "m")
-    supervised.main([base, out, "--problems", "12", *(["--mlt"] if mlt else [])])
-    told = json.loads((tmp_path / "m" / "supervised.json").read_text())
-    assert told["answers"] > 1 and told["steps"] == 3 * told["answers"] // 2
-    hf = open_sampler(out, "hf", 200)
+def test_a_warm_start_from_own_right_answers(mlt, base, tmp_path, undone):
+    out, rows = tmp_path / "m", prepare.prepare()["data"]
+    small = [*study.WARM_START.split(), "--problems", "12", "--batch", "2", "--data", rows]
+    assert not warm_start.main([base, str(out), *small, *(["--mlt"] if mlt else [])])
+    told = json.loads((out / "warm_start.json").read_text())
+    assert told["responses"] > 1 and told["steps"] == 3 * told["responses"] // 2 and told["right"]
+    hf = open_sampler(str(out), "hf", 200)
+    found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    texts = [hf.tokenizer.decode(row["ids"][:-1]) for row in found]
+    assert all(check_answers(texts, [row["answer"] for row in found], ["math"] * len(found))[0])
+    assert max(len(row["ids"]) for row in found) <= 96
     asked = data.encode_prompt(hf.tokenizer, data.budget_prompt("add 1 2 3", 16, "exact", wording="tulu"))
     assert (hf.tokenizer.convert_tokens_to_ids("<MLT:16>") in asked) == mlt
     assert hf.tokenizer.unk_token_id not in asked and len(hf.generate([asked], 1, [5], 1.0, 0)[0]) == 1
+
+
+def test_a_lesson_has_the_gradient_of_the_likelihood(tiny):
+    """Against transformers' own loss; what the update reports as the gap is its value."""
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tiny), data.load_tokenizer(tiny)
+    rows = [{"problem": "Add 2 and 2.", "kind": "math", "ids": ids} for ids in ([9, 8, 7, 2], [5, 2])]
+    lessons = [warm_start.lesson(row, tokenizer, "l1") for row in rows]
+    total = 0.0
+    for r in lessons:
+        labels = torch.tensor([[-100] * len(r["prompt_ids"]) + r["ids"].tolist()])
+        ids = torch.tensor([r["prompt_ids"] + r["ids"].tolist()])
+        total = total + model(input_ids=ids, labels=labels).loss * len(r["ids"]) / 6
+    total.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    flags = train_grpo.build_parser().parse_args("--tis-cap 0 --dtype float32".split())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    m = train_grpo.update(model, None, optimizer, lessons, methods.Method(flags, tokenizer), flags)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    want = want / max(1.0, want.norm())  # the update's bound
+    assert (before - after - want).norm() <= 1e-5 * want.norm()
+    assert m["logp_gap"] == pytest.approx(total.item(), rel=1e-5)
+    assert "Think for 4 tokens." in tokenizer.decode(lessons[0]["prompt_ids"])
+
+
+def test_a_warm_start_goes_on_from_what_was_sampled(base, tmp_path, script):
+    """All that ended is taught, right or wrong; a second run samples nothing, and its model is the same."""
+    rows, weights = prepare.prepare()["data"], []
+    words = "--problems 6 --samples 2 --cap 64 --batch 4 --wording tulu --lr 1e-4".split()
+    for name in ("a", "b"):
+        out = tmp_path / name
+        script("-m", "studies.warm_start", base, out, "--data", rows, *words)
+        weights.append((out / "model.safetensors").read_bytes())
+        os.makedirs(tmp_path / "b", exist_ok=True)
+        shutil.copy(tmp_path / "a" / "responses.jsonl", tmp_path / "b" / "responses.jsonl")
+    assert weights[0] == weights[1]
+    few = ["--right", "--problems", "1", "--samples", "1"]  # the base is too young to be right at once
+    wrong = script("-m", "studies.warm_start", base, tmp_path / "c", "--data", rows, *few, check=False)
+    told = "no right response to 1 problems ended within --cap (160): raise it"
+    assert wrong.returncode == 2 and told in wrong.stderr
 
 
 # The zoo ----------------------------------------------------------------------------------------------------

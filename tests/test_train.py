@@ -370,7 +370,7 @@ def test_evaluations_during_training(tmp_path, capsys):
     """Before, in between and at the end; they ask as the rows did; a finished run evaluates its end again."""
     held_out = f"{FREEZE}/rows.jsonl"
     flags = [*TOY, "--steps", "3", "--mode", "max", "--reward", "lcpo_max", "--advantage", "grpo"]
-    flags += ["--eval-data", held_out, "--eval-every", "2", "--eval-budgets", "8,16"]
+    flags += ["--eval-data", held_out, "--eval-every", "2", "--eval-budgets", "8,16", "--save-every", "2"]
     train_grpo.main([*flags, "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
     table = [line for line in out.splitlines() if "->" in line]
@@ -382,6 +382,14 @@ def test_evaluations_during_training(tmp_path, capsys):
     shutil.rmtree(tmp_path / "run" / "eval")
     train_grpo.main(["--resume", "--out", str(tmp_path / "run")])  # killed in its last evaluation
     assert os.path.exists(tmp_path / "run" / "eval" / "results.json") and len(lines(tmp_path / "run")) == 3
+    for name in ("eval", "eval-2", "checkpoint-3"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train_grpo.main(["--resume", "--out", str(tmp_path / "run")])  # stopped after step 2, before it evaluated
+    assert {"eval-2", "eval"} <= set(os.listdir(tmp_path / "run")) and len(lines(tmp_path / "run")) == 3
+    # Gone on with for one more step: another model at the end, and none of the old one's figures for it.
+    old = os.stat(tmp_path / "run" / "eval" / "samples.jsonl").st_mtime_ns
+    train_grpo.main(["--resume", "--steps", "4", "--out", str(tmp_path / "run")])
+    assert os.stat(tmp_path / "run" / "eval" / "samples.jsonl").st_mtime_ns > old
 
 
 def test_rows_that_say_how_they_ask(tmp_path):
@@ -453,7 +461,7 @@ def test_a_sampler_without_the_trainers_weights_stops_the_run(tmp_path, monkeypa
             real(self, copy.deepcopy(model))
 
     monkeypatch.setattr(HFSampler, "load", load_once)
-    with pytest.raises(SystemExit, match="step 1: the sampler lacks the trainer's weights: .* apart"):
+    with pytest.raises(SystemExit, match="step 2: the sampler lacks the trainer's weights: .* apart"):
         train_grpo.main([*TOY, "--steps", "3", "--out", str(tmp_path / "run")])
     assert [m["step"] for m in lines(tmp_path / "run")] == [0]
     assert lines(tmp_path / "run")[0]["logp_gap"] < 1e-5

@@ -574,7 +574,7 @@ def processor_seconds(pid):
 def test_ten_thousand_answers_in_ten_seconds():
     """Processor time of the caller and its workers, so that a busy machine does not count."""
     verifier.close_workers()
-    verifier.start_workers(2)
+    verifier._IDLE.extend(verifier._start() for _ in range(2))
     forms = ["\\boxed{%d}", "So she has %d apples left.", "The answer is $\\frac{%d}{7}$.", "#### %d.5"]
     responses = [forms[i % 4] % i if i % 20 else rf"\boxed{{{i % 40 + 2}\sqrt{{3}}}}" for i in range(10_000)]
     pids = [os.getpid()] + [worker.pid for worker in verifier._IDLE]

@@ -106,7 +106,7 @@ train_grpo.main(sys.argv[1:])
 def test_a_lost_weight_update_stops_the_run(script, tmp_path):
     flags = [*TOY, "--sampler", "vllm", "--steps", "2", "--save-every", "1", "--out", tmp_path / "run"]
     done = script("-c", STALE, *flags, check=False, env=os.environ | {"PYTHONPATH": ROOT})
-    assert done.returncode == 1 and "step 1: the sampler lacks the trainer's weights" in done.stderr
+    assert done.returncode == 1 and "step 2: the sampler lacks the trainer's weights" in done.stderr
     assert (tmp_path / "run" / "checkpoint-1").exists() and not (tmp_path / "run" / "checkpoint-2").exists()
 
 

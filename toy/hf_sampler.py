@@ -82,9 +82,8 @@ class HFSampler:
                 row, token, open_, mask, position = (x[kept] for x in (row, token, open_, mask, position))
             end = width + t + 1
             logits = self._logits(token[:, None], mask[:, :end], position[:, end - 1 : end], cache)
-        done = zip(
-            tokens.cpu().int().numpy(), logps.cpu().numpy(), length.tolist(), stopped.tolist(), strict=True
-        )
+        arrays = tokens.cpu().int().numpy(), logps.cpu().numpy()
+        done = zip(*arrays, length.tolist(), stopped.tolist(), strict=True)
         result = [{"ids": i[:m], "logps": lp[:m], "truncated": int(not stop)} for i, lp, m, stop in done]
         return [result[i : i + n] for i in range(0, len(result), n)]
 
