@@ -23,7 +23,7 @@ from toy import task
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
 # write: the share that teaches what a number means. asked: the share of the rest that asks for a length, in vain;
 # a base that has heard it often has learned to look away, and RL takes far longer to make it listen.
-WARMUP = {"batches": 2400, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "asked": 0.3}
+WARMUP = {"batches": 2700, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "asked": 0.25}
 TRAINED, TESTED = 8000, 100  # problems
 
 

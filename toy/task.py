@@ -87,16 +87,19 @@ def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up
 
     go_on(1, slip)
     if rng.random() < give_up:
-        done = int(rng.integers(len(digits)))
-        return " ".join([*words[: 3 + 3 * done], "</think>", str(said[done])])
+        done, waits = int(rng.integers(len(digits))), ["wait"] * int(rng.integers(4))
+        return " ".join([*words[: 3 + 3 * done], *waits, "</think>", str(said[done])])
     target = len(words) + extra
     while len(words) < target:
         words.append("wait")
-        # Now and then it only hesitates: so that there are traces of every length.
-        if rng.random() < 0.75:
-            i = 0 if rng.random() < 0.5 else len(digits) - 1  # all once more, which mends its slips, or the end
-            words += [NAMES[i], f"={said[i]}"]
-            go_on(i + 1, 0)
+        # It hesitates, says the result again, or goes through all once more, which mends its slips. Were every
+        # trace of 3 n tokens, RL could not hit the lengths between.
+        kind = rng.random()
+        if kind < 0.2:
+            words += [NAMES[0], f"={said[0]}"]
+            go_on(1, 0)
+        elif kind < 0.45:
+            words.append(f"={said[-1]}")
     return " ".join([*words, "</think>", str(said[-1])])
 
 
