@@ -39,6 +39,7 @@ from tqdm import tqdm
 import data
 import methods
 from data import BadInput, add_up
+from evaluation.samples import check_writable
 from rewards import ADVANTAGES, REWARDS
 from scaling import model as net
 from scaling import shared_prompt
@@ -169,12 +170,12 @@ def parse_args(argv=None):
         (args.resume and args.overwrite, "--resume goes on with a run, --overwrite deletes it: choose one"),
         (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
-        (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
         (0 < args.tis_cap <= 1 and "mask" in args.tis_mode, f"--tis-cap ({args.tis_cap}) must exceed 1"),
         (lacking, f"a flag needs a package that is not installed: pip install {' '.join(lacking)}"),
     ):  # fmt: skip
         if wrong:
             raise BadInput(message)
+    check_writable(args.out)
     functions = REWARDS[args.reward], ADVANTAGES[args.advantage], methods.find(args.method)
     for name, function in zip(("reward_args", "advantage_args", "method_args"), functions, strict=True):
         setattr(args, name, methods.constants(name, function, getattr(args, name)))
@@ -735,7 +736,8 @@ def main(argv=None):
             break
     bar.close()
     if step < args.steps:
-        print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")
+        more = " (what torchrun prints now says no more)" * (WORLD > 1)
+        print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}{more}")
     elif args.eval_every:
         evaluate_now(sampler, asked, args, state, "eval")
     if WORLD > 1 and dist.is_initialized() and kind == "hf":  # vLLM takes its groups down itself
@@ -747,6 +749,8 @@ def load_rows(args):
     rows = data.load_problems(args.data)[: args.limit or None]
     if args.budgets:
         mode = "none" if args.budgets == "none" else args.mode
+        if any(row.get("budget") for row in rows):
+            print0("--budgets draws anew: budgets and sentences of --data are not used")
         rows = data.annotate(rows, args.budgets, mode, args.wording, 1, args.seed)
     if not all(row.get("prompt") for row in rows):
         raise BadInput(f"--data ({args.data}) has rows without a prompt: use data.py, or give --budgets")
