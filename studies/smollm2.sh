@@ -5,7 +5,7 @@
 # Models and runs go to out/smollm2/, the summary to docs/smollm2.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OUT="${OUT:-out/smollm2}" OMP_NUM_THREADS=1 STEPS="${STEPS:-20}"
+export OUT="${OUT:-out/smollm2}" OMP_NUM_THREADS=1 STEPS="${STEPS:-16}"
 mkdir -p "$OUT"
 [ -f "$OUT/base/config.json" ] || python -m toy.smollm2 "$OUT/base"
 [ -f "$OUT/rows.jsonl" ] || python data.py "${TRAIN:-gsm8k}" ${TRAIN:---split train} --budgets uniform:32:128 --mode exact --wording l1 --out "$OUT/rows.jsonl"

@@ -167,6 +167,11 @@ def real_table() -> str:
     return table(["model: length, error, right", *models["base"]], rows)
 
 
+def real_cell(name: str, budget: int) -> str:
+    """The mean length of the real model's responses to one budget."""
+    return tokens(real()["models"][name][str(budget)]["mean_length"])
+
+
 def real_steps(key: str, which: slice, form: Callable = percent) -> str:
     """The mean over some of RL's steps."""
     return form(np.mean([m[key] for m in real()["steps"][which]]))
