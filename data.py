@@ -49,7 +49,8 @@ def one_line_errors(parser):
     def fail(message):
         said, _, choices = message.partition(" (choose from")
         known = re.findall(r"[\w-]+", choices) or parser._option_string_actions
-        near = difflib.get_close_matches(said.split(": ")[-1].split()[0].strip("'"), known, 1, 0.7)
+        typed = re.search(r"(?:invalid choice|unrecognized arguments): '?([\w-]+)", said)
+        near = difflib.get_close_matches(typed[1], known, 1, 0.7) if typed else ()
         message = f"{said}; did you mean {near[0]}?" if near else message
         raise BadInput(f"{message} (python {parser.prog} --help lists the flags)")
 

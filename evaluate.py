@@ -14,6 +14,7 @@ samples.jsonl alone is enough to make them again. Training calls evaluate().
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -336,13 +337,15 @@ def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
 
 
 def pick_wording(given: str | None, problems: list[dict], protocol: str | None = None, model="") -> str:
-    """--wording, else that of the run whose checkpoint `model` is, else l1; the toy can write "tulu" only."""
-    run = os.path.join(os.path.dirname(os.path.abspath(model)), "args.json")
-    if not given and not protocol and model and os.path.exists(run):
-        with open(run) as f:
-            given = json.load(f).get("wording")
+    """--wording, else that of the run whose checkpoint `model` is, else l1; the toy writes "tulu" only."""
+    (folder, name), found = os.path.split(os.path.abspath(model)), None
+    if not given and not protocol and re.fullmatch(r"checkpoint-\d+", name):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or none of ours
+            with open(os.path.join(folder, "args.json")) as f:
+                found = json.load(f).get("wording")
     is_toy = {problem.get("source") for problem in problems} <= set(toy.TASKS)
-    return "tulu" if is_toy and (not given or (protocol and given in data.SENTENCES)) else given or "l1"
+    asked = given or found or "l1"
+    return "tulu" if is_toy and asked in data.SENTENCES and (protocol or not given) else asked
 
 
 def load_data(names: str, limit: int | None, seed: int, drawn: bool = False) -> list[dict]:

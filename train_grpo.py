@@ -175,7 +175,8 @@ def parse_args(argv=None):
     ):  # fmt: skip
         if wrong:
             raise BadInput(message)
-    check_writable(args.out)
+    if RANK == 0:
+        check_writable(args.out)
     functions = REWARDS[args.reward], ADVANTAGES[args.advantage], methods.find(args.method)
     for name, function in zip(("reward_args", "advantage_args", "method_args"), functions, strict=True):
         setattr(args, name, methods.constants(name, function, getattr(args, name)))
@@ -736,7 +737,7 @@ def main(argv=None):
             break
     bar.close()
     if step < args.steps:
-        more = " (what torchrun prints now says no more)" * (WORLD > 1)
+        more = "\n(torchrun's own error below can be ignored)" * (WORLD > 1)
         print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}{more}")
     elif args.eval_every:
         evaluate_now(sampler, asked, args, state, "eval")

@@ -1,4 +1,4 @@
-"""docs/study.md and its pictures, from the figures in $DOCS/study.json alone: no model, no samples needed.
+"""docs/study.md and its pictures, from $DOCS/study.json and docs/smollm2.json: no model, no samples needed.
 
     python -m studies.study_report
 
@@ -155,16 +155,19 @@ def real() -> dict:
 
 
 def real_table() -> str:
-    """Mean length, error and right answers of the real model, before and after."""
+    """Mean length, error, share that was cut and right answers of the real model, before and after."""
     names, models = {"base": "as it comes", "warm": "warm start", "rl": "and RL"}, real()["models"]
     rows = [
         [
             names[name],
-            *(f"{c['mean_length']:.0f}, {c['abs_error']:.0%}, {c['accuracy']:.0%}" for c in cells.values()),
+            *(
+                f"{c['mean_length']:.0f}, {c['abs_error']:.0%}, {c['truncated']:.0%}, {c['accuracy']:.0%}"
+                for c in cells.values()
+            ),
         ]
         for name, cells in models.items()
     ]
-    return table(["model: length, error, right", *models["base"]], rows)
+    return table(["model: length, error, cut, right", *models["base"]], rows)
 
 
 def real_cell(name: str, budget: int) -> str:

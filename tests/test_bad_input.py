@@ -101,6 +101,7 @@ TRAIN = [
     ("--steps many", ["--steps", "many"]),
     ("--stepz 5", ["--stepz", "did you mean --steps?"]),
     ("--nothing-like-it", ["--nothing-like-it (python"]),
+    ("--lr steps", ["invalid float value: 'steps' (python"]),
     # evaluation
     ("--eval-every 5", ["--eval-every", "--eval-data"]),
     ("--eval-data {root}/missing.jsonl --eval-every 1", ["missing.jsonl"]),
@@ -232,6 +233,8 @@ def test_real_command_lines(script, world, line):
 @pytest.mark.parametrize("name", ["evaluate.py", "data.py"])
 def test_unknown_flag_is_refused_and_help_is_fast(script, name):
     needed = {"data.py": ["in.jsonl", "--out", "out.jsonl"], "evaluate.py": ["--out", "out"]}[name]
+    lacking = script(name, *needed[:-2], check=False, timeout=60)
+    assert lacking.returncode == 2 and "required: --out (python" in lacking.stderr
     unknown = script(name, *needed, "--stepz", "5", check=False, timeout=60)
     assert unknown.returncode == 2 and "--stepz" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
     shown = script("-X", "importtime", name, "--help", timeout=60)

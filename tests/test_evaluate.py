@@ -702,4 +702,12 @@ def test_a_checkpoint_is_asked_as_its_run_asked(tmp_path):
     assert evaluate.pick_wording(None, problems, None, model) == "Use {N} tokens."
     assert evaluate.pick_wording("tulu", problems, None, model) == "tulu"
     assert evaluate.pick_wording(None, problems, "l1", model) == "l1"
-    assert evaluate.pick_wording(None, problems, None, str(tmp_path / "elsewhere" / "model")) == "l1"
+    assert evaluate.pick_wording(None, problems, None, str(tmp_path / "model")) == "l1"
+    assert evaluate.pick_wording(None, [{"source": "toy"}], None, model) == "Use {N} tokens."
+    for text, wording in (('{"wording": "tulu"}', "tulu"), ("{", "l1"), ("[]", "l1")):
+        (tmp_path / "args.json").write_text(text)
+        assert evaluate.pick_wording(None, problems, None, model) == wording
+    (tmp_path / "args.json").write_text(
+        '{"wording": "l1"}'
+    )  # a sentence that the toy's tokenizer cannot write
+    assert evaluate.pick_wording(None, [{"source": "toy"}], None, model) == "tulu"

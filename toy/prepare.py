@@ -55,7 +55,7 @@ def keep(name: str, make) -> str:
         except KeyboardInterrupt:
             sys.exit(f"stopped while {name} was made; the next start makes it from the beginning")
         finally:
-            shutil.rmtree(beside)
+            shutil.rmtree(beside, ignore_errors=True)
     return path
 
 
