@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ from tqdm import tqdm
 import data
 import methods
 from data import BadInput, add_up
-from evaluation.samples import check_writable
 from rewards import ADVANTAGES, REWARDS
 from scaling import model as net
 from scaling import shared_prompt
@@ -152,6 +152,7 @@ def parse_args(argv=None):
     # The mistakes that people make, each told in a line before anything is loaded.
     p, dual, tracker = args.prompts_per_step, args.dual_clip, args.log_with
     out = os.path.abspath(args.out) + os.sep
+    there = next(p for p in (Path(out), *Path(out).parents) if p.exists())
     held = os.path.exists(out + "args.json") and not args.resume and not args.overwrite
     inside = [n for n in (args.model, args.data) if n and os.path.abspath(n).startswith(out)]
     needs = ("peft", args.lora), ("bitsandbytes", args.optim == "adamw8bit"), (tracker, tracker != "none")
@@ -170,13 +171,12 @@ def parse_args(argv=None):
         (args.resume and args.overwrite, "--resume goes on with a run, --overwrite deletes it: choose one"),
         (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
+        (RANK == 0 and not os.access(f"{there}/.", os.W_OK), f"--out ({args.out}) cannot be written"),
         (0 < args.tis_cap <= 1 and "mask" in args.tis_mode, f"--tis-cap ({args.tis_cap}) must exceed 1"),
         (lacking, f"a flag needs a package that is not installed: pip install {' '.join(lacking)}"),
     ):  # fmt: skip
         if wrong:
             raise BadInput(message)
-    if RANK == 0:
-        check_writable(args.out)
     functions = REWARDS[args.reward], ADVANTAGES[args.advantage], methods.find(args.method)
     for name, function in zip(("reward_args", "advantage_args", "method_args"), functions, strict=True):
         setattr(args, name, methods.constants(name, function, getattr(args, name)))
