@@ -781,7 +781,6 @@ def main(argv=None):
         from integrations.hosts import export
 
     write_rows(export(rows, args.export) if args.export else rows, args.out)
-    # What was read, what was dropped and why, and what the rows ask for.
     dropped = (f"  dropped {n}: {reason}" for reason, n in (+counts).most_common() if reason != "read")
     print(f"read {counts['read']} rows, wrote {len(rows)}", *dropped, sep="\n")
     if chats := sum("turns" in row for row in rows):

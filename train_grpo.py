@@ -128,7 +128,7 @@ def build_parser():
 
 
 def parse_args(argv=None):
-    """Flags of the command line, the toy's or a resumed run's; BadInput for the mistakes that people make."""
+    """Flags given, the toy's or a resumed run's; BadInput, before anything is loaded, for usual mistakes."""
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     try:
         args = parser.parse_args(argv)
@@ -149,7 +149,6 @@ def parse_args(argv=None):
         least, rule = (1e-30, "more than 0") if name in positive else (0, "0 or more")
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {rule}")
-    # The mistakes that people make, each told in a line before anything is loaded.
     p, dual, tracker = args.prompts_per_step, args.dual_clip, args.log_with
     out = os.path.abspath(args.out) + os.sep
     there = next(p for p in (Path(out), *Path(out).parents) if p.exists())

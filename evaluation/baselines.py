@@ -237,11 +237,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95, help="share of the probability that is kept (default 0.95)")
     add("--max-tokens", type=int, help="cap of none (default 8192 tokens) and stop_scale (2 x budget)")
     add("--answer-tokens", type=int, default=512, help="s1, truncate: the answer's cap (default 512; L1: 20)")
-    add(
-        "--wording",
-        "--sentence",
-        help="of the prompts: l1, tulu or your own (default: as in training, or l1)",
-    )
+    add("--wording", "--sentence", help="of prompts: l1, tulu or your own (default: as in training, or l1)")
     add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")

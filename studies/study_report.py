@@ -157,16 +157,8 @@ def real() -> dict:
 def real_table() -> str:
     """Mean length, error, share that was cut and right answers of the real model, before and after."""
     names, models = {"base": "as it comes", "warm": "warm start", "rl": "and RL"}, real()["models"]
-    rows = [
-        [
-            names[name],
-            *(
-                f"{c['mean_length']:.0f}, {c['abs_error']:.0%}, {c['truncated']:.0%}, {c['accuracy']:.0%}"
-                for c in cells.values()
-            ),
-        ]
-        for name, cells in models.items()
-    ]
+    form = "{mean_length:.0f}, {abs_error:.0%}, {truncated:.0%}, {accuracy:.0%}"
+    rows = [[names[n], *(form.format(**c) for c in cells.values())] for n, cells in models.items()]
     return table(["model: length, error, cut, right", *models["base"]], rows)
 
 
