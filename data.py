@@ -10,6 +10,7 @@ drawn token budget into the prompt and into `budget`. It can be copied alone (al
 import argparse
 import contextlib
 import csv
+import difflib
 import gzip
 import itertools
 import json
@@ -46,6 +47,11 @@ def one_line_errors(parser):
     """The argparse parser with errors that are BadInput, one line in place of the usage."""
 
     def fail(message):
+        said, _, choices = message.partition(" (choose from")
+        known = re.findall(r"[\w-]+", choices) or parser._option_string_actions
+        typed = re.search(r"(?:invalid choice|unrecognized arguments): '?([\w-]+)", said)
+        near = difflib.get_close_matches(typed[1], known, 1, 0.7) if typed else ()
+        message = f"{said}; did you mean {near[0]}?" if near else message
         raise BadInput(f"{message} (python {parser.prog} --help lists the flags)")
 
     parser.error = fail
@@ -550,7 +556,7 @@ def read_hub(hub_id, configs, split):
         try:
             found = datasets.load_from_disk(hub_id) if saved else datasets.load_dataset(hub_id, config)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise BadInput(f"dataset {hub_id} ({config}) could not be loaded: {first_line(error)}") from error
+            raise BadInput(f"dataset {hub_id} could not be loaded: {first_line(error)}") from error
         splits = found if isinstance(found, dict) else {"train": found}
         wanted = split or (next(iter(splits)) if len(splits) == 1 else "train")  # without a wish
         if wanted not in splits:
@@ -771,17 +777,12 @@ def main(argv=None):
     if not kept:
         raise BadInput(f"nothing left of {counts['read']} rows ({reasons(+counts)}): nothing was written")
     rows, lengths = zip(*kept, strict=True)
-    written = rows
     if args.export:
         from integrations.hosts import export
 
-        written = export(rows, args.export)
-    write_rows(written, args.out)
-    # What was read, what was dropped and why, and what the rows ask for.
-    print(f"read {counts['read']} rows, wrote {len(rows)}")
-    for reason, n in (+counts).most_common():
-        if reason != "read":
-            print(f"  dropped {n}: {reason}")
+    write_rows(export(rows, args.export) if args.export else rows, args.out)
+    dropped = (f"  dropped {n}: {reason}" for reason, n in (+counts).most_common() if reason != "read")
+    print(f"read {counts['read']} rows, wrote {len(rows)}", *dropped, sep="\n")
     if chats := sum("turns" in row for row in rows):
         print(f"  kept with a system prompt or earlier turns: {chats}")
     for field in ("mode", "kind"):

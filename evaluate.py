@@ -14,6 +14,7 @@ samples.jsonl alone is enough to make them again. Training calls evaluate().
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -335,10 +336,16 @@ def budget_list(text: str, flag: str = "--budgets") -> list[int | None]:
     return list(dict.fromkeys(budgets))
 
 
-def pick_wording(given: str | None, problems: list[dict], protocol: str | None = None) -> str:
-    """--wording, else l1; of the published ones the toy's tokenizer can write "tulu" only."""
+def pick_wording(given: str | None, problems: list[dict], protocol: str | None = None, model="") -> str:
+    """--wording, else that of the run whose checkpoint `model` is, else l1; the toy writes "tulu" only."""
+    (folder, name), found = os.path.split(os.path.abspath(model)), None
+    if not given and not protocol and re.fullmatch(r"checkpoint-\d+", name):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or none of ours
+            with open(os.path.join(folder, "args.json")) as f:
+                found = json.load(f).get("wording")
     is_toy = {problem.get("source") for problem in problems} <= set(toy.TASKS)
-    return "tulu" if is_toy and (not given or (protocol and given in data.SENTENCES)) else given or "l1"
+    asked = given or found or "l1"
+    return "tulu" if is_toy and asked in data.SENTENCES and (protocol or not given) else asked
 
 
 def load_data(names: str, limit: int | None, seed: int, drawn: bool = False) -> list[dict]:
@@ -464,7 +471,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--protocol", choices=PROTOCOLS, help="settings of L1, the AI2 blog or docs/adherence.md; flags win")
     add("--n", type=int, help="samples per problem and budget (default 1; L1: 16)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")
-    add("--wording", help="the budget sentence: l1 (default), tulu (the toy's), or your own with {N} in it")
+    add("--wording", help="asks for budgets: l1, tulu, your own with {N} (default: that of training, or l1)")
     add("--sentence", dest="wording", help='the same: "Use at most {N} tokens."')
     add("--ask-by", help=f"how: {engines.ASK_BYS} (default sentence)")
 
@@ -489,7 +496,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def evaluate_model(args: argparse.Namespace) -> None:
     """Check all that can be checked without the weights, then load the sampler and sweep the budgets."""
     problems = load_data(args.data, args.limit, args.seed, args.protocol == "adherence")
-    wording = pick_wording(args.wording, problems, args.protocol)
+    wording = pick_wording(args.wording, problems, args.protocol, args.model or "")
     tokenizer = context = None
     if args.base_url:
         sampler = engines.Server(args.base_url, args.api_model, args.concurrency)

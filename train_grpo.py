@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def build_parser():
 
 
 def parse_args(argv=None):
-    """Flags of the command line, the toy's or a resumed run's; BadInput for the mistakes that people make."""
+    """Flags given, the toy's or a resumed run's; BadInput, before anything is loaded, for usual mistakes."""
     argv, parser = list(sys.argv[1:] if argv is None else argv), build_parser()
     try:
         args = parser.parse_args(argv)
@@ -148,9 +149,9 @@ def parse_args(argv=None):
         least, rule = (1e-30, "more than 0") if name in positive else (0, "0 or more")
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {rule}")
-    # The mistakes that people make, each told in a line before anything is loaded.
     p, dual, tracker = args.prompts_per_step, args.dual_clip, args.log_with
     out = os.path.abspath(args.out) + os.sep
+    there = next(p for p in (Path(out), *Path(out).parents) if p.exists())
     held = os.path.exists(out + "args.json") and not args.resume and not args.overwrite
     inside = [n for n in (args.model, args.data) if n and os.path.abspath(n).startswith(out)]
     needs = ("peft", args.lora), ("bitsandbytes", args.optim == "adamw8bit"), (tracker, tracker != "none")
@@ -169,7 +170,7 @@ def parse_args(argv=None):
         (args.resume and args.overwrite, "--resume goes on with a run, --overwrite deletes it: choose one"),
         (held, f"--out ({args.out}) holds a run: --resume goes on, --overwrite deletes it; or name another"),
         (args.overwrite and inside, f"--overwrite would delete {inside}: it lies in --out; name another"),
-        (os.path.isfile(args.out), f"--out ({args.out}) is a file: name a folder"),
+        (RANK == 0 and not os.access(f"{there}/.", os.W_OK), f"--out ({args.out}) cannot be written"),
         (0 < args.tis_cap <= 1 and "mask" in args.tis_mode, f"--tis-cap ({args.tis_cap}) must exceed 1"),
         (lacking, f"a flag needs a package that is not installed: pip install {' '.join(lacking)}"),
     ):  # fmt: skip
@@ -735,7 +736,8 @@ def main(argv=None):
             break
     bar.close()
     if step < args.steps:
-        print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}")
+        more = "\n(torchrun's own error below can be ignored)" * (WORLD > 1)
+        print0(f"stopped after step {step}, which is saved; to go on: --resume --out {args.out}{more}")
     elif args.eval_every:
         evaluate_now(sampler, asked, args, state, "eval")
     if WORLD > 1 and dist.is_initialized() and kind == "hf":  # vLLM takes its groups down itself
@@ -747,6 +749,8 @@ def load_rows(args):
     rows = data.load_problems(args.data)[: args.limit or None]
     if args.budgets:
         mode = "none" if args.budgets == "none" else args.mode
+        if any(row.get("budget") for row in rows):
+            print0("--budgets draws anew: budgets and sentences of --data are not used")
         rows = data.annotate(rows, args.budgets, mode, args.wording, 1, args.seed)
     if not all(row.get("prompt") for row in rows):
         raise BadInput(f"--data ({args.data}) has rows without a prompt: use data.py, or give --budgets")

@@ -179,7 +179,7 @@ def sweep(args: argparse.Namespace) -> None:
     if None in budgets:
         raise BadInput(f"--budgets {args.budgets!r}: give token counts; the run without a budget is a method")
     problems = evaluate.load_data(args.data, args.limit, args.seed)
-    wording = evaluate.pick_wording(args.wording, problems)
+    wording = evaluate.pick_wording(args.wording, problems, model=args.model)
     tokenizer = data.load_tokenizer(args.model)
     context = data.load_config(args.model).max_position_embeddings
     asked = evaluate.plan(problems, [None], "none", wording, tokenizer, context)
@@ -237,7 +237,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95, help="share of the probability that is kept (default 0.95)")
     add("--max-tokens", type=int, help="cap of none (default 8192 tokens) and stop_scale (2 x budget)")
     add("--answer-tokens", type=int, default=512, help="s1, truncate: the answer's cap (default 512; L1: 20)")
-    add("--wording", "--sentence", help="of the prompts, as in training: l1 (default), tulu or your own")
+    add("--wording", "--sentence", help="of prompts: l1, tulu or your own (default: as in training, or l1)")
     add("--sampler", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on CUDA if installed")
     add("--seed", type=int, default=0, help="seed of the sampling and of the toy's problems (default 0)")
     add("--limit", type=int, help="problems per data set (default all; 200 of the toy's)")

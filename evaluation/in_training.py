@@ -17,7 +17,8 @@ def plan_evaluation(rows: list[dict], tokenizer, context: int, args) -> dict:
     """
     row = next((row for row in rows if row.get("budget")), None)
     if row and row["prompt"] != budget_prompt(*(row[key] for key in ASKED), args.wording):
-        raise BadInput(f"--wording {args.wording} is not how --data asks: {row['prompt'][-80:]!r}")
+        asks = f"--wording {args.wording} is not how --data asks: {row['prompt'][-80:]!r}"
+        raise BadInput(f"{asks}; give the --wording or --sentence that data.py had")
     drawn = sorted({row["budget"] for row in rows if row.get("budget")})
     asked = drawn if len(drawn) < 6 else np.quantile(drawn, [0.125, 0.375, 0.625, 0.875]).astype(int).tolist()
     asked = budget_list(args.eval_budgets, "--eval-budgets") if args.eval_budgets else asked or [None]

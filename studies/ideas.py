@@ -171,6 +171,8 @@ IDEAS = {
 }
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:2]):
+        sys.exit(print(__doc__))
     if len(sys.argv) < 3 or sys.argv[1] not in IDEAS or sys.argv[2] not in ("train_grpo", "evaluate"):
         sys.exit(__doc__)
     IDEAS[sys.argv[1]]()

@@ -300,8 +300,10 @@ def run(name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    os.makedirs(OUT, exist_ok=True)
     words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        sys.exit(print(__doc__))
+    os.makedirs(OUT, exist_ok=True)
     done = read()
     if words and words[0] == "names":
         print("\n".join(f"{n}:{s}" for n, s in wanted("--quick" in words) if (n, s) not in done))

@@ -1,10 +1,11 @@
-"""docs/study.md and its pictures, from the figures in $DOCS/study.json alone: no model, no samples needed.
+"""docs/study.md and its pictures, from $DOCS/study.json and docs/smollm2.json: no model, no samples needed.
 
     python -m studies.study_report
 
 The words are in study_text.md. What stands there in double braces is computed here: no number is typed.
 """
 
+import json
 import os
 import re
 import sys
@@ -145,6 +146,30 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def real() -> dict:
+    """What studies/smollm2.sh left in docs/: {"models": {name: {budget: cell}}, "warm_start", "steps"}."""
+    with open(os.path.join(ROOT, "docs", "smollm2.json")) as f:
+        return json.load(f)
+
+
+def real_table() -> str:
+    """Mean length, error, share that was cut and right answers of the real model, before and after."""
+    names, models = {"base": "as it comes", "warm": "warm start", "rl": "and RL"}, real()["models"]
+    form = "{mean_length:.0f}, {abs_error:.0%}, {truncated:.0%}, {accuracy:.0%}"
+    rows = [[names[n], *(form.format(**c) for c in cells.values())] for n, cells in models.items()]
+    return table(["model: length, error, cut, right", *models["base"]], rows)
+
+
+def real_cell(name: str, budget: int) -> str:
+    """The mean length of the real model's responses to one budget."""
+    return tokens(real()["models"][name][str(budget)]["mean_length"])
+
+
+def real_steps(key: str, which: slice, form: Callable = percent) -> str:
+    """The mean over some of RL's steps."""
+    return form(np.mean([m[key] for m in real()["steps"][which]]))
 
 
 def by_budget(names: list[str], form: Callable = error, budgets=None, **options) -> str:

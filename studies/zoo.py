@@ -305,5 +305,7 @@ if __name__ == "__main__":
         sys.exit(run(names[0]))
     elif command == "report":
         report()
+    elif command in ("-h", "--help"):
+        print(f"{__doc__}\nruns: {' '.join(runs())}")
     else:
         sys.exit(f"{__doc__}\nruns: {' '.join(runs())}")

@@ -61,10 +61,10 @@ TRAIN = [
     ("--budgets none", ["--reward peaked_exact", "--budgets"]),
     ("--mode hardly", ["hardly", "exact"]),
     # reward, advantage, method
-    ("--reward lcpo_exakt", ["lcpo_exakt", "lcpo_exact"]),
+    ("--reward lcpo_exakt", ["lcpo_exakt", "did you mean lcpo_exact?"]),
     ("--reward lcpo_exact --advantage grpo --reward-args gamma=1", ["gamma=1", "alpha"]),
     ("--reward-args alpha", ["alpha", "K=V"]),
-    ("--advantage grop", ["grop", "rloo"]),
+    ("--advantage grop", ["grop", "did you mean grpo?"]),
     ("--method hapoo", ["hapoo", "hapo"]),
     ("--method hapo --method-args history=max", ["history=max", "mean"]),
     ("--method hapo --method-args memory=1", ["memory=1", "history"]),
@@ -74,7 +74,7 @@ TRAIN = [
     ("--reward crf --advantage grpo --method crf", ["model"]),
     ("--reward laser_d --advantage grpo", ["laser_d", "--method laser_d", "--reward-args targets="]),
     ("--reward dot_threshold --advantage grpo", ["dot_threshold", "lcpo_exact"]),
-    ("--tis-mode sequences", ["sequences", "sequence_mask"]),
+    ("--tis-mode sequences", ["sequences", "did you mean sequence?"]),
     ("--tis-mode token_mask --tis-cap 1", ["--tis-cap (1.0)", "exceed 1"]),
     ("--method laser_d", ["laser_d", "--reward"]),
     ("--method drpo", ["drpo", "--tis-cap 0"]),
@@ -99,7 +99,9 @@ TRAIN = [
     ("--fsdp", ["--fsdp", "torchrun"]),
     ("--steps", ["--steps"]),
     ("--steps many", ["--steps", "many"]),
-    ("--stepz 5", ["--stepz"]),
+    ("--stepz 5", ["--stepz", "did you mean --steps?"]),
+    ("--nothing-like-it", ["--nothing-like-it (python"]),
+    ("--lr steps", ["invalid float value: 'steps' (python"]),
     # evaluation
     ("--eval-every 5", ["--eval-every", "--eval-data"]),
     ("--eval-data {root}/missing.jsonl --eval-every 1", ["missing.jsonl"]),
@@ -108,7 +110,8 @@ TRAIN = [
     ("--eval-data {math} --eval-every 1 --eval-budgets 9000", ["9000", "512"]),
     # runs
     ("--out {root}/run", ["{root}/run", "--resume", "--overwrite"]),
-    ("--out {root}/file", ["{root}/file", "folder"]),
+    ("--out {root}/file", ["{root}/file", "cannot be written"]),
+    ("--out {root}/file/below", ["{root}/file", "cannot be written"]),
     ("--resume --overwrite --out {root}/run", ["--resume", "--overwrite", "choose one"]),
     ("--resume --out {root}/plain", ["{root}/plain", "--resume"]),
     ("--resume --out {root}/half_args", ["{root}/half_args", "--resume"]),
@@ -230,6 +233,8 @@ def test_real_command_lines(script, world, line):
 @pytest.mark.parametrize("name", ["evaluate.py", "data.py"])
 def test_unknown_flag_is_refused_and_help_is_fast(script, name):
     needed = {"data.py": ["in.jsonl", "--out", "out.jsonl"], "evaluate.py": ["--out", "out"]}[name]
+    lacking = script(name, *needed[:-2], check=False, timeout=60)
+    assert lacking.returncode == 2 and "required: --out (python" in lacking.stderr
     unknown = script(name, *needed, "--stepz", "5", check=False, timeout=60)
     assert unknown.returncode == 2 and "--stepz" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
     shown = script("-X", "importtime", name, "--help", timeout=60)

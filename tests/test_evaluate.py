@@ -693,3 +693,21 @@ def test_another_end_of_thinking(tmp_path, tiny):
     flags = ["--regrade", "--require-think", "--out", tmp_path / "strict"]
     assert run("--samples", path, *flags) == 0  # without its name no thinking was closed
     assert read(tmp_path / "strict")["datasets"]["s"]["budgets"]["10"]["accuracy"] == 0
+
+
+def test_a_checkpoint_is_asked_as_its_run_asked(tmp_path):
+    """Without --wording the run's own sentence; a flag wins, a protocol has its own, other models get l1."""
+    (tmp_path / "args.json").write_text(json.dumps({"wording": "Use {N} tokens."}))
+    problems, model = [{"source": "own"}], str(tmp_path / "checkpoint-2")
+    assert evaluate.pick_wording(None, problems, None, model) == "Use {N} tokens."
+    assert evaluate.pick_wording("tulu", problems, None, model) == "tulu"
+    assert evaluate.pick_wording(None, problems, "l1", model) == "l1"
+    assert evaluate.pick_wording(None, problems, None, str(tmp_path / "model")) == "l1"
+    assert evaluate.pick_wording(None, [{"source": "toy"}], None, model) == "Use {N} tokens."
+    for text, wording in (('{"wording": "tulu"}', "tulu"), ("{", "l1"), ("[]", "l1")):
+        (tmp_path / "args.json").write_text(text)
+        assert evaluate.pick_wording(None, problems, None, model) == wording
+    (tmp_path / "args.json").write_text(
+        '{"wording": "l1"}'
+    )  # a sentence that the toy's tokenizer cannot write
+    assert evaluate.pick_wording(None, [{"source": "toy"}], None, model) == "tulu"

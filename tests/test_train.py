@@ -267,6 +267,29 @@ def test_toy_slips_are_mended_by_thinking_longer():
     assert right(0, slip=0.1, give_up=0) < 0.7 < 0.8 < right(70, slip=0.1, give_up=0)
 
 
+def test_ctrl_c_while_the_toy_is_made_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CACHE", str(tmp_path / "cache"))
+
+    def make(path):
+        os.makedirs(path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="base-seed0 was made; the next start"):
+        prepare.keep("base-seed0", make)
+    [folder] = os.listdir(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache" / folder) == []
+
+
+def test_budgets_that_replace_those_of_the_rows_are_told(tmp_path, capsys):
+    rows = str(tmp_path / "rows.jsonl")
+    data.main([f"{FREEZE}/rows.jsonl", "--budgets", "fixed:20", "--wording", "tulu", "--out", rows])
+    for source, told in ((rows, True), (f"{FREEZE}/rows.jsonl", False)):
+        train_grpo.main(
+            [*TOY, "--data", source, "--steps", "1", "--out", str(tmp_path / "run"), "--overwrite"]
+        )
+        assert ("--budgets draws anew" in capsys.readouterr().out) == told
+
+
 def test_groups_that_teach_nothing_are_replaced(tmp_path):
     """--dynamic-sampling: more is sampled than is kept, and in every group that is kept something differs."""
     flags = [

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -52,10 +53,14 @@ def keep(name: str, make) -> str:
         # Made beside its place and renamed: a run that is killed here leaves no half model behind.
         os.makedirs(folder, exist_ok=True)
         beside = tempfile.mkdtemp(prefix=".making-", dir=folder)
-        make(os.path.join(beside, name))
-        with contextlib.suppress(OSError):  # another process may have been faster
-            os.rename(os.path.join(beside, name), path)
-        shutil.rmtree(beside)
+        try:
+            make(os.path.join(beside, name))
+            with contextlib.suppress(OSError):  # another process may have been faster
+                os.rename(os.path.join(beside, name), path)
+        except KeyboardInterrupt:
+            sys.exit(f"stopped while {name} was made; the next start makes it from the beginning")
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return path
 
 
