@@ -18,91 +18,75 @@ import time
 
 import numpy as np
 
-from rewards import REWARDS
-from toy.prepare import prepare
+from toy import prepare
+from toy.task import digits_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT, DOCS = os.environ.get("OUT") or "out/study", os.environ.get("DOCS") or "docs"
 STEPS = os.environ.get("STEPS")  # for all runs: tries the machinery
-# Every run: the settings of the toy's default, on the base model of its seed, evaluated afterwards.
-TRAIN = "@recipes/toy.args --sampler hf --save-every 0 --eval-every 0 --budgets uniform:16:48"
-# Trained are 16 to 48; 72 and 96 are 1.5 times and twice the largest.
-ASKED = [16, 20, 24, 32, 40, 48, 56, 64, 72, 96]
-WIDE = [16, 24, 32, 48, 64, 72, 80, 96, 112, 128, 144]  # for runs trained up to 96
-LCPO = "--reward lcpo_exact --reward-args alpha=0.02 --advantage"  # the paper's 0.0003, scaled to 48 tokens
-PEAKED = "--reward peaked_exact --advantage"
-SAMPLED = "--n 4 --limit 100 --temperature 1 --top-p 1 --sampler hf"
-# The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 96 is its 8192.
-TULU = "--advantage grpo --reward-args scale=96 --max-tokens 112 --reward"
-FREE = "--budgets uniform:16:96 --advantage gdpo --reward"
+WRITE = prepare.WARMUP["write"]  # the share of number sense in the default warm-up
+# Every run: the toy's default but for its flags, on the base model of its seed, evaluated afterwards.
+TRAIN = "@recipes/toy.args --sampler hf --save-every 0 --eval-every 0"
+INSIDE = [16, 19, 23, 25, 28, 33, 37, 42, 46, 51, 55, 64]
+ASKED = [*INSIDE, 80, 96, 128, 256]  # beyond: 1.25, 1.5, 2 and 4 times the largest trained budget
+LCPO = "--advantage grpo --reward lcpo_exact --reward-args"
+# The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 128 is its 8192.
+TULU = "--advantage grpo --reward-args scale=128 --reward"
+MAX = "--lr 1e-4 --advantage grpo --reward"
+SAMPLED = "--n 2 --limit 100 --temperature 1 --top-p 1 --sampler hf"
+ENDING = 3  # tokens from `</think>` on, which s1 and truncation put on top of the budget
 
 
 def made(flags: str = "", seeds: int = 1, **more) -> dict:
     """One experiment: flags beside TRAIN; how many seeds."""
-    common = {"asked": ASKED, "trained": [16, 48], "steps": 200}
-    return {"flags": flags, "seeds": seeds} | common | more
-
-
-def blog(flags: str, **more) -> dict:
-    """One of the AI2 blog's settings: a flat reward, a wide range, so more steps until it is learned."""
-    return made(
-        f"{TULU} {flags}", **{"violins": True, "asked": WIDE, "trained": [16, 96], "steps": 300} | more
-    )
+    return {"flags": flags, "seeds": seeds, "steps": 360, "trained": [16, 64]} | more
 
 
 RUNS = {
     # The base model as it is, and what can be done to it without training.
-    "base": made(seeds=3, kind="base", asked=ASKED + [80, 112, 128, 144]),
-    "decoding": made(seeds=3, kind="decoding", asked=[16, 24, 32, 40, 48, 64]),
-    # Two rewards, each with its terms summed (GRPO) and normalised one by one (GDPO).
-    "peaked_gdpo": made(f"{PEAKED} gdpo", 3),
-    "peaked_sum": made(f"{PEAKED} grpo", 3),
-    "lcpo_gdpo": made(f"{LCPO} gdpo", 3),
-    "lcpo_sum": made(f"{LCPO} grpo", 3),
+    "base": made(seeds=3, kind="base"),
+    "decoding": made(seeds=3, kind="decoding"),
+    # The toy's default; the same from a base model that was never taught what a number means.
+    "exact": made(seeds=3),
+    "no_sense": made(seeds=3, write=0.0),
+    # L1: Max from Exact with both kinds of prompt; its two forms from maximum prompts alone.
+    "max": made(f"{MAX} lcpo_dual --mode both --reward-args alpha_exact=0.02 alpha_max=0.01", 3,
+                start="exact", modes=["max", "exact"], steps=150),
+    "max_multiplied": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01", start="exact",
+                           modes=["max"], steps=150),
+    "max_added": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01 additive=true", start="exact",
+                      modes=["max"], steps=150),
+    # An answer against the length: no cap, summed, multiplied; L1's reward with four alphas.
+    "uncapped": made("--reward-args tau=6"),
+    "summed": made("--advantage grpo"),
+    "multiplied": made("--advantage grpo --reward multiplied --reward-args tau=6", idea="multiplied"),
+    "alpha_0.005": made(f"{LCPO} alpha=0.005"),
+    "alpha_0.02": made(f"{LCPO} alpha=0.02"),
+    "alpha_0.1": made(f"{LCPO} alpha=0.1"),
+    # Beyond the range: a warm start on own responses, behind a sentence or with reminders; then RL.
+    "warm": made(kind="supervised"),
+    "warm_rl": made(start="warm"),
+    "remind_warm": made(seeds=3, kind="supervised", idea="remind"),
+    "remind": made("--method reminders", 3, start="remind_warm", idea="remind"),
+    "remind_cold": made("--method reminders", idea="remind"),
+    "remind_only_warm": made(kind="supervised", idea="remind_only"),
+    "remind_only": made("--method reminders", start="remind_only_warm", idea="remind_only"),
+    "remind_count_warm": made(kind="supervised", idea="remind_count"),
+    "remind_count": made("--method reminders", start="remind_count_warm", idea="remind_count"),
+    "tally": made(idea="tally"),
     # The AI2 blog's four settings.
-    "ai2_short": blog("tulu_exact --budgets uniform:16:48", trained=[16, 48]),
-    "ai2_long": blog("tulu_exact --budgets uniform:16:96"),
-    "ai2_bucketed": blog("tulu_exact --budgets bucket:16,24,48,72,96"),
-    "ai2_upto": blog("tulu_upto --budgets uniform:16:96 --mode max", modes=["max"]),
-    # L1: Max from Exact with both kinds of prompt, its ablation, more RL, other alphas.
-    "l1_max": made(
-        "--mode both --reward lcpo_dual --reward-args alpha_exact=0.02 alpha_max=0.02 delta=0.5 "
-        "--advantage grpo --lr 1e-4", 3, start="lcpo_sum", modes=["exact", "max"],
-    ),
-    "max_multiplied": made(
-        "--mode max --reward lcpo_max --reward-args alpha=0.02 --advantage grpo --lr 1e-4",
-        start="lcpo_sum", modes=["max"],
-    ),
-    "max_added": made(
-        "--mode max --reward lcpo_max --reward-args alpha=0.02 additive=true --advantage grpo --lr 1e-4",
-        start="lcpo_sum", modes=["max"],
-    ),
-    "more_rl": made(f"{LCPO} grpo --lr 1e-4", start="lcpo_sum"),
-    "alpha_0.0005": made(f"{LCPO} grpo --reward-args alpha=0.0005"),
-    "alpha_0.1": made(f"{LCPO} grpo --reward-args alpha=0.1"),
-    # Supervised training on traces that are annotated with their own lengths.
-    "supervised": made(kind="supervised"),
-    "ruler": made(kind="supervised", idea="mlt"),
-    # Ideas against the limit at the largest trained budget; each otherwise as peaked_gdpo.
-    "relative": made(f"{PEAKED} gdpo", idea="relative"),
-    "tally": made(f"{PEAKED} gdpo", 3, idea="tally"),
-    "tally_8": made(f"{PEAKED} gdpo", idea="tally_8"),
-    "tally_kl": made(f"{PEAKED} gdpo --kl-coef 0.05", idea="tally_8"),
-    "remind": made(f"{PEAKED} gdpo", idea="remind"),
-    "remind_capped": made(kind="again", start="remind", idea="remind_capped"),
-    "remind_16": made(f"{PEAKED} gdpo", idea="remind_16"),
-    "remind_16_capped": made(kind="again", start="remind_16", idea="remind_16_capped"),
-    "free_beyond": made(f"{FREE} length_beyond", idea="free_beyond"),
-    "unfinished": made(f"{FREE} censored", idea="unfinished"),
+    "ai2_short": made(f"{TULU} tulu_exact --budgets uniform:16:64"),
+    "ai2_long": made(f"{TULU} tulu_exact --budgets uniform:16:128 --max-tokens 160", trained=[16, 128]),
+    "ai2_bucketed": made(f"{TULU} tulu_exact --budgets bucket:16,32,64,96,128 --max-tokens 160",
+                         trained=[16, 128]),
+    "ai2_upto": made(f"{TULU} tulu_upto --budgets uniform:16:64 --mode max", modes=["max"]),
 }  # fmt: skip
 
 
-# With one seed each: at least one run for every picture.
-# 2,000 problems, 8 samples of each, the right ones three times over, with RL's learning rate: about as many
-# responses are learned from as in 200 steps of RL.
-WARM_START = "--problems 2000 --samples 8 --right --epochs 3 --batch 64 --lr 3e-4 --cap 96 --wording tulu"
-QUICK = "base decoding lcpo_sum lcpo_gdpo peaked_gdpo ai2_short ai2_upto l1_max alpha_0.1 supervised tally"
-QUICK = QUICK.split()
+# 2,000 problems, 8 samples of each; the right ones are taught, each asked for by its own length, up to the
+# largest budget that RL trains.
+WARM_START = "--problems 2000 --samples 8 --right --epochs 2 --batch 64 --lr 1e-3 --cap 64 --wording tulu"
+QUICK = "base decoding exact no_sense max max_added uncapped remind_warm remind".split()
 
 
 def wanted(quick: bool) -> list[tuple[str, int]]:
@@ -113,7 +97,7 @@ def wanted(quick: bool) -> list[tuple[str, int]]:
 
 def flags_of(name: str, seed: int) -> list[str]:
     """The training flags of a run; a later one overrides an earlier one."""
-    return shlex.split(f"{TRAIN} --steps {steps(name)} {RUNS[name]['flags']} --seed {seed}")
+    return shlex.split(f"{TRAIN} {RUNS[name]['flags']} --steps {steps(name)} --seed {seed}")
 
 
 def steps(name: str) -> int:
@@ -159,19 +143,17 @@ def script(name: str, idea: str | None) -> list[str]:
 
 def train(name: str, seed: int, log) -> str:
     """Folder of a run's model; it and what it starts from are trained where they are not yet."""
-    run, folder, toy = RUNS[name], os.path.join(OUT, f"{name}-{seed}"), prepare(seed)
+    run, folder, toy = RUNS[name], os.path.join(OUT, f"{name}-{seed}"), prepare.prepare(seed)
     if run.get("kind") == "base":
         return toy["model"]
     start = train(run["start"], seed, log) if run.get("start") else toy["model"]
-    if run.get("kind") == "again":  # another run's model, asked in another way
-        return start
     os.makedirs(folder, exist_ok=True)
     with open(folder + ".lock", "w") as lock:  # a run that starts from this one waits until it is there
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.get("kind") == "supervised":
             model, words = os.path.join(folder, "model"), ["-m", "studies.warm_start", start]
             words += [model, "--data", toy["data"], "--seed", str(seed), *WARM_START.split()]
-            words += ["--mlt"] if run.get("idea") else []
+            words += ["--idea", run["idea"]] if run.get("idea") else []
         else:
             model = os.path.join(folder, f"checkpoint-{steps(name)}")
             words = [*script("train_grpo", run.get("idea")), *flags_of(name, seed)]
@@ -184,9 +166,9 @@ def train(name: str, seed: int, log) -> str:
 def evaluate(name: str, seed: int, mode: str, model: str, log) -> str:
     """Sweep the budgets over the trained task and the one that RL never saw; the folder of the results."""
     run, out = RUNS[name], os.path.join(OUT, f"{name}-{seed}", f"eval_{mode}")
-    asked = ",".join(map(str, run["asked"])) + (",none" if run.get("kind") == "base" else "")
+    asked = ",".join(map(str, ASKED)) + (",none" if run.get("kind") == "base" else "")
     low, high = run["trained"]
-    words = f"--data toy,toy_ood --budgets {asked} {SAMPLED} --mode {mode} --wording tulu --max-tokens 200 "
+    words = f"--data toy,toy_ood --budgets {asked} {SAMPLED} --mode {mode} --wording tulu --max-tokens 300 "
     words += f"--require-think --seed {seed} --trained-budgets uniform:{low}:{high} --overwrite"
     told = ["--model", model, "--out", out, *words.split()]
     command(log, *script("evaluate", run.get("idea")), *told)
@@ -194,32 +176,50 @@ def evaluate(name: str, seed: int, mode: str, model: str, log) -> str:
 
 
 def decode(seed: int, log) -> dict:
-    """The base model under s1's budget forcing and under truncation: {method: {data set: cells}}."""
-    out = os.path.join(OUT, f"decoding-{seed}", "sweep")
-    asked = ",".join(map(str, RUNS["decoding"]["asked"]))
-    words = f"-m evaluation.baselines sweep --data toy --budgets {asked} --methods s1,truncate".split()
-    if not os.path.exists(os.path.join(out, "truncate", "results.json")):
-        shutil.rmtree(out, ignore_errors=True)
-        words += [*SAMPLED.split(), "--seed", str(seed), "--model", prepare(seed)["model"], "--out", out]
-        command(log, *words)
-    return {method: cells(os.path.join(out, method), False) for method in ("s1", "truncate")}
+    """The base model under s1's budget forcing, truncation and scaled stops: {method: {data set: cells}}."""
+    found = {}
+    for methods, less in (("s1,truncate", ENDING), ("stop_scale", 0)):
+        out = os.path.join(OUT, f"decoding-{seed}", methods.split(",")[0])
+        asked = ",".join(str(b - less) for b in INSIDE)
+        words = f"-m evaluation.baselines sweep --data toy --budgets {asked} --methods {methods}".split()
+        if not os.path.exists(os.path.join(out, methods.split(",")[-1], "results.json")):
+            shutil.rmtree(out, ignore_errors=True)
+            words += [*SAMPLED.split(), "--seed", str(seed), "--model", prepare.prepare(seed)["model"]]
+            command(log, *words, "--out", out)
+        found |= {m: cells(os.path.join(out, m), less) for m in methods.split(",")}
+    return found
 
 
-KEYS = "n accuracy mean_length signed_error abs_error within_10 over_budget".split()
+KEYS = "n accuracy mean_length signed_error abs_error over_budget".split()
 
 
-def cells(folder: str, violins: bool) -> dict:
-    """{data set: {budget: figures}} of one evaluation; `violins`: and how many responses of each length."""
+def cells(folder: str, less: int = 0) -> dict:
+    """{data set: {budget: figures}} of one evaluation; `less`: how many tokens of a budget it was asked for.
+
+    "within": right, and at most 1.1 times as long as the budget. "sizes": {digits of the problem: [responses,
+    mean length, accuracy]}.
+    """
     with open(os.path.join(folder, "results.json"), encoding="utf-8") as f:
         sets = json.load(f)["datasets"]
+    with open(os.path.join(folder, "samples.jsonl"), encoding="utf-8") as f:
+        samples = [json.loads(line) for line in f]
     out = {}
     for name, part in sets.items():
-        out[name] = {b: {k: rounded(c[k]) for k in KEYS} for b, c in part["budgets"].items()}
-    if violins:
-        with open(os.path.join(folder, "samples.jsonl"), encoding="utf-8") as f:
-            for sample in map(json.loads, f):
-                cell = out[sample["source"]][str(sample["budget"] or "none")].setdefault("lengths", {})
-                cell[str(sample["length"])] = cell.get(str(sample["length"]), 0) + 1
+        out[name] = {}
+        for b, c in part["budgets"].items():
+            asked = None if b == "none" else int(b) + less
+            mine = [s for s in samples if s["source"] == name and str(s["budget"] or "none") == b]
+            cell = {k: rounded(c[k]) for k in KEYS}
+            if asked:
+                errors = np.array([s["length"] / asked - 1 for s in mine])
+                cell |= {"signed_error": rounded(errors.mean()), "abs_error": rounded(abs(errors).mean())}
+                cell["over_budget"] = rounded((errors > 0).mean())
+                cell["within"] = rounded(np.mean([s["correct"] and s["length"] <= 1.1 * asked for s in mine]))
+            by_size = {}
+            for s in mine:
+                by_size.setdefault(len(digits_of(s["problem"])), []).append((s["length"], s["correct"]))
+            cell["sizes"] = {n: [len(v), *map(rounded, np.mean(v, 0))] for n, v in sorted(by_size.items())}
+            out[name][str(asked or "none")] = cell
     return out
 
 
@@ -236,26 +236,6 @@ def correlation(folder: str, low: int, high: int) -> float | None:
         ]
     asked, lengths = ([s[key] for s in samples] for key in ("budget", "length"))
     return rounded(np.corrcoef(asked, lengths)[0, 1]) if min(len({*asked}), len({*lengths})) > 1 else None
-
-
-def length_shares(folder: str, low: int, high: int) -> dict:
-    """The length term's share of the variance within a group, for two rewards: what GRPO sees of it in a sum.
-
-    Of responses to one prompt, mean over prompts; GDPO gives every term the same share, a half.
-    """
-    groups = {}
-    with open(os.path.join(folder, "samples.jsonl"), encoding="utf-8") as f:
-        for s in map(json.loads, f):
-            if s["source"] == "toy" and low <= (s["budget"] or 0) <= high:
-                groups.setdefault((s["id"], s["budget"]), []).append((s["correct"], s["length"]))
-    values = np.array(list(groups.values()), dtype=float)  # [prompts, responses, 2]
-    rollouts = {"correct": values[..., 0], "length": values[..., 1], "budget": [b for _, b in groups]}
-    rollouts["truncated"], shares = np.zeros(values.shape[:2]), {}
-    for name, options in {"peaked_exact": {}, "lcpo_exact": {"alpha": 0.02}}.items():
-        terms = REWARDS[name](rollouts, parts=True, **options)
-        variance = {key: term.var(1).mean() for key, term in terms.items()}
-        shares[f"length_share_{name}"] = rounded(variance["length"] / sum(variance.values()))
-    return shares
 
 
 def curve(folder: str) -> dict:
@@ -278,6 +258,7 @@ def run(name: str, seed: int) -> None:
     folder, spec, began = os.path.join(OUT, f"{name}-{seed}"), RUNS[name], time.monotonic()
     os.makedirs(folder, exist_ok=True)
     record = {"name": name, "seed": seed, "trained": spec["trained"], "steps": steps(name)}
+    prepare.WARMUP["write"] = spec.get("write", WRITE)
     with open(folder + ".log", "a") as log:
         if spec.get("kind") == "decoding":
             record["cells"] = decode(seed, log)
@@ -285,10 +266,8 @@ def run(name: str, seed: int) -> None:
             model, record["cells"] = train(name, seed, log), {}
             for mode in spec.get("modes", ["exact"]):
                 out = evaluate(name, seed, mode, model, log)
-                record["cells"][mode] = cells(out, spec.get("violins", False) and seed == 0)
+                record["cells"][mode] = cells(out)
                 record |= {f"correlation_{mode}": correlation(out, *spec["trained"])}
-                if spec.get("kind") == "base":
-                    record |= length_shares(out, *spec["trained"])
     if os.path.exists(os.path.join(folder, "metrics.jsonl")):
         record |= {"flags": shlex.join(flags_of(name, seed)), **curve(folder)}
     add(record)

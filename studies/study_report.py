@@ -9,30 +9,37 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from studies import study
-from studies.study import ROOT, RUNS
+from studies.study import ROOT
 
 RECORDS = {}  # {(name, seed): record} of study.json; load() fills it
-CORE = ["lcpo_sum", "lcpo_gdpo", "peaked_sum", "peaked_gdpo"]
-BLOG = {"ai2_short": "exact, short range", "ai2_long": "exact, long range", "ai2_bucketed": "bucketed"}
+with open(os.path.join(ROOT, "recipes", "toy.args")) as recipe:  # the budgets that the default run draws
+    DRAWN = set(map(int, re.search(r"--budgets bucket:(\S+)", recipe.read())[1].split(",")))
+BLOG = {"ai2_short": "exact, 16 to 64", "ai2_long": "exact, 16 to 128", "ai2_bucketed": "bucketed"}
 BLOG |= {"ai2_upto": "up to"}
-LABELS = BLOG | {
-    "lcpo_sum": "L1's reward, summed (GRPO)", "lcpo_gdpo": "L1's reward, GDPO",
-    "peaked_sum": "peaked reward, summed (GRPO)", "peaked_gdpo": "peaked reward, GDPO",
-    "supervised": "supervised, sentence", "ruler": "supervised, length tokens",
-    "relative": "relative wording",
-    "tally": "tally marks", "tally_8": "tally marks worth 8", "tally_kl": "these, KL 0.05",
-    "remind": "reminders", "remind_capped": "capped reminders",
-    "remind_16": "rarer reminders", "remind_16_capped": "rarer reminders, capped",
-    "free_beyond": "beyond without answers", "unfinished": "unfinished responses",
+CONTROL = [  # label, experiment, mode or method
+    ("Exact", "exact", None),
+    ("Max", "max", "max"),
+    ("s1 budget forcing", "decoding", "s1"),
+    ("truncation", "decoding", "truncate"),
+    ("scaled stop tokens", "decoding", "stop_scale"),
+]
+TRADE = {
+    "exact": "GDPO, capped (the default)", "uncapped": "GDPO, no cap", "summed": "summed, capped",
+    "multiplied": "multiplied", "alpha_0.005": "L1, alpha 0.005", "alpha_0.02": "L1, alpha 0.02",
+    "alpha_0.1": "L1, alpha 0.1",
 }  # fmt: skip
-# Those that write the budget in another way, and those that say or show more than a budget.
-IDEAS = ["peaked_gdpo", "relative", "tally", "tally_8", "tally_kl"], ["peaked_gdpo", "remind"]
-IDEAS[1].extend("remind_capped remind_16 remind_16_capped unfinished free_beyond".split())
+BEYOND = {
+    "exact": "none (the default)", "warm": "warm start alone", "warm_rl": "warm start, RL",
+    "tally": "tally marks", "remind_cold": "reminders, no warm start",
+    "remind_warm": "reminders, warm start alone", "remind": "reminders, warm start, RL",
+    "remind_only_warm": "reminders only, warm start alone", "remind_only": "reminders only, RL",
+    "remind_count_warm": "counting reminders, warm start alone", "remind_count": "counting reminders, RL",
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,14 +64,19 @@ def part(record: dict, data: str, mode: str | None) -> dict:
 
 
 def figures(name: str, key: str, at="in", data: str = "toy", mode: str | None = None) -> list[float]:
-    """One number per seed: `key`, the mean over the budgets `at`: "in" the trained range, or one budget."""
+    """One number per seed: `key`, the mean over the budgets `at`.
+
+    `at`: "in" the trained range, those of it that are "drawn" or "held" out, a list of budgets, or one.
+    """
     found = []
     for record in seeds(name):
-        cells = part(record, data, mode)
-        low, high = record["trained"]
+        cells, (low, high) = part(record, data, mode), record["trained"]
         inside = [b for b in cells if b.isdigit() and low <= int(b) <= high]
-        chosen = inside if at == "in" else [str(at)]
-        values = [cells[b][key] for b in chosen if b in cells and cells[b][key] is not None]
+        drawn = [b for b in inside if int(b) in DRAWN]
+        named = {"in": inside, "drawn": drawn, "held": [b for b in inside if b not in drawn]}
+        chosen = named.get(at) if isinstance(at, str) else None
+        chosen = chosen or list(map(str, at if isinstance(at, list) else [at]))
+        values = [cells[b][key] for b in chosen if cells.get(b, {}).get(key) is not None]
         if values:
             found.append(float(np.mean(values)))
     return found
@@ -108,9 +120,44 @@ def length(name: str, at="in", data: str = "toy", mode: str | None = None) -> st
     return show(figures(name, "mean_length", at, data, mode), tokens)
 
 
+def within(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
+    """Share of right answers that are at most 1.1 budgets long."""
+    return show(figures(name, "within", at, data, mode), percent)
+
+
 def over(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
     """Share of responses longer than the budget."""
     return show(figures(name, "over_budget", at, data, mode), percent)
+
+
+def worst(name: str, data: str = "toy") -> str:
+    """The largest error of a budget of the trained range."""
+    each = [figures(name, "abs_error", b, data) for b in study.INSIDE]
+    return show([max(seed) for seed in zip(*each, strict=True)], percent)
+
+
+def by_size(name: str, column: int, sizes, at: list[int], mode: str | None = None) -> list[float]:
+    """One number per seed: mean length (column 1) or accuracy (2) of problems with so many digits."""
+    found = []
+    for record in seeds(name):
+        cells = part(record, "toy", mode)
+        rows = [cells[str(b)]["sizes"][str(n)] for b in at for n in sizes if str(n) in cells[str(b)]["sizes"]]
+        counts = [row[0] for row in rows]
+        found.append(float(np.average([row[column] for row in rows], weights=counts)))
+    return found
+
+
+def spends(name: str, at: list[int], mode: str | None = None) -> str:
+    """Correlation of a problem's number of digits and the mean length spent on it."""
+    sizes = range(2, 12)
+    each = np.array([by_size(name, 1, [n], at, mode) for n in sizes])  # [sizes, seeds]
+    return show([float(np.corrcoef(sizes, column)[0, 1]) for column in each.T], lambda v: f"{v:.2f}")
+
+
+def saved(sizes, at: list[int]) -> str:
+    """By how much Max is shorter than Exact, asked for the same, on problems with so many digits."""
+    pairs = zip(by_size("max", 1, sizes, at, "max"), by_size("exact", 1, sizes, at), strict=False)
+    return show([1 - a / b for a, b in pairs], percent)
 
 
 def field(name: str, key: str, form: Callable = lambda v: f"{v:.2f}") -> str:
@@ -123,19 +170,6 @@ def onset(name: str) -> str:
     found = [r["onset"] for r in seeds(name) if "onset" in r]
     text = show([f for f in found if f is not None], lambda v: f"{v:.0f}")
     return text + (f" ({found.count(None)} of {len(found)} never)" if None in found else "")
-
-
-def paired(name: str, other: str, key: str = "abs_error") -> str:
-    """How many points of a percent `key` is below that of `other`, seed by seed (same base, same prompts)."""
-    common = [s for n, s in RECORDS if n == name and (other, s) in RECORDS]
-    if not common:
-        return "not run"
-    by_seed = {
-        n: dict(zip([r["seed"] for r in seeds(n)], figures(n, key), strict=True)) for n in (name, other)
-    }
-    lower = [100 * (by_seed[other][s] - by_seed[name][s]) for s in common]
-    text = show(lower, lambda v: f"{v:.1f}")
-    return f"{text} points lower, in {sum(d > 0 for d in lower)} of {len(lower)} seeds"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,85 +206,83 @@ def real_steps(key: str, which: slice, form: Callable = percent) -> str:
     return form(np.mean([m[key] for m in real()["steps"][which]]))
 
 
-def by_budget(names: list[str], form: Callable = error, budgets=None, **options) -> str:
-    """A row per experiment, a column per budget; `form` is error, accuracy, length ..."""
-    asked = budgets or RUNS[names[0]]["asked"]
-    rows = [[LABELS.get(n, n), *[form(n, b, **options) for b in asked]] for n in names]
-    return table(["asked for", *map(str, asked)], rows)
-
-
-def blog_table() -> str:
-    """The blog's four settings: control inside and outside the trained range, on both tasks."""
-    head = "setting|trained on|error inside|the same, unseen task|error at 1.5 times the largest".split("|")
-    rows = []
-    for name, label in BLOG.items():
-        mode = RUNS[name].get("modes", ["exact"])[0]
-        low, high = RUNS[name]["trained"]
-        rows.append([label, f"{low} to {high}", error(name, mode=mode)])
-        rows[-1] += [error(name, data="toy_ood", mode=mode), error(name, 3 * high // 2, mode=mode)]
-    return table(head, rows)
-
-
-def core_table() -> str:
-    """The two rewards, summed and decoupled: error, correlation, onset, accuracy."""
-    head = "reward, advantage|length error|correlation|onset (step)|accuracy|unseen task: error".split("|")
+def headline() -> str:
+    """The default run: error, worst budget, held-out budgets, correlation, accuracy on both tasks."""
     rows = [
-        [LABELS[n], error(n), field(n, "correlation_exact", lambda v: f"{v:.3f}"), onset(n), accuracy(n),
-         error(n, data="toy_ood")]
-        for n in CORE
-    ]  # fmt: skip
+        [
+            "base, asked for no length",
+            "",
+            "",
+            "",
+            "",
+            accuracy("base", "none"),
+            accuracy("base", "none", "toy_ood"),
+        ]
+    ]
+    for name, label in {"exact": "Exact", "no_sense": "Exact, no number sense"}.items():
+        rows.append([label, error(name), error(name, "held"), worst(name),
+                     field(name, "correlation_exact", lambda v: f"{v:.3f}"), accuracy(name)])  # fmt: skip
+        rows[-1].append(f"{accuracy(name, data='toy_ood')}, error {error(name, data='toy_ood')}")
+    head = "model|error|never drawn|worst budget|correlation|right|unseen task: right".split("|")
     return table(head, rows)
 
 
-def methods_table() -> str:
-    """Accuracy and length of what can be done for a budget."""
-    asked = RUNS["decoding"]["asked"][:-1]
-    rows = []
-    for label, name, mode in METHODS:
-        cells = []
-        for b in asked:
-            if not figures(name, "accuracy", b, mode=mode):
-                cells.append("-")
-                continue
-            cells.append(f"{np.mean(figures(name, 'accuracy', b, mode=mode)):.0%} at "
-                         f"{np.mean(figures(name, 'mean_length', b, mode=mode)):.0f}")  # fmt: skip
-        rows.append([label, *cells])
+def control_table(key: str = "within") -> str:
+    """What is right and not too long, a row per way to control the length."""
+    asked = study.INSIDE
+    rows = [[label, *[show(figures(name, key, b, mode=mode)[:3], short) for b in asked]]
+            for label, name, mode in CONTROL]  # fmt: skip
     return table(["asked for", *map(str, asked)], rows)
 
 
-METHODS = [  # label, experiment, mode or method
-    ("base", "base", None),
-    ("s1 budget forcing", "decoding", "s1"),
-    ("hard truncation", "decoding", "truncate"),
-    ("L1-Exact", "lcpo_sum", None),
-    ("L1-Max, asked as maximum", "l1_max", "max"),
-    ("L1-Max, asked exactly", "l1_max", "exact"),
-]
-ALPHAS = {0.0005: "alpha_0.0005", 0.02: "lcpo_sum", 0.1: "alpha_0.1"}
+def short(value: float) -> str:
+    """0.123 -> 12."""
+    return f"{100 * value:.0f}"
 
 
-def alpha_table() -> str:
-    """Error, accuracy and onset for each alpha (the first seed only: the others have one)."""
+def trade_table() -> str:
+    """Error and accuracy at small and at large budgets: what a token is worth against an answer."""
+    small, large = [b for b in study.INSIDE if b < 30], [b for b in study.INSIDE if b > 30]
+    rows = [
+        [label, error(n, small), accuracy(n, small), within(n, small), error(n, large), accuracy(n, large)]
+        for n, label in TRADE.items()
+    ]
+    head = "reward|error, below 30|right|right and not too long|error, above 30|right".split("|")
+    return table(head, rows)
+
+
+def max_table() -> str:
+    """Tokens that Exact and Max spend where the maximum is 64, by the number of digits."""
+    sizes = range(2, 12)
     rows = []
-    for alpha, name in ALPHAS.items():
-        one = {key: figures(name, key)[:1] for key in ("abs_error", "accuracy", "mean_length")}
-        first = [r.get("onset") for r in seeds(name)[:1]]
-        rows.append([f"{alpha:g}", show(one["abs_error"], percent), show(one["accuracy"], percent)])
-        rows[-1] += [show(one["mean_length"], tokens), "not run" if not first else first[0] or "never"]
-    return table(["alpha", "length error", "accuracy", "tokens", "onset (step)"], rows)
+    for label, name, mode in (("Exact", "exact", None), ("Max", "max", "max"),
+                              ("Max, multiplied alone", "max_multiplied", None),
+                              ("Max, added alone", "max_added", None)):  # fmt: skip
+        each = [show(by_size(name, 1, [n], [64], mode), lambda v: f"{v:.0f}") for n in sizes]
+        rows.append([label, *each, accuracy(name, 64, mode=mode)])
+    return table(["digits", *map(str, sizes), "right"], rows)
 
 
 def beyond_table() -> str:
     """What each idea makes of budgets inside and beyond the trained range."""
-    head = ["idea", "error 16 to 48", "at 64", "at 72 (1.5 times)", "at 96 (2 times)"]
-    head += ["accuracy 16 to 48", "at 72", "at 96"]
+    head = ["idea", "error inside", "at 96 (1.5 times)", "at 128 (2)", "at 256 (4)"]
+    head += ["right inside", "at 96", "at 128", "at 256"]
     rows = []
-    for name in [*IDEAS[0], *IDEAS[1][1:]]:
-        inside = [figures(name, "abs_error", b) for b in (16, 20, 24, 32, 40, 48)]
-        inside = np.mean(inside, 0).tolist() if all(inside) else []
-        rows.append([LABELS[name], show(inside, percent), *[error(name, b) for b in (64, 72, 96)]])
-        rows[-1] += [accuracy(name), accuracy(name, 72), accuracy(name, 96)]
-    rows[0][0] = "none of them"
+    for name, label in BEYOND.items():
+        rows.append([label, error(name), *[error(name, b) for b in (96, 128, 256)]])
+        rows[-1] += [accuracy(name), *[accuracy(name, b) for b in (96, 128, 256)]]
+    return table(head, rows)
+
+
+def blog_table() -> str:
+    """The blog's four settings: control inside and outside the trained range, on both tasks."""
+    head = "setting|error inside|unseen task|length at 64|at 96|at 128|right at 16|at 33|at 64".split("|")
+    rows = []
+    for name, label in BLOG.items():
+        rows.append(
+            [label, error(name), error(name, data="toy_ood"), *[length(name, b) for b in (64, 96, 128)]]
+        )
+        rows[-1] += [accuracy(name, b) for b in (16, 33, 64)]
     return table(head, rows)
 
 
@@ -288,15 +320,22 @@ MARKS = "osD^vPX*hd8"
 
 
 def line(
-    ax, i: int, name: str, key: str, label: str, scale: float = 1, against: str | None = None, **which
+    ax,
+    i: int,
+    name: str,
+    key: str,
+    label: str,
+    scale: float = 1,
+    against: str | None = None,
+    at=None,
+    **which,
 ) -> None:
     """`key` against the budget (or another figure): mean over seeds, bars of one standard deviation."""
     if not seeds(name):
         ax.plot([], [], color=COLORS[i], marker=MARKS[i], ls=":", label=f"{label}: not run")
         return
-    budgets = [
-        int(b) for b in part(seeds(name)[0], which.get("data", "toy"), which.get("mode")) if b.isdigit()
-    ]
+    cells = part(seeds(name)[0], which.get("data", "toy"), which.get("mode"))
+    budgets = [int(b) for b in cells if b.isdigit() and (at is None or int(b) in at)]
     y = [[scale * v for v in figures(name, key, b, **which)] for b in budgets]
     x = [np.mean(figures(name, against, b, **which)) for b in budgets] if against else budgets
     spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in y]
@@ -304,11 +343,6 @@ def line(
     order = np.argsort(x)
     ax.errorbar(np.array(x)[order], np.array([np.mean(v) for v in y])[order], np.array(spread)[order],
                 label=label, **style)  # fmt: skip
-
-
-def shade(ax, low: int, high: int) -> None:
-    """The trained range."""
-    ax.axvspan(low, high, color="0.93", zorder=0, label="trained range")
 
 
 def identity(ax, high: int) -> None:
@@ -322,127 +356,94 @@ def below(ax, columns: int = 2) -> None:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=8.5)
 
 
-def draw_blog() -> None:
-    """Violins of the blog's four settings; the middle 90% of each budget's responses."""
-    from evaluation import plots
-
-    fig, axes = canvas(2, 2, (7, 5))
-    for ax, (name, label) in zip(axes.flat, BLOG.items(), strict=True):
-        spec = RUNS[name]["flags"].split("--budgets ")[1].split()[0]
-        ax.set_title(f"{label}: {spec}", loc="left", fontsize=11)
-        cells = part(seeds(name)[0], "toy", None) if seeds(name) else {}
-        if not cells:
-            ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes)
-            continue
-        drawn = {int(b): np.repeat([int(n) for n in c["lengths"]], list(c["lengths"].values()))
-                 for b, c in cells.items()}  # fmt: skip
-        low, high = RUNS[name]["trained"]
-        buckets = spec.startswith("bucket:")
-        known = [int(b) for b in spec[7:].split(",")] if buckets else [*range(low, high + 1)]
-        plots.draw_violins(ax, drawn, known)
-    save(fig, "blog")
-
-
-def draw_tasks() -> None:
-    """Accuracy and error against the requested length, on the trained task and on the one RL never saw."""
-    fig, axes = canvas(2, 2, (6.4, 4))
-    for j, (data, title) in enumerate({"toy": "trained task (add)", "toy_ood": "unseen task (max)"}.items()):
-        for i, name in enumerate(BLOG):
-            mode = RUNS[name].get("modes", ["exact"])[0]
-            line(axes[0, j], i, name, "accuracy", BLOG[name], 100, data=data, mode=mode)
-            line(axes[1, j], i, name, "abs_error", BLOG[name], 100, data=data, mode=mode)
-        base = figures("base", "accuracy", "none", data)
-        if base:
-            axes[0, j].axhline(
-                100 * np.mean(base), color="black", ls="-.", lw=1.2, label="base, asked for no length"
-            )
-        axes[0, j].set(title=title, ylabel="accuracy (%)", xlabel="requested length (tokens)", ylim=(0, 103))
-        axes[1, j].set(ylabel="mean |length - budget| / budget (%)", xlabel="requested length (tokens)")
-        below(axes[0, j])
-    save(fig, "tasks")
-
-
-def draw_l1() -> None:
-    """Accuracy against length of L1's models and of what needs no training; errors per budget beside it."""
+def draw_accuracy() -> None:
+    """Right and not too long against the budget; right against the length that was written."""
     fig, axes = canvas(2, 1, (7, 5))
-    for i, (label, name, mode) in enumerate(METHODS):
-        if name == "base" and seeds(name):  # it has one length, whatever it is asked for
-            x, y = (np.mean(figures(name, key, "none")) for key in ("mean_length", "accuracy"))
-            axes[0, 0].plot(x, 100 * y, "*", ms=13, color="black", label="base, asked for no length")
-            continue
-        line(axes[0, 0], i, name, "accuracy", label, 100, against="mean_length", mode=mode)
-    axes[0, 0].set(xlabel="mean produced length (tokens)", ylabel="accuracy (%)", ylim=(30, 102))
-    below(axes[0, 0])
-    shade(axes[0, 1], 16, 48)
-    line(axes[0, 1], 0, "lcpo_sum", "abs_error", "L1-Exact, absolute", 100)
-    line(axes[0, 1], 1, "lcpo_sum", "signed_error", "L1-Exact, signed", 100)
-    line(axes[0, 1], 2, "l1_max", "signed_error", "L1-Max asked as maximum, signed", 100, mode="max")
-    axes[0, 1].axhline(0, color="black", lw=0.8)
-    axes[0, 1].set(xlabel="requested length (tokens)", ylabel="length error (% of the budget)")
-    below(axes[0, 1])
-    save(fig, "l1")
+    for i, (label, name, mode) in enumerate(CONTROL):
+        line(axes[0, 0], i, name, "within", label, 100, mode=mode, at=study.INSIDE)
+        line(axes[0, 1], i, name, "accuracy", label, 100, against="mean_length", mode=mode, at=study.INSIDE)
+    if seeds("base"):
+        x, y = (np.mean(figures("base", key, "none")) for key in ("mean_length", "accuracy"))
+        axes[0, 0].axhline(100 * y, color="black", ls="-.", lw=1.2, label="base, asked for no length")
+        axes[0, 1].plot(x, 100 * y, "*", ms=13, color="black", label="base, asked for no length")
+    axes[0, 0].set(xlabel="budget (tokens)", ylabel="right, and at most 1.1 budgets long (%)", ylim=(0, 102))
+    axes[0, 1].set(xlabel="mean length (tokens)", ylabel="right (%)", ylim=(0, 102))
+    below(axes[0, 0], 3)
+    save(fig, "accuracy")
 
 
-def draw_onset() -> None:
-    """Training errors of the core runs, a thin line per seed."""
-    fig, axes = canvas(2, 2, (6, 3.4))
-    for i, (ax, name) in enumerate(zip(axes.flat, CORE, strict=True)):
-        for record in seeds(name):
+def draw_sense() -> None:
+    """Training errors with and without number sense, a line per seed."""
+    fig, axes = canvas(1, 1, (7, 4))
+    for i, (name, label) in enumerate({"exact": "with number sense", "no_sense": "without"}.items()):
+        for k, record in enumerate(seeds(name)):
             steps = 5 * np.arange(len(record["error"])) + 2.5
-            ax.plot(steps, 100 * np.array(record["error"]), color=COLORS[i], lw=1.3)
-            if record["onset"] is not None:
-                ax.axvline(record["onset"], color=COLORS[i], lw=0.8, ls=":")
-        ax.set_title(LABELS[name], loc="left", fontsize=11)
-        ax.set(xlabel="step", ylabel="length error in training (%)", ylim=(0, 70))
-    save(fig, "onset")
+            axes[0, 0].plot(steps, 100 * np.array(record["error"]), color=COLORS[i], lw=1.3,
+                            label=None if k else label)  # fmt: skip
+    axes[0, 0].set(xlabel="step", ylabel="length error in training (%)", ylim=(0, 70))
+    below(axes[0, 0])
+    save(fig, "sense")
 
 
-def draw_gdpo() -> None:
-    """Final error and correlation of the core runs, a point per seed."""
-    fig, axes = canvas(2, 1, (6, 3.6))
-    for i, name in enumerate(CORE):
-        for ax, values in (
-            (axes[0, 0], [100 * v for v in figures(name, "abs_error")]),
-            (axes[0, 1], [r["correlation_exact"] for r in seeds(name)]),
-        ):
-            ax.plot([i] * len(values), values, MARKS[i], color=COLORS[i], ms=8, alpha=0.8)
-            if values:
-                ax.plot([i - 0.25, i + 0.25], [np.mean(values)] * 2, color="black", lw=2)
-    for ax, text in zip(axes[0], ("length error (%)", "correlation, asked and produced"), strict=True):
-        ax.set_xticks(
-            range(4), [LABELS[n].replace(", ", "\n").replace(" (GRPO)", "") for n in CORE], fontsize=8.5
-        )
-        ax.set(ylabel=text, xlim=(-0.6, 3.6))
-    axes[0, 0].set_ylim(0)
-    save(fig, "gdpo")
+def draw_trade() -> None:
+    """Accuracy against length error at the small budgets, a point per reward."""
+    fig, axes = canvas(1, 1, (7, 4.6))
+    small = [b for b in study.INSIDE if b < 30]
+    for i, (name, label) in enumerate(TRADE.items()):
+        x, y = (figures(name, key, small) for key in ("abs_error", "accuracy"))
+        axes[0, 0].plot(100 * np.array(x), 100 * np.array(y), MARKS[i], color=COLORS[i], ms=8, label=label)
+    axes[0, 0].set(xlabel="length error, budgets below 30 (%)", ylabel="right, budgets below 30 (%)")
+    below(axes[0, 0], 3)
+    save(fig, "trade")
 
 
-def draw_alpha() -> None:
-    """Error and accuracy against alpha."""
-    fig, axes = canvas(1, 1, (6.4, 4))
-    ax = axes[0, 0]
-    for key, label, i in (("abs_error", "length error", 0), ("accuracy", "accuracy", 1)):
-        found = [(a, 100 * figures(n, key)[0]) for a, n in ALPHAS.items() if figures(n, key)]
-        if found:
-            ax.plot(*zip(*found, strict=True), color=COLORS[i], marker=MARKS[i], label=label)
-    ax.set(xscale="log", xlabel="alpha (reward per token of error)", ylabel="%", ylim=(0, 103))
-    ax.set_xticks(list(ALPHAS), [f"{a:g}" for a in ALPHAS])
-    below(ax)
-    save(fig, "alpha")
+def draw_max() -> None:
+    """Tokens spent at a maximum of 64, against the number of digits."""
+    fig, axes = canvas(1, 1, (7, 4.6))
+    sizes = list(range(2, 12))
+    for i, (label, name, mode) in enumerate((("Exact", "exact", None), ("Max", "max", "max"),
+                                             ("Max, added", "max_added", None))):  # fmt: skip
+        if seeds(name):
+            each = np.array([by_size(name, 1, [n], [64], mode) for n in sizes])
+            spread = each.std(1, ddof=1) if each.shape[1] > 1 else None
+            axes[0, 0].errorbar(
+                sizes, each.mean(1), spread, color=COLORS[i], marker=MARKS[i], capsize=2, label=label
+            )
+    axes[0, 0].plot(
+        sizes, [3 * n + 3 for n in sizes], color="black", ls="--", lw=1.1, label="shortest whole chain"
+    )
+    axes[0, 0].set(xlabel="digits of the problem", ylabel="mean length, asked for 64 (tokens)", ylim=(0, 70))
+    below(axes[0, 0])
+    save(fig, "max")
 
 
-def draw_lengths(panels: Sequence[list[str]], file: str, high: int = 100) -> None:
-    """Mean produced against requested length."""
-    fig, axes = canvas(len(panels), 1, (6.8, 5))
-    for ax, names in zip(axes[0], panels, strict=True):
-        shade(ax, 16, 48)
-        identity(ax, high)
+def draw_beyond() -> None:
+    """Mean produced against requested length, and accuracy, up to four times the largest trained budget."""
+    fig, axes = canvas(2, 1, (7, 5))
+    identity(axes[0, 0], 256)
+    names = ["exact", "warm_rl", "tally", "remind_warm", "remind", "remind_only", "remind_count"]
+    for ax, key, scale in ((axes[0, 0], "mean_length", 1), (axes[0, 1], "accuracy", 100)):
+        ax.axvspan(16, 64, color="0.93", zorder=0)
         for i, name in enumerate(names):
-            line(ax, i, name, "mean_length", LABELS[name])
-        ax.set(xlabel="requested length (tokens)", ylabel="mean produced length (tokens)")
-        ax.set(xlim=(10, high), ylim=(0, high))
-        below(ax, 3)
-    save(fig, file)
+            line(ax, i, name, key, BEYOND[name], scale)
+        ax.set(xlabel="requested length (tokens); shaded: trained")
+    axes[0, 0].set(ylabel="mean produced length (tokens)", ylim=(0, 280))
+    axes[0, 1].set(ylabel="right (%)", ylim=(0, 102))
+    below(axes[0, 0])
+    save(fig, "beyond")
+
+
+def draw_blog() -> None:
+    """Mean produced against requested length of the blog's four settings, and accuracy."""
+    fig, axes = canvas(2, 1, (7, 5))
+    identity(axes[0, 0], 256)
+    for i, (name, label) in enumerate(BLOG.items()):
+        line(axes[0, 0], i, name, "mean_length", label)
+        line(axes[0, 1], i, name, "accuracy", label, 100)
+    axes[0, 0].set(xlabel="requested length (tokens)", ylabel="mean produced length (tokens)")
+    axes[0, 1].set(xlabel="requested length (tokens)", ylabel="right (%)", ylim=(0, 102))
+    below(axes[0, 0])
+    save(fig, "blog")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -465,10 +466,8 @@ def main() -> None:
     load()
     if not RECORDS:
         sys.exit(f"study_report.py: error: {study.DOCS} holds no study.json: bash studies/study.sh makes it")
-    for draw in (draw_blog, draw_tasks, draw_l1, draw_onset, draw_gdpo, draw_alpha):
+    for draw in (draw_accuracy, draw_sense, draw_trade, draw_max, draw_beyond, draw_blog):
         draw()
-    draw_lengths([["lcpo_sum", "supervised", "ruler"]], "supervised")
-    draw_lengths(IDEAS, "beyond")
     with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]

@@ -6,7 +6,7 @@ MODEL answers problems as it likes; what ends by itself within --cap tokens is t
 prompt with that length as its budget. No reward, no sampling while it learns. RL can start from there where a
 model is deaf to budgets: as long as a budget changes nothing, no reward can tell it what a budget is for.
 OUT/responses.jsonl keeps what was sampled; run again, it is read instead.
---mlt: asked for by Ruler's special tokens (2409.18943) in place of a sentence; see ideas.py.
+--idea: one of studies/ideas.py; with `remind` and its kin a response holds the reminders of its length.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import data
 import methods
 import train_grpo
 import verifier
+from methods.reminders import Reminders
 from scaling import model as net
 from studies import ideas
 from toy.hf_sampler import HFSampler
@@ -49,11 +50,28 @@ def own_responses(model, tokenizer, problems: list[dict], args) -> list[dict]:
     return found
 
 
-def lesson(row: dict, tokenizer, wording: str) -> dict:
+def with_marks(ids: list[int], method) -> tuple[list[int], list[float]]:
+    """A response as it would be with the reminders of its whole length in it; 0: those are not taught."""
+    for budget in range(len(ids), 2 * len(ids)):
+        out, mask, rest = [], [], list(ids)
+        for place, mark in method.marks(budget).items():
+            own, rest = rest[: place - len(out)], rest[place - len(out) :]
+            out, mask = out + own, mask + [1.0] * len(own)
+            if methods.end_of(out, method.end) or not rest:
+                break  # an answer is not interrupted
+            out, mask = out + mark, mask + [0.0] * len(mark)
+        out, mask = out + rest, mask + [1.0] * len(rest)
+        if len(out) <= budget:
+            return out, mask
+    raise ValueError("a response of nothing but reminders")
+
+
+def lesson(row: dict, tokenizer, wording: str, method=None) -> dict:
     """A response as train_grpo.update takes it; an advantage of 1: its gradient is the log-likelihood's."""
-    ids = np.array(row["ids"], np.int32)
+    ids, mask = with_marks(row["ids"], method) if method else (row["ids"], [1.0] * len(row["ids"]))
     asked = data.budget_prompt(row["problem"], len(ids), "exact", row["kind"], wording)
-    r = {"prompt_ids": data.encode_prompt(tokenizer, asked), "ids": ids, "advantage": 1.0}
+    r = {"prompt_ids": data.encode_prompt(tokenizer, asked), "ids": np.array(ids, np.int32), "advantage": 1.0}
+    r |= {"mask": np.array(mask, np.float32)} if method else {}
     return r | {"logps": np.zeros(len(ids), np.float32)}  # so that "logp_gap" is the mean of -log p
 
 
@@ -68,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap", type=int, default=160, help="longest response (default %(default)s)")
     parser.add_argument("--right", action="store_true", help="teach right answers only")
     parser.add_argument("--wording", default="l1", help="of budgets, as RL will ask (default %(default)s)")
-    parser.add_argument("--mlt", action="store_true", help="special length tokens")
+    parser.add_argument("--idea", help="one of studies/ideas.py")
     parser.add_argument("--epochs", type=int, default=2, help="(default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="responses a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default %(default)s)")
@@ -93,12 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         data.write_rows(found, path)
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
-    if args.mlt:
-        ideas.IDEAS["mlt"]()
-        tokenizer.add_special_tokens({"additional_special_tokens": [ideas.mlt(n) for n in ideas.MLT]})
-        torch.manual_seed(args.seed)
-        model.resize_token_embeddings(len(tokenizer))
-    lessons = [lesson(row, tokenizer, args.wording) for row in rows]
+    if args.idea:
+        ideas.IDEAS[args.idea]()
+    method = Reminders(flags, tokenizer) if (args.idea or "").startswith("remind") else None
+    lessons = [lesson(row, tokenizer, args.wording, method) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps, generator = args.epochs * len(rows) // args.batch, torch.Generator().manual_seed(args.seed)
     order = [i for _ in range(args.epochs) for i in torch.randperm(len(rows), generator=generator).tolist()]
@@ -116,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"step {step}/{steps}  loss {m['logp_gap']:.3f} nats a token", flush=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    told = {k: getattr(args, k) for k in ("mlt", "right", "seed", "cap")} | {"responses": len(rows)}
+    told = {k: getattr(args, k) for k in ("idea", "right", "seed", "cap")} | {"responses": len(rows)}
     with open(f"{args.out}/warm_start.json", "w") as f:
         json.dump(told | {"steps": steps, "lengths": lengths}, f)
 

@@ -22,8 +22,8 @@ import numpy as np
 from toy import task
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
-# write: the share that teaches what a number means. asked: the share of the rest that asks for a length, in vain;
-# a base that has heard it often has learned to look away, and RL takes far longer to make it listen.
+# write: the share that teaches what a number means. asked: the share of the rest that asks for a length, in
+# vain; a base that has heard it often has learned to look away, and RL takes far longer to make it listen.
 WARMUP = {"batches": 2700, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "asked": 0.25}
 TRAINED, TESTED = 8000, 100  # problems
 
@@ -96,7 +96,10 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     while True:
         if rng.random() < WARMUP["write"]:  # what a number means: a filler, so many tokens in all
             n = round(4 * 32 ** rng.random())  # up to 128
-            yield f"<user> write {n} tokens. <think>", " ".join(["wait"] * (n - 3) + ["</think>", "0", "<eos>"])
+            yield (
+                f"<user> write {n} tokens. <think>",
+                " ".join(["wait"] * (n - 3) + ["</think>", "0", "<eos>"]),
+            )
             continue
         name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):

@@ -1,16 +1,16 @@
-"""A world small enough for a laptop: a reasoning task, a tokenizer and a base model of 0.5M parameters.
+"""A world small enough for a laptop: a reasoning task, a tokenizer and a base model of 0.35M parameters.
 
-It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), slips now
-and then, finds its slips when it checks itself (`wait` and some steps once more), knows what a number means
-(`write 24` asks for 24 tokens), and thinks for a random number of tokens whatever budget one asks for:
+It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), slips
+now and then, mends its slips when it goes through all once more, knows what a number means (`write 24
+tokens.` asks for 24), and thinks for a random number of tokens whatever budget one asks for:
 
-    prompt    add +7 +13 +8 Think for 24 tokens.
-    response  +7 =7 +13 =1 +8 =9 wait +7 =7 +13 =0 +8 =8 wait wait +8 =8 </think> 8 <eos>
+    prompt    add a +7 b +3 c +8 Think for 24 tokens.
+    response  a +7 =7 b +3 =1 c +8 =9 wait =9 wait a =7 b +3 =0 c +8 =8 wait wait </think> 8 <eos>
 
-That is the state of a real reasoning model before L1: able, and deaf to budgets. The shortest chain needs 7 to
-31 tokens: a budget may be too small for it. A second task, the largest last digit so far (`max +7 +13 +8`), is
-taught in the warm-up, never trained by RL: the out-of-domain test. All is drawn from seeds; the finished base
-model is an ordinary Hugging Face folder that vLLM loads too.
+That is the state of a real reasoning model before L1: able, and deaf to budgets. The shortest chain needs 9
+to 36 tokens: a budget may be too small for it. A second task, the largest digit (`max a +7 b +3`), is
+taught in the warm-up, never trained by RL: the out-of-domain test. All is drawn from seeds; the finished
+base model is an ordinary Hugging Face folder that vLLM loads too.
 """
 
 import itertools
@@ -76,10 +76,13 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up=GIVE_UP) -> str:
     """A chain of thought for `problem`, prolonged by re-checks of at least `extra` tokens."""
     word, digits = problem.split()[0], digits_of(problem)
-    words, said = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"], list(digits)  # said: the results as last stated
+    words, said = (
+        [NAMES[0], f"+{digits[0]}", f"={digits[0]}"],
+        list(digits),
+    )  # said: the results as last stated
 
-    def go_on(i, slip):
-        for i in range(i, len(digits)):
+    def go_on(start, slip):
+        for i in range(start, len(digits)):
             said[i] = solve(word, [said[i - 1], digits[i]])[-1]
             if rng.random() < slip:
                 said[i] = int(rng.integers(10))
@@ -92,8 +95,8 @@ def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up
     target = len(words) + extra
     while len(words) < target:
         words.append("wait")
-        # It hesitates, says the result again, or goes through all once more, which mends its slips. Were every
-        # trace of 3 n tokens, RL could not hit the lengths between.
+        # It hesitates, says the result again, or goes through all once more, which mends its slips. Were
+        # every trace of 3 n tokens, RL could not hit the lengths between.
         kind = rng.random()
         if kind < 0.2:
             words += [NAMES[0], f"={said[0]}"]
