@@ -193,13 +193,19 @@ def tulu_upto(rollouts, scale=8192, parts=False):
 
 
 @reward("budget")
-def peaked_exact(rollouts, tau=6.0, over=np.inf, parts=False):
+def peaked_exact(rollouts, tau=6.0, parts=False):
     """c + exp(-|L - budget| / tau), tau in tokens; wrong answers keep the length term. No budget: c. Ours.
-    Steep near the target, where the linear rewards are flat; nearly 0 far away: tau must suit the budgets.
-    An answer above `over` budgets is not right."""
-    length, budget = _get(rollouts, "length"), _get(rollouts, "budget")
-    right, term = _c(rollouts) * ~(length > over * budget), np.exp(-np.abs(length - budget) / tau)
-    return _sum({"correct": right, "length": np.nan_to_num(term)}, parts)
+    Steep near the target, where the linear rewards are flat; nearly 0 far away: tau must suit the budgets."""
+    error = np.abs(_get(rollouts, "length") - _get(rollouts, "budget"))
+    return _sum({"correct": _c(rollouts), "length": np.nan_to_num(np.exp(-error / tau))}, parts)
+
+
+@reward("budget")
+def peaked_capped(rollouts, tau=6.0, parts=False):
+    """peaked_exact; an answer above the budget is not right. No budget: c. Ours.
+    Without the cap a model that is asked for less than a problem needs would rather be right than short."""
+    terms, over = peaked_exact(rollouts, tau, parts=True), _get(rollouts, "length") > _get(rollouts, "budget")
+    return _sum(terms | {"correct": terms["correct"] * ~over}, parts)
 
 
 @reward("budget", "range")

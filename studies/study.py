@@ -39,7 +39,7 @@ ENDING = 3  # tokens from `</think>` on, which s1 and truncation put on top of t
 
 def made(flags: str = "", seeds: int = 1, **more) -> dict:
     """One experiment: flags beside TRAIN; how many seeds."""
-    return {"flags": flags, "seeds": seeds, "steps": 360, "trained": [16, 64]} | more
+    return {"flags": flags, "seeds": seeds, "steps": 400, "trained": [16, 64]} | more
 
 
 RUNS = {
@@ -57,7 +57,7 @@ RUNS = {
     "max_added": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01 additive=true", start="exact",
                       modes=["max"], steps=150),
     # An answer against the length: no cap, summed, multiplied; L1's reward with four alphas.
-    "uncapped": made("--reward-args tau=6"),
+    "uncapped": made("--reward peaked_exact"),
     "summed": made("--advantage grpo"),
     "multiplied": made("--advantage grpo --reward multiplied --reward-args tau=6", idea="multiplied"),
     "alpha_0.005": made(f"{LCPO} alpha=0.005"),

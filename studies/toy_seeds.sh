@@ -16,6 +16,8 @@ run vllm 0 --sampler vllm
 python - <<'PY'
 import glob, json, os
 
+import numpy as np
+
 out, runs = os.environ["OUT"], []
 for path in sorted(glob.glob(f"{out}/*/eval/results.json")):
     folder = path.split("/")[-3]
@@ -27,7 +29,10 @@ for path in sorted(glob.glob(f"{out}/*/eval/results.json")):
             figures = ("abs_error", "accuracy", "mean_length")
             cells = {b: [round(c[k], 4) for k in figures] for b, c in part["budgets"].items()}
             inside = {b: c for b, c in cells.items() if 16 <= int(b) <= 64}
-            run[f"{when}_{data}"] = {"cells": cells, "correlation": round(part["correlation"], 4)}
+            with open(f"{out}/{folder}/{name}/samples.jsonl") as f:
+                samples = [s for s in map(json.loads, f) if s["source"] == data and 16 <= s["budget"] <= 64]
+            pairs = [s["budget"] for s in samples], [s["length"] for s in samples]
+            run[f"{when}_{data}"] = {"cells": cells, "correlation_inside": round(np.corrcoef(*pairs)[0, 1], 4)}
             mean = [sum(c[i] for c in inside.values()) / len(inside) for i in (0, 1)]
             print(f"{folder} {when} {data}: 16 to 64: error {mean[0]:.1%}, accuracy {mean[1]:.1%}")
     runs.append(run)

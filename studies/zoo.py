@@ -22,7 +22,12 @@ OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
 BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
 # Runs without a recipe: the toy's own default, L1-Max alone, its ablation that the paper warns of, RLOO.
 LCPO_MAX = "--mode max --advantage grpo --reward lcpo_max --reward-args alpha=0.02"
-EXTRA = {"peaked_exact": "", "lcpo_max": LCPO_MAX, "lcpo_max_additive": LCPO_MAX + " additive=true"}
+EXTRA = {
+    "peaked_capped": "",
+    "peaked_exact": "--reward peaked_exact",
+    "lcpo_max": LCPO_MAX,
+    "lcpo_max_additive": LCPO_MAX + " additive=true",
+}
 # Methods again, for other cards or models: trained by the tests, no runs of their own here.
 CARDS = ("l1_exact_24gb", "l1_exact_80gb_small", "smollm2_gsm8k")
 EXTRA |= {"rloo": "--budgets none --reward correct --advantage rloo --steps 120"}
@@ -38,10 +43,13 @@ OWN = """
 
 INTRO = """# The toy study
 
+**These are runs of the first edition's toy**, whose problems had two to four digits, needed at most 14 tokens and
+paid for no further thought. In today's world (2 to 11 digits, 9 to 36 tokens, slips that re-checks mend) they were
+not run again yet: `bash studies/zoo.sh` does that, some hours on two cores.
+
 Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
-nothing. Made by `bash studies/zoo.sh`; the flags stand in each recipe's line `# toy:`, with 16 prompts per
-step where no budget is asked for (32 otherwise). 100 new problems, 4 samples each (with a budget: 4 to each
-of the four).
+nothing. The flags stand in each recipe's line `# toy:`. 100 new problems, 4 samples each (with a budget: 4 to
+each of the four).
 
 ![accuracy against mean length](zoo.png)
 
@@ -93,7 +101,10 @@ def run(name: str) -> int:
     if "--budgets none" in " ".join(flags):
         # One length for all is learned from fewer prompts than one length for each budget.
         flags += [] if "--prompts-per-step" in flags else ["--prompts-per-step", "16"]
+        flags += [] if "--group-size" in flags else ["--group-size", "16"]
         flags += [] if "curriculum" in flags else ["--eval-budgets", "none"]  # asked as it was trained
+    else:
+        flags += ["--eval-budgets", ",".join(BUDGETS)]
     began = time.monotonic()
     os.makedirs(OUT, exist_ok=True)
     with open(folder + ".log", "w") as log:

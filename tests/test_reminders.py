@@ -116,9 +116,3 @@ def test_a_served_model_is_reminded_as_in_this_process(base, script, tmp_path):
         assert done.stderr.startswith(f"{mine['length']} tokens of 40, {mine['finish_reason']}")
     done = script("-m", "integrations.remind", PROBLEM, *words, "--budget", "40", check=False)
     assert done.returncode == 2 and "is the server up?" in done.stderr
-
-
-def test_study_ideas_ask_as_they_say(monkeypatch):
-    monkeypatch.setattr(data, "budget_prompt", data.budget_prompt)
-    ideas.tally()
-    assert data.budget_prompt("add", 16, "exact") == "add\nThink for up up up up tokens."

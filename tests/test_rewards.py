@@ -73,6 +73,7 @@ BY_HAND = [
     ("tulu_exact", {}, one_prompt([0], [3000], budget=1000), [0.755859]),
     ("tulu_upto", {}, one_prompt([0, 0], [3000, 900], budget=1000), [0.755859, 1]),
     ("peaked_exact", {}, one_prompt([1, 0, 1], [32, 38, 26], budget=32), [2, np.exp(-1), 1 + np.exp(-1)]),
+    ("peaked_capped", {}, one_prompt([1, 1, 1], [32, 38, 26], budget=32), [2, np.exp(-1), 1 + np.exp(-1)]),
     ("longwriter_range", {}, one_prompt([0] * 3, [800, 1500, 5000], range=[1000, 2000]), [0.8, 1, 0.75]),
     ("gdpo_conditioned", {}, one_prompt([1, 1, 0, 0], [10, 5000, 10, 10]), [1, 0, 0, 0]),
     ("efficient_reasoning", {}, one_prompt([1] * 3, [100, 200, 300]), [0.97729, 0.95, 0.92271]),
@@ -421,7 +422,7 @@ def test_other_prompts_do_not_matter(name, batch):
 
 BOUNDS = {
     "correct": (0, 1), "lcpo_exact": (-np.inf, 1), "lcpo_max": (0, 1), "lcpo_dual": (-np.inf, 1),
-    "tulu_exact": (-np.inf, 2), "tulu_upto": (-np.inf, 2), "peaked_exact": (0, 2),
+    "tulu_exact": (-np.inf, 2), "tulu_upto": (-np.inf, 2), "peaked_exact": (0, 2), "peaked_capped": (0, 2),
     "longwriter_range": (-np.inf, 1),
     "gdpo_conditioned": (0, 1), "curriculum_triangular": (0, 1), "curriculum_band": (0, 1), "hbpo": (-1, 4),
     "truncation": (0, 1), "truncation_adaptive": (0, 1), "efficient_reasoning": (0, 1), "grpo_lambda": (0, 1),
@@ -519,7 +520,8 @@ def test_longer_lists_never_earn_more(batch):
 
 
 @pytest.mark.parametrize(
-    "name", ["lcpo_exact", "lcpo_max", "lcpo_dual", "tulu_exact", "tulu_upto", "peaked_exact"]
+    "name",
+    ["lcpo_exact", "lcpo_max", "lcpo_dual", "tulu_exact", "tulu_upto", "peaked_exact", "peaked_capped"],
 )
 @property_of(batch=batches())
 def test_without_a_budget_only_correctness_counts(name, batch):

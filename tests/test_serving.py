@@ -49,7 +49,7 @@ def serving(folder: str, log, hard_caps: bool = True):
         port = s.getsockname()[1]
     text = re.search(r"<!-- serve -->\n```sh\n(.+?)\n```", PAGE, re.S)[1]
     cache, path, python, *words = shlex.split(text.replace("\\\n", " "))
-    assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-250")
+    assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-400")
     at = words.index("--reasoning-config")  # a line that the page says to leave out where it is not needed
     words = words if hard_caps else words[:at] + words[at + 2 :]
     command = [sys.executable, *words[:3], folder, *words[4:], "--port", str(port)]
@@ -88,9 +88,9 @@ def snippet(name: str, url: str) -> dict:
 def test_asking_for_a_budget_with_the_openai_client(server, capsys):
     found = snippet("ask", server)
     # The sentence of the page is the one that this model was trained on.
-    asked = data.budget_prompt("add 3 6 3", 32, "exact", "math", "tulu")
-    assert found["question"]("add 3 6 3", 32) == asked
-    text, length = found["ask"]("add 3 6 3", 8)
+    asked = data.budget_prompt("add a +3 b +6 c +3", 32, "exact", "math", "tulu")
+    assert found["question"]("add a +3 b +6 c +3", 32) == asked
+    text, length = found["ask"]("add a +3 b +6 c +3", 8)
     assert 0 < length <= 16 and len(toy.make_tokenizer().encode(text)) in (length, length - 1)
 
 
@@ -103,7 +103,7 @@ def position_of_close(text: str) -> int | None:
 def test_a_hard_cap_over_http(server):
     found = snippet("cap", server)
     for budget in (20, 40):
-        text, length = found["ask_at_most"]("add 3 6 3", budget)
+        text, length = found["ask_at_most"]("add a +3 b +6 c +3", budget)
         at = position_of_close(text)
         assert length <= budget and at is not None and at <= budget - 7, text
 

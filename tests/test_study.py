@@ -17,9 +17,11 @@ import data
 import methods
 import rewards
 import train_grpo
+from evaluation import engines
 from evaluation.engines import open_sampler
+from methods import reminders
 from studies import ideas, study, study_report, warm_start, zoo
-from toy import hf_sampler, prepare
+from toy import prepare
 from verifier import check_answers
 
 DOCS = os.path.join(ROOT, "docs")
@@ -48,11 +50,9 @@ def docs(tmp_path, monkeypatch):
 @pytest.fixture
 def undone(monkeypatch):
     """Puts back what an idea replaces."""
-    for owner, name in ((data, "budget_prompt"), (methods, "Method"), (hf_sampler, "HFSampler")):
+    for owner, name in ((data, "budget_prompt"), (reminders, "FORM"), (engines, "open_sampler")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(rewards, "REWARDS", rewards.Table(rewards.REWARDS))
-    for name in ("every", "most"):
-        monkeypatch.setattr(ideas.Reminded, name, getattr(ideas.Reminded, name))
 
 
 # The page ---------------------------------------------------------------------------------------------------
@@ -75,18 +75,24 @@ def test_no_result_is_typed_by_hand():
     own = "\n".join(line for line in own.splitlines() if not line.startswith(("> ", "    ")))
     assert not re.findall(r"\d+(?:\.\d+)? ?%|\d percent", own)
     # Decimals that are left are settings: alpha, arXiv numbers, multiples of the largest budget.
-    settings = r"alpha[ =_]\S+|\d{4}\.\d{4,5}|1\.5 times|0\.0003|0\.02|0\.5M|trl==\S+"
+    settings = r"alpha[ =_]\S+|\d{4}\.\d{4,5}|1\.[15] (times|budgets)|\+ 0\.5|0\.35M|trl==\S+"
     assert not re.findall(r"\d+\.\d+", re.sub(settings, "", own))
 
 
 def test_figures_are_means_over_budgets_then_over_seeds(monkeypatch):
-    cells = {"16": {"abs_error": 0.1}, "48": {"abs_error": 0.3}, "96": {"abs_error": 0.9}, "none": {}}
-    other = {"16": {"abs_error": 0.2}, "48": {"abs_error": 0.6}}
+    cells = {"16": {"abs_error": 0.1}, "46": {"abs_error": 0.3}, "96": {"abs_error": 0.9}, "none": {}}
+    other = {"16": {"abs_error": 0.2}, "46": {"abs_error": 0.6}}
     records = {("x", s): {"name": "x", "seed": s, "trained": [16, 48], "cells": {"exact": {"toy": c}}}
                for s, c in enumerate([cells, other])}  # fmt: skip
     monkeypatch.setattr(study_report, "RECORDS", records)
     assert study_report.figures("x", "abs_error") == pytest.approx([0.2, 0.4])
     assert study_report.figures("x", "abs_error", 96) == [0.9]
+    assert study_report.figures("x", "abs_error", "drawn") == [
+        0.1,
+        0.2,
+    ]  # 46 is never drawn by the default run
+    assert study_report.figures("x", "abs_error", "held") == [0.3, 0.6]
+    assert study_report.figures("x", "abs_error", [46, 96]) == pytest.approx([0.6, 0.6])
     assert study_report.error("x") == "30.0% ± 14.1%"  # sqrt((0.1^2 + 0.1^2) / 1)
     assert study_report.error("x", 96) == "90.0%"
     assert study_report.error("y") == "not run"
@@ -94,12 +100,12 @@ def test_figures_are_means_over_budgets_then_over_seeds(monkeypatch):
 
 def test_a_page_of_an_unfinished_study_says_what_was_not_run(docs):
     with open(os.path.join(DOCS, "study.json")) as f:
-        records = [r for r in json.load(f) if (r["name"], r["seed"]) in (("base", 0), ("peaked_gdpo", 0))]
+        records = [r for r in json.load(f) if (r["name"], r["seed"]) in (("base", 0), ("exact", 0))]
     (docs / "study.json").write_text(json.dumps(records))
     study_report.main()
     assert len(records) == 2 and "not run" in (docs / "study.md").read_text()
     pictures = set(re.findall(r"\((study_\w+\.png)\)", TEXT))
-    assert len(pictures) >= 8
+    assert len(pictures) >= 6
     for name in pictures:  # all of them are drawn, and all of them are committed
         assert (docs / name).stat().st_size > 5000 and os.path.exists(os.path.join(DOCS, name))
 
@@ -119,7 +125,7 @@ def test_order_of_the_runs():
         start = study.RUNS[name].get("start")
         assert not start or full.index((start, seed)) < full.index((name, seed))
         assert not start or name not in dict(quick) or start in dict(quick)
-    for name in ("peaked_gdpo", "peaked_sum", "lcpo_gdpo", "lcpo_sum", "l1_max", "decoding"):  # the headlines
+    for name in ("base", "decoding", "exact", "no_sense", "max", "remind"):  # the headlines
         assert study.RUNS[name]["seeds"] == 3
 
 
@@ -129,105 +135,77 @@ def test_two_steps_of_a_run_and_its_record(base, docs, tmp_path, monkeypatch, sc
     for name, value in {"OUT": str(tmp_path), "DOCS": str(docs), "STEPS": "2"}.items():
         monkeypatch.setattr(study, name, value)
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(study, "SAMPLED", study.SAMPLED.replace("--n 4 --limit 100", "--n 2 --limit 10"))
+    monkeypatch.setattr(study, "SAMPLED", study.SAMPLED.replace("--limit 100", "--limit 10"))
+    monkeypatch.setattr(study, "ASKED", [16, 96])
     small = " --prompts-per-step 4 --group-size 4 --limit 8"
-    run = study.RUNS["remind"] | {"asked": [16, 72], "flags": study.RUNS["remind"]["flags"] + small}
-    monkeypatch.setitem(study.RUNS, "remind", run)
-    study.run("remind", 0)
+    run = study.RUNS["remind_cold"] | {"flags": study.RUNS["remind_cold"]["flags"] + small}
+    monkeypatch.setitem(study.RUNS, "remind_cold", run)
+    study.run("remind_cold", 0)
     [record] = json.loads((docs / "study.json").read_text())
-    assert record["name"] == "remind" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "72"}
-    assert record["cells"]["exact"]["toy"]["72"]["n"] == 20 and record["onset"] is None
-    assert "--reward peaked_exact --advantage gdpo" in record["flags"]
+    assert record["name"] == "remind_cold" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "96"}
+    cell = record["cells"]["exact"]["toy"]["96"]
+    assert (
+        cell["n"] == 20 == sum(n for n, *_ in cell["sizes"].values()) and cell["within"] <= cell["accuracy"]
+    )
+    assert record["onset"] is None and "--method reminders" in record["flags"]
     left = script("-m", "studies.study", "names").stdout.split()
-    assert "remind:0" not in left and "tally:0" in left
+    assert "remind_cold:0" not in left and "tally:0" in left
+
+
+def test_cells_of_an_evaluation(tmp_path):
+    """Asked for 13 in place of 16: right answers of 16 and 18 tokens, a wrong one of 12."""
+    cell = {
+        "n": 3,
+        "accuracy": 2 / 3,
+        "mean_length": 46 / 3,
+        "signed_error": 0,
+        "abs_error": 9,
+        "over_budget": 9,
+    }
+    results = {"datasets": {"toy": {"budgets": {"13": cell}}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    rows = [(16, True, "add a +1 b +2"), (18, True, "add a +1 b +2 c +3"), (12, False, "add a +1 b +2")]
+    with open(tmp_path / "samples.jsonl", "w") as f:
+        for length, correct, problem in rows:
+            sample = {"source": "toy", "budget": 13, "length": length, "correct": correct, "problem": problem}
+            f.write(json.dumps(sample) + "\n")
+    found = study.cells(str(tmp_path), less=3)["toy"]["16"]
+    assert found["abs_error"] == pytest.approx((0 + 2 + 4) / 16 / 3, abs=1e-4)
+    assert found["signed_error"] == pytest.approx((0 + 2 - 4) / 16 / 3, abs=1e-4)
+    assert found["over_budget"] == 0.3333 == found["within"]  # 18 is more than 1.1 times 16
+    assert found["sizes"] == {2: [2, 14.0, 0.5], 3: [1, 18.0, 1.0]}
 
 
 def test_every_run_has_flags_that_the_trainer_knows(base, tmp_path, undone):
     import train_grpo
 
-    for reward in (ideas.length_beyond, ideas.censored):
-        ideas.add_reward(reward)
+    ideas.multiplied()
     train_grpo.REWARDS, known = rewards.REWARDS, train_grpo.REWARDS
     try:
         for name in study.RUNS:
             words = ["--model", base, "--data", "rows.jsonl", "--out", str(tmp_path / "out")]
             args = train_grpo.parse_args([*study.flags_of(name, 1), *words])
-            assert args.seed == 1 and args.steps in (200, 300) and args.sampler == "hf"
-            assert args.budgets.endswith((":48", ":96", ",96"))
+            assert args.seed == 1 and args.steps in (150, 400) and args.sampler == "hf"
+            assert args.budgets.startswith(("bucket:16,", "uniform:16:"))
     finally:
         train_grpo.REWARDS = known
-
-
-def test_share_of_the_length_term(tmp_path):
-    """Two responses a prompt: lengths 16 and 26 for 16, one of them right."""
-    with open(tmp_path / "samples.jsonl", "w") as f:
-        for length, correct in ((16, 1), (26, 0)):
-            sample = {"id": "a", "source": "toy", "budget": 16, "length": length, "correct": correct}
-            f.write(json.dumps(sample) + "\n")
-    found = study.length_shares(str(tmp_path), 16, 48)
-    # Of two values the variance is a quarter of their distance squared: 0.2 and 1 tokens' worth for lcpo.
-    assert found["length_share_lcpo_exact"] == pytest.approx(0.04 / 1.04, abs=1e-4)
-    far = (1 - np.exp(-10 / 6)) ** 2
-    assert found["length_share_peaked_exact"] == pytest.approx(far / (far + 1), abs=1e-4)
 
 
 # The ideas --------------------------------------------------------------------------------------------------
 
 
-def test_wordings():
-    assert ideas.relative(72) == "Think for 150 maximum tokens."
-    assert ideas.tally(16) == "Think for up up up up tokens."
-    assert [ideas.mlt(n) for n in (1, 47, 500)] == ["<MLT:8>", "<MLT:48>", "<MLT:96>"]
+def test_wordings(undone):
+    ideas.tally()
+    assert data.budget_prompt("add", 16, "exact") == "add\nThink for up up up up tokens."
+    ideas.remind(asked=False)
+    assert data.budget_prompt("add", 16, "exact") == "add"
 
 
-def test_rewards_beyond_the_trained_range():
-    rollouts = {
-        "budget": [48, 72],
-        "length": np.array([[48, 42], [56, 50]]),
-        "correct": np.array([[1, 0], [0, 1]]),
-    }
-    rollouts["truncated"] = np.array([[0, 0], [1, 0]])
-    free = ideas.length_beyond(rollouts, parts=True)
-    assert free["correct"].tolist() == [[1, 0], [0, 0]]  # the right answer to 72 earns nothing
-    assert free["length"][0].tolist() == pytest.approx([1, np.exp(-1)])
-    cut = ideas.censored(rollouts, parts=True)
-    assert cut["length"][1].tolist() == pytest.approx([1, np.exp(-22 / 6)])  # cut at 56: not too short
-    assert ideas.censored(rollouts)[0].tolist() == pytest.approx([2, np.exp(-1)])
-
-
-def reminded(base, every=8, most=None):
-    ideas.use_reminders(every, most)
-    return open_sampler(base, "hf", 200)
-
-
-def test_reminders_tell_what_is_left(base, undone):
-    """After 8 tokens, and after each 8 more of its own; the numbers are right and no loss falls on them."""
-    hf = reminded(base)
-    asked = data.budget_prompt("add 1 2 3", 72, "exact", wording="tulu")
-    [group] = hf.generate([data.encode_prompt(hf.tokenizer, asked)], 16, [60], 1.0, 1)
-    assert len(group) == 16 and any(len(r["ids"]) > 30 for r in group)
-    marks = {hf.tokenizer.convert_tokens_to_ids(f"##{d}") for d in range(10)}
-    for r in group:
-        assert len(r["ids"]) == len(r["logps"]) == len(r["mask"]) <= 60
-        assert (r["truncated"] == 1) == (r["ids"][-1] not in hf.stop_ids)
-        assert (np.isnan(r["logps"]) == (r["mask"] == 0)).all()
-        places = np.flatnonzero(r["mask"] == 0).tolist()
-        for first, second in zip(places[::2], places[1::2], strict=True):
-            assert second == first + 1 and {r["ids"][first], r["ids"][second]} <= marks
-            digits = hf.tokenizer.convert_ids_to_tokens([int(r["ids"][first]), int(r["ids"][second])])
-            assert int("".join(d[2:] for d in digits)) == 72 - (second + 1)
-        assert places[::2] == list(range(8, 8 + 10 * (len(places) // 2), 10))
-
-
-def test_capped_reminders_name_nothing_larger_than_was_trained(base, undone):
-    hf, told = reminded(base, most=48), []
-    prompts = [data.encode_prompt(hf.tokenizer, f"add 1 2 3\nThink for {n} tokens.") for n in (72, 48)]
-    assert hf.begin(prompts[0], 96)["prompt"] == prompts[1]
-    for length in (8, 18, 28, 38, 58, 68):
-        r = hf.begin(prompts[0], 96) | {key: [0] * length for key in ("ids", "logps", "mask")}
-        hf.remind(r)
-        told.append(hf.tokenizer.decode(r["ids"][length:]).replace("#", "").replace(" ", ""))
-    assert told == ["48", "48", "42", "32", "12", "02"]
+def test_a_multiplied_reward(undone):
+    ideas.multiplied()
+    rollouts = {"budget": [30], "length": np.array([[30, 36, 30]]), "correct": np.array([[1, 1, 0]])}
+    rollouts["truncated"] = np.zeros((1, 3))
+    assert rewards.REWARDS["multiplied"](rollouts)[0].tolist() == pytest.approx([1, np.exp(-1), 0])
 
 
 def test_an_offset_of_all_positions_changes_nothing(base):
@@ -238,34 +216,19 @@ def test_an_offset_of_all_positions_changes_nothing(base):
         assert torch.allclose(model(ids).logits, model(ids, position_ids=shifted).logits, atol=1e-4)
 
 
-def test_two_steps_with_unfinished_responses(base, tmp_path, script):
-    """Its reward is known to the trainer, and no response gets longer than 56 tokens, whatever is asked."""
-    flags = "--budgets fixed:96 --max-tokens 96 --reward censored --wording tulu --sampler hf --steps 2"
-    flags += " --prompts-per-step 4 --group-size 4 --limit 8 --lr 1e-4"
-    rows = prepare.prepare()["data"]
-    words = ["unfinished", "train_grpo", "--model", base, "--data", rows, "--out", tmp_path / "u"]
-    script("-m", "studies.ideas", *words, *flags.split())
-    lines = [json.loads(line) for line in (tmp_path / "u" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(0 < m["length"] <= 56 and m["truncated"] > 0 for m in lines)
-    wrong = script("-m", "studies.ideas", "tally", "train_grpo", "--model", base, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("train_grpo.py: error: --data is missing")
-
-
-@pytest.mark.parametrize("mlt", [False, True])
-def test_a_warm_start_from_own_right_answers(mlt, base, tmp_path, undone):
+@pytest.mark.parametrize("idea", [None, "remind"])
+def test_a_warm_start_from_own_right_answers(idea, base, tmp_path, undone):
     out, rows = tmp_path / "m", prepare.prepare()["data"]
     small = [*study.WARM_START.split(), "--problems", "12", "--batch", "2", "--data", rows]
-    assert not warm_start.main([base, str(out), *small, *(["--mlt"] if mlt else [])])
+    assert not warm_start.main([base, str(out), *small, *(["--idea", idea] if idea else [])])
     told = json.loads((out / "warm_start.json").read_text())
-    assert told["responses"] > 1 and told["steps"] == 3 * told["responses"] // 2 and told["right"]
+    assert told["responses"] > 1 and told["steps"] == 2 * told["responses"] // 2 and told["right"]
     hf = open_sampler(str(out), "hf", 200)
     found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
     texts = [hf.tokenizer.decode(row["ids"][:-1]) for row in found]
     assert all(check_answers(texts, [row["answer"] for row in found], ["math"] * len(found))[0])
-    assert max(len(row["ids"]) for row in found) <= 96
-    asked = data.encode_prompt(hf.tokenizer, data.budget_prompt("add 1 2 3", 16, "exact", wording="tulu"))
-    assert (hf.tokenizer.convert_tokens_to_ids("<MLT:16>") in asked) == mlt
-    assert hf.tokenizer.unk_token_id not in asked and len(hf.generate([asked], 1, [5], 1.0, 0)[0]) == 1
+    assert max(len(row["ids"]) for row in found) <= 64
+    assert told["idea"] == idea and len(hf.generate([[2, 3]], 1, [5], 1.0, 0)[0]) == 1
 
 
 def test_a_lesson_has_the_gradient_of_the_likelihood(tiny):
@@ -368,4 +331,5 @@ def test_the_zoo_page_is_that_of_the_committed_figures(tmp_path, monkeypatch):
     for name in ("zoo.md", "zoo.json"):
         with open(os.path.join(DOCS, name), encoding="utf-8") as f:
             assert (tmp_path / name).read_text() == f.read()
-    assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == list(zoo.runs())
+    names = [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())]
+    assert names == [n for n in zoo.runs() if n != "peaked_capped"]  # the default is younger than the runs

@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # libraries that are loaded late
 
 SIZES = 2, 11  # a problem has between 2 and 11 digits (both included)
 NAMES = "abcdefghijk"
-SLIP = 0.03  # share of wrong steps in a first pass; a re-check makes none
-GIVE_UP = 0.1  # share of the chains that stop early and answer with the result so far
+SLIP = 0.02  # share of wrong steps in a first pass; a re-check makes none
+GIVE_UP = 0.04  # share of the steps after which a chain stops early and answers with the result so far
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
 
@@ -89,8 +89,9 @@ def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up
             words.extend([NAMES[i], f"+{digits[i]}", f"={said[i]}"])
 
     go_on(1, slip)
-    if rng.random() < give_up:
-        done, waits = int(rng.integers(len(digits))), ["wait"] * int(rng.integers(4))
+    done = next((i for i in range(len(digits) - 1) if rng.random() < give_up), None)
+    if done is not None:
+        waits = ["wait"] * int(rng.integers(4))
         return " ".join([*words[: 3 + 3 * done], *waits, "</think>", str(said[done])])
     target = len(words) + extra
     while len(words) < target:
