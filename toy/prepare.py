@@ -96,10 +96,8 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     while True:
         if rng.random() < WARMUP["write"]:  # what a number means: a filler, so many tokens in all
             n = round(4 * 32 ** rng.random())  # up to 128
-            yield (
-                f"<user> write {n} tokens. <think>",
-                " ".join(["wait"] * (n - 3) + ["</think>", "0", "<eos>"]),
-            )
+            filler = ["wait"] * (n - 3)
+            yield f"<user> write {n} tokens. <think>", " ".join([*filler, "</think>", "0", "<eos>"])
             continue
         name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # libraries that are loaded late
 SIZES = 2, 11  # a problem has between 2 and 11 digits (both included)
 NAMES = "abcdefghijk"
 SLIP = 0.02  # share of wrong steps in a first pass; a re-check makes none
-GIVE_UP = 0.04  # share of the steps after which a chain stops early and answers with the result so far
+GIVE_UP = 0.14  # share of the chains that stop early and answer with the result so far
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
 
@@ -89,9 +89,8 @@ def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up
             words.extend([NAMES[i], f"+{digits[i]}", f"={said[i]}"])
 
     go_on(1, slip)
-    done = next((i for i in range(len(digits) - 1) if rng.random() < give_up), None)
-    if done is not None:
-        waits = ["wait"] * int(rng.integers(4))
+    if rng.random() < give_up:
+        done, waits = int(rng.integers(len(digits))), ["wait"] * int(rng.integers(4))
         return " ".join([*words[: 3 + 3 * done], *waits, "</think>", str(said[done])])
     target = len(words) + extra
     while len(words) < target:
@@ -112,7 +111,7 @@ def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up
 
 
 def make_tokenizer() -> "PreTrainedTokenizerBase":
-    """Tokenizer of 76 tokens; numbers are spelled digit by digit, so any budget can be written."""
+    """Tokenizer of 77 tokens; numbers are spelled digit by digit, so any budget can be written."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
