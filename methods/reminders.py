@@ -36,11 +36,9 @@ class Reminders(Method):
         return found
 
     def requests(self, row):
-        cap, budget = self.args.max_tokens, row.get("budget")
-        first = min([cap, *self.marks(budget)])
-        return [
-            request(prompt_ids(self.tokenizer, row), self.args.group_size, first, limit=cap, asked=budget)
-        ]
+        tags, ids = {"limit": self.args.max_tokens, "asked": row["budget"]}, prompt_ids(self.tokenizer, row)
+        first = min([tags["limit"], *self.marks(row["budget"])])
+        return [request(ids, self.args.group_size, first, **tags)]
 
     def complete(self, groups, sampler, seed):
         """Responses {prompt_ids, asked, limit, ids, logps, truncated}, cut at a mark, go on to their end."""

@@ -29,7 +29,12 @@ COUNT = "used ##{used} left ##{left}"
 def remind(form: str | None = None, asked: bool = True) -> None:
     """Reminders of a form in training (--method reminders) and evaluation; `asked`: the prompt tells, too."""
     reminders.FORM, plain = form or reminders.FORM, engines.open_sampler
-    engines.open_sampler = lambda *words, **options: Reminded(plain(*words, **options), form=reminders.FORM)
+
+    def open_sampler(*words, **options):
+        sampler = plain(*words, **options)
+        return Reminded(sampler, sampler.tokenizer, reminders.FORM)
+
+    engines.open_sampler = open_sampler
     if not asked:
         data.budget_prompt = lambda problem, *rest, **options: problem
 

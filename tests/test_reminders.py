@@ -108,7 +108,7 @@ def test_a_served_model_is_reminded_as_in_this_process(base, script, tmp_path):
     hf = open_sampler(base["model"], "hf", 400)
     prompt = data.encode_prompt(hf.tokenizer, data.budget_prompt(PROBLEM, 40, "exact", wording="tulu"))
     asked = {"ids": prompt, "budget": 40, "max_tokens": 80}
-    [[mine]] = Reminded(hf).respond([asked], 1, 0.0, 1.0, 0)
+    [[mine]] = Reminded(hf, hf.tokenizer).respond([asked], 1, 0.0, 1.0, 0)
     with serving(base["model"], tmp_path / "log", hard_caps=False) as url:
         words = ["--base-url", url, "--model", base["model"], "--api-model", "l1", "--wording", "tulu"]
         done = script("-m", "integrations.remind", PROBLEM, *words, "--budget", "40", "--temperature", "0")
