@@ -1,19 +1,14 @@
 """Reminders at serving time: generation in pieces against any OpenAI-compatible completions server.
 
-    python -m integrations.remind --base-url http://localhost:8000/v1 --model DIR --budget 96 "What is 7 + 8?"
-
-For a model trained with --method reminders. DIR is the model's folder or hub id, and its name at the server
-unless --api-model says another one. A response is asked for up to its next mark, and again behind the mark,
-by token ids: the server's prefix cache has read the rest.
+For a model trained with --method reminders; docs/serving.md shows how. A response is asked for up to its next
+mark, and again behind the mark, by token ids: the server's prefix cache has read the rest.
 """
 
 import argparse
 import os
-import sys
 
 import numpy as np
 
-import data
 from evaluation.engines import VLLM, to_text
 from methods.reminders import FORM, Reminders
 
@@ -60,43 +55,3 @@ class Reminded:
             groups.append([start.copy() for _ in range(n)])
         method.complete(groups, self.sampler, seed)
         return [[to_text(r, self.tokenizer, think_end) for r in group] for group in groups]
-
-
-@data.exit_code("integrations.remind")
-def main(argv: list[str] | None = None) -> None:
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__}
-    parser = data.one_line_errors(argparse.ArgumentParser("integrations.remind", **form))
-    parser.add_argument("problem", help="what is asked")
-    parser.add_argument("--base-url", required=True, help="of the server, with its /v1")
-    parser.add_argument("--model", required=True, help="the model's folder or hub id: tokenizer and template")
-    parser.add_argument("--api-model", help="its name at the server (default: as --model)")
-    parser.add_argument("--budget", type=int, required=True, help="tokens, reminders included")
-    parser.add_argument(
-        "--form", default=FORM, help="of a reminder, with {i}, {used}, {left} (default %(default)s)"
-    )
-    parser.add_argument(
-        "--wording", default="l1", help="l1, tulu, or a sentence with {N} (default %(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.6, help="(default %(default)s)")
-    args = parser.parse_args(argv)
-    import openai
-
-    tokenizer = data.load_tokenizer(args.model)
-    prompt = data.budget_prompt(args.problem, args.budget, "exact", wording=args.wording)
-    asked = {
-        "ids": data.encode_prompt(tokenizer, prompt),
-        "budget": args.budget,
-        "max_tokens": 2 * args.budget,
-    }
-    try:
-        server = Completions(args.base_url, args.api_model or args.model, tokenizer)
-        [[found]] = Reminded(server, tokenizer, args.form).respond([asked], 1, args.temperature, 1.0, 0)
-    except openai.APIError as error:
-        told = f"{data.first_line(error)}: is the server up?"
-        raise data.BadInput(f"--base-url {args.base_url}: {told}") from None
-    print(found["response"])
-    print(f"{found['length']} tokens of {args.budget}, {found['finish_reason']}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

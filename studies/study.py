@@ -85,7 +85,7 @@ RUNS = {
 
 # 2,000 problems, 8 samples of each; the right ones are taught, each asked for by its own length, up to the
 # largest budget that RL trains.
-WARM_START = "--problems 2000 --samples 8 --right --epochs 2 --batch 64 --lr 1e-3 --cap 64 --wording tulu"
+WARM_START = "--problems 2000 --samples 8 --right --epochs 8 --batch 64 --lr 1e-3 --cap 64 --wording tulu"
 QUICK = "base decoding exact no_sense max max_added uncapped remind_warm remind".split()
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 import importlib.util
+import re
 
 import numpy as np
 import pytest
 from conftest import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_serving import NEEDED, serving
+from test_serving import NEEDED, PAGE, serving
 
 import data
 from data import BadInput
@@ -104,15 +105,17 @@ def test_two_steps_of_training(base, script, tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, NEEDED)), reason="no vLLM server installed")
-def test_a_served_model_is_reminded_as_in_this_process(base, script, tmp_path):
+def test_a_served_model_is_reminded_as_in_this_process(base, tmp_path):
     hf = open_sampler(base["model"], "hf", 400)
     prompt = data.encode_prompt(hf.tokenizer, data.budget_prompt(PROBLEM, 40, "exact", wording="tulu"))
     asked = {"ids": prompt, "budget": 40, "max_tokens": 80}
     [[mine]] = Reminded(hf, hf.tokenizer).respond([asked], 1, 0.0, 1.0, 0)
+    code = re.search(r"<!-- remind -->\n```python\n(.+?)```", PAGE, re.S)[1]
     with serving(base["model"], tmp_path / "log", hard_caps=False) as url:
-        words = ["--base-url", url, "--model", base["model"], "--api-model", "l1", "--wording", "tulu"]
-        done = script("-m", "integrations.remind", PROBLEM, *words, "--budget", "40", "--temperature", "0")
-        assert done.stdout.strip() == mine["response"] and "<1/8>" in mine["response"]
-        assert done.stderr.startswith(f"{mine['length']} tokens of 40, {mine['finish_reason']}")
-    done = script("-m", "integrations.remind", PROBLEM, *words, "--budget", "40", check=False)
-    assert done.returncode == 2 and "is the server up?" in done.stderr
+        page: dict = {}
+        code = code.replace("http://localhost:8000/v1", url).replace(
+            "out/remind/checkpoint-400", base["model"]
+        )
+        exec(compile(code, "remind", "exec"), page)
+        found = page["ask_reminded"](PROBLEM, 40, temperature=0.0)
+    assert found == (mine["response"], mine["length"]) and "<1/8>" in mine["response"]

@@ -222,7 +222,7 @@ def test_a_warm_start_from_own_right_answers(idea, base, tmp_path, undone):
     small = [*study.WARM_START.split(), "--problems", "12", "--batch", "2", "--data", rows]
     assert not warm_start.main([base, str(out), *small, *(["--idea", idea] if idea else [])])
     told = json.loads((out / "warm_start.json").read_text())
-    assert told["responses"] > 1 and told["steps"] == 2 * told["responses"] // 2 and told["right"]
+    assert told["responses"] > 1 and told["steps"] == 8 * told["responses"] // 2 and told["right"]
     hf = open_sampler(str(out), "hf", 200)
     found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
     texts = [hf.tokenizer.decode(row["ids"][:-1]) for row in found]
