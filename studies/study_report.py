@@ -258,6 +258,8 @@ def max_table() -> str:
     for label, name, mode in (("Exact", "exact", None), ("Max", "max", "max"),
                               ("Max, multiplied alone", "max_multiplied", None),
                               ("Max, added alone", "max_added", None)):  # fmt: skip
+        if not seeds(name):
+            continue
         each = [show(by_size(name, 1, [n], [64], mode), lambda v: f"{v:.0f}") for n in sizes]
         rows.append([label, *each, accuracy(name, 64, mode=mode)])
     return table(["digits", *map(str, sizes), "right"], rows)
@@ -269,6 +271,8 @@ def beyond_table() -> str:
     head += ["right inside", "at 96", "at 128", "at 256"]
     rows = []
     for name, label in BEYOND.items():
+        if not seeds(name):
+            continue
         rows.append([label, error(name), *[error(name, b) for b in (96, 128, 256)]])
         rows[-1] += [accuracy(name), *[accuracy(name, b) for b in (96, 128, 256)]]
     return table(head, rows)
@@ -421,7 +425,7 @@ def draw_beyond() -> None:
     """Mean produced against requested length, and accuracy, up to four times the largest trained budget."""
     fig, axes = canvas(2, 1, (7, 5))
     identity(axes[0, 0], 256)
-    names = ["exact", "warm_rl", "tally", "remind_warm", "remind", "remind_only", "remind_count"]
+    names = [name for name in BEYOND if seeds(name)]
     for ax, key, scale in ((axes[0, 0], "mean_length", 1), (axes[0, 1], "accuracy", 100)):
         ax.axvspan(16, 64, color="0.93", zorder=0)
         for i, name in enumerate(names):
@@ -450,6 +454,11 @@ def draw_blog() -> None:
 # The page
 
 
+def missing() -> str:
+    """The experiments of which no seed was run."""
+    return ", ".join(f"`{name}`" for name in study.RUNS if not seeds(name))
+
+
 def render(text: str) -> str:
     """The words with every {{ expression }} computed; expressions see the functions of this file."""
     return re.sub(r"\{\{(.+?)\}\}", lambda m: str(eval(m[1].strip(), globals())), text, flags=re.S)
@@ -466,8 +475,11 @@ def main() -> None:
     load()
     if not RECORDS:
         sys.exit(f"study_report.py: error: {study.DOCS} holds no study.json: bash studies/study.sh makes it")
-    for draw in (draw_accuracy, draw_sense, draw_trade, draw_max, draw_beyond, draw_blog):
+    for draw in (draw_accuracy, draw_sense, draw_max, draw_beyond):
         draw()
+    for draw, name in ((draw_trade, "uncapped"), (draw_blog, "ai2_short")):
+        if seeds(name):
+            draw()
     with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]
