@@ -27,6 +27,7 @@ EXTRA = {
     "peaked_exact": "--reward peaked_exact",
     "lcpo_max": LCPO_MAX,
     "lcpo_max_additive": LCPO_MAX + " additive=true",
+    "reminders": "--method reminders",
 }
 # Methods again, for other cards or models: trained by the tests, no runs of their own here.
 CARDS = ("l1_exact_24gb", "l1_exact_80gb_small", "smollm2_gsm8k")
