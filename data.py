@@ -64,11 +64,10 @@ def exit_code(name):
     def decorate(command):
         def main(argv=None):
             try:
-                command(argv)
+                return command(argv) or 0
             except BadInput as error:
                 print(f"{name}: error: {error}".replace("\n", " "), file=sys.stderr)
                 return 2
-            return 0
 
         return main
 
@@ -391,12 +390,11 @@ def clean_answer(value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         # AMC stores 142.0 for 142.
         return (str(int(value)) if value == int(value) else repr(value)) if math.isfinite(value) else None
-    text = clean_text(value)
-    if text and "####" in text:  # GSM8K stores a rationale and "#### 42"
+    text = clean_text(value) or ""
+    if "####" in text:  # GSM8K stores a rationale and "#### 42"
         text = final_answer(text).replace(",", "")
-    if text and re.fullmatch(r"-?\d+\.0", text):
-        text = text[:-2]
-    return None if text in (None, *NO_ANSWER) else text
+    text = re.sub(r"^(-?\d+)\.0$", r"\1", text)
+    return None if text in NO_ANSWER else text
 
 
 def find_choices(row):

@@ -32,7 +32,7 @@ from data import BadInput
 from evaluation import engines, metrics, plots, report
 from evaluation.engines import hash_data
 from evaluation.metrics import jsonable
-from evaluation.samples import append, batches, check_writable, read_samples, write_json
+from evaluation.samples import batches, check_writable, read_samples, write_json
 from toy import task as toy
 from verifier import check_answers
 
@@ -114,8 +114,7 @@ def grade(samples: list[dict], require_think: bool, think_end: str = "</think>")
     whole = [s for s in samples if s["finish_reason"] != "length" or s.get("baseline") == "cut"]
     texts, golds = [s["response"] for s in whole], [s["answer"] for s in whole]
     kinds, choices = [s.get("kind") or "math" for s in whole], [s.get("choices") for s in whole]
-    think = {"require_think": require_think, "think_end": think_end}
-    verdicts, counts = check_answers(texts, golds, kinds, choices, **think)
+    verdicts, counts = check_answers(texts, golds, kinds, choices, require_think, think_end=think_end)
     for sample in samples:
         sample["correct"] = False
     for sample, verdict in zip(whole, verdicts, strict=True):
@@ -156,7 +155,10 @@ def evaluate(sampler, problems, budgets, mode, n, out, *, tokenizer=None, contex
     settings |= {"require_think": require_think, "think_end": think_end, "asked": budgets, "ask_by": ask_by}
     settings |= {"template": getattr(tokenizer, "chat_template", None), "batch": per_batch}
     settings |= {"data": hash_data(problems)} | (about or {})
-    if resume and (finished := finished_results(out, settings, log)):
+    finished = read_results(os.path.join(out, "results.json")) if resume else {}
+    if finished and not os.path.exists(os.path.join(out, UNFINISHED)):
+        same_settings(finished, settings, out)
+        log(f"evaluate: {out} is finished: nothing to resume")
         return finished
     table, browser = {}, report.Browser()
     done = open_sweep(out, settings, resume) if rank == 0 else dict(NOTHING)
@@ -186,7 +188,9 @@ def evaluate(sampler, problems, budgets, mode, n, out, *, tokenizer=None, contex
             done["verify"] = data.add_up([done["verify"], *counts])
             tally(samples, table, browser, think_end)
             if rank == 0:
-                append(f, samples)
+                f.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+                f.flush()
+                os.fsync(f.fileno())  # for good: the record that follows must never be ahead of them
                 write_json(os.path.join(out, UNFINISHED), done | {"settings": settings})
             log(f"evaluate: {done['samples']}/{len(requests) * n} samples, {time.monotonic() - start:.0f} s")
     # Not among the settings: a server may come back at another address.
@@ -212,16 +216,6 @@ def same_settings(old: dict, new: dict, out: str) -> None:
         if old.get(key) != value:
             told = f"{key} was {str(old.get(key))[:200]!r} and is {str(value)[:200]!r}"
             raise BadInput(f"--resume {out}: {told}: give the settings of the first run, or --overwrite it")
-
-
-def finished_results(out: str, settings: dict, log: Callable) -> dict:
-    """The results in `out` if they are whole and of these settings; {} where something is left to do."""
-    results = read_results(os.path.join(out, "results.json"))
-    if not results or os.path.exists(os.path.join(out, UNFINISHED)):
-        return {}
-    same_settings(results, settings, out)
-    log(f"evaluate: {out} is finished: nothing to resume")
-    return results
 
 
 def open_sweep(out: str, settings: dict, resume: bool) -> dict:
@@ -340,9 +334,8 @@ def pick_wording(given: str | None, problems: list[dict], protocol: str | None =
     """--wording, else that of the run whose checkpoint `model` is, else l1; the toy writes "tulu" only."""
     (folder, name), found = os.path.split(os.path.abspath(model)), None
     if not given and not protocol and re.fullmatch(r"checkpoint-\d+", name):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or none of ours
-            with open(os.path.join(folder, "args.json")) as f:
-                found = json.load(f).get("wording")
+        with contextlib.suppress(OSError, BadInput):  # no run of ours
+            found = read_results(os.path.join(folder, "args.json")).get("wording")
     is_toy = {problem.get("source") for problem in problems} <= set(toy.TASKS)
     asked = given or found or "l1"
     return "tulu" if is_toy and asked in data.SENTENCES and (protocol or not given) else asked

@@ -117,10 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     os.makedirs(args.out, exist_ok=True)
     curves, lengths, sections = {}, {}, []
     for name, part in result["datasets"].items():
-        curves[name] = {label: {} for label in models}
-        for budget, cell in part["budgets"].items():
-            for label, figures in cell["figures"].items():
-                curves[name][label][budget] = figures
+        found = {budget: cell["figures"] for budget, cell in part["budgets"].items()}
+        curves[name] = {m: {b: cells[m] for b, cells in found.items() if m in cells} for m in models}
         lengths[name] = {label: metrics.lengths_of(table[name]) for label, table in tables.items()}
         summary, rows = report.summary_rows(curves[name]), table_rows(part["budgets"], part["ask_by"])
         text = f"{report.plain_table(rows)}\n\n{report.plain_table(summary)}"

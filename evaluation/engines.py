@@ -71,25 +71,21 @@ def open_sampler(path: str, kind: str, max_model_len: int, seed: int = 0, closed
         raise BadInput(f"--ask-by thinking-token-budget needs {told}")
     dtype = "bfloat16" if trainer.DEVICE.type == "cuda" else "float32"
     if kind == "vllm":
-        stops = stop_ids(generation_settings(path), tokenizer)
+        from transformers import GenerationConfig
+
+        try:
+            declared = GenerationConfig.from_pretrained(path)
+        except OSError:  # no such file: the model's configuration names the end token, too
+            declared = load_config(path)
         marks = {"reasoning_start_str": (closed_by or "").replace("/", ""), "reasoning_end_str": closed_by}
         more = {"reasoning_config": marks} if closed_by else {}
+        stops = stop_ids(declared, tokenizer)
         return trainer.VLLM(path, tokenizer, stops, max_model_len, dtype, seed, 0.85, 512, **more)
     from toy.hf_sampler import HFSampler
 
     options = argparse.Namespace(dtype=dtype, lora=0)
     model = trainer.net.load_model(path, options, frozen=True).to(trainer.DEVICE)
     return HFSampler(model, tokenizer, stop_ids(model.generation_config, tokenizer), max_model_len)
-
-
-def generation_settings(path: str):
-    """generation_config.json of a model; without one its configuration, which names the end token too."""
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return load_config(path)
 
 
 def thinking_length(ids: np.ndarray, tokenizer, think_end: str = "</think>") -> int | None:
@@ -240,8 +236,7 @@ class Server:
             cut_there = finish == "length" and not text
             text = thinking + ("" if cut_there else think_end) + text
         usage = getattr(answer, "usage", None)
-        out = {"response": text, "length": getattr(usage, "completion_tokens", None)}
-        out["finish_reason"] = finish
+        out = {"response": text, "length": getattr(usage, "completion_tokens", None), "finish_reason": finish}
         details = getattr(usage, "completion_tokens_details", None)
         if tokens := getattr(details, "reasoning_tokens", None):
             out["thinking_length"] = tokens

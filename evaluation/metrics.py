@@ -51,8 +51,7 @@ def log_linear_fit(tokens: ArrayLike, accuracy: ArrayLike) -> dict:
         return dict.fromkeys(("slope_ln", "slope_log10", "intercept", "r2"), math.nan)
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     intercept = y.mean() - slope * x.mean()
-    total = ((y - y.mean()) ** 2).sum()
-    r2 = 1 - ((y - intercept - slope * x) ** 2).sum() / total if total else math.nan
+    r2 = correlation(x, y) ** 2
     return {"slope_ln": slope, "slope_log10": slope * math.log(10), "intercept": intercept, "r2": r2}
 
 

@@ -193,8 +193,7 @@ def write_report(results: dict, pictures: dict[str, list], browser: Browser, out
         if fit["slope_ln"] is not None:
             slope = f"slope {fit['slope_ln']:.3f}, R^2 {show(fit['r2'], form='{:.3f}')}"
             note += f" Accuracy against the natural logarithm of the mean length: {slope}."
-        votes = dict.fromkeys(k for figures in lines.values() for k in figures if "@" in k)
-        more = MORE | {k: k for k in votes}
+        more = MORE | {k: k for figures in lines.values() for k in figures if "@" in k}
         tables = [table_rows(lines, COLUMNS, True), table_rows(lines, more, True)]
         sections.append((name, note, tables, pictures[name]))
     if "mean" in results:

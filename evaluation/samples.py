@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from data import BadInput
 from evaluation.metrics import jsonable
@@ -66,13 +67,6 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
     return iter(lambda: list(itertools.islice(items, size)), [])
 
 
-def append(file, samples: list[dict]) -> None:
-    """Samples to disk, for good: the record of them that follows must never be ahead of them."""
-    file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def write_json(path: str, value: dict) -> None:
     """Written beside its place, fsynced and renamed: nobody ever reads half a file."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
@@ -84,9 +78,8 @@ def write_json(path: str, value: dict) -> None:
 
 def check_writable(folder: str) -> None:
     """BadInput, before a model is loaded, where no file can be written into `folder`; it is not made yet."""
-    place = os.path.abspath(folder)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
+    path = Path(os.path.abspath(folder))
+    place = next(p for p in (path, *path.parents) if os.path.exists(p))
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:

@@ -54,9 +54,8 @@ def score(reward, rows, responses, tokenizer, group_size=1, step=0, require_thin
     table["length"] = [len(ids) for ids in responses]
     table = {key: np.array(values, dtype=np.int64).reshape(-1, group_size) for key, values in table.items()}
     table["budget"] = np.array([row["budget"] or np.nan for row in firsts], dtype=np.float64)
-    table |= {"mode": [row["mode"] for row in firsts], "step": step}
     table["text"] = [texts[i : i + group_size] for i in range(0, len(texts), group_size)]
-    table["require_think"] = require_think
+    table |= {"mode": [row["mode"] for row in firsts], "step": step, "require_think": require_think}
     return function(table, **options).reshape(-1).tolist(), table
 
 

@@ -14,7 +14,6 @@ What is compared runs in processes that take turns; the first turn is a warm-up 
 """
 
 import argparse
-import gzip
 import importlib.metadata
 import importlib.util
 import json
@@ -26,7 +25,7 @@ import tempfile
 import numpy as np
 import torch
 
-from data import BadInput, exit_code, one_line_errors
+from data import BadInput, exit_code, one_line_errors, read_file
 from scaling import plan
 from scaling.race import DEVICE, clock, memory, print_table, race, timed
 
@@ -148,13 +147,12 @@ def trl_worker(variant: str, s: dict, folder: str, pipe) -> None:
     """Worker: TRL's trainer itself; only the generation is replaced, through its own `rollout_func`."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # about rollout_func
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from toy.task import make_tokenizer
+
     batch, groups = make_batch(s), s["sequences"] // 8
-    inner = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "prompt": 2}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
     args, model, _, optimizer, held = make_trainer(s, folder, "trl")
     # TRL's defaults are kept where they do not change the mathematics: 8 sequences per device, padding,
     # recomputed activations (gradient_checkpointing), its chunked head.
@@ -185,8 +183,8 @@ def trl_worker(variant: str, s: dict, folder: str, pipe) -> None:
         return [r["advantage"] for r in batch]
 
     trainer = GRPOTrainer(
-        model, reward, config, Dataset.from_dict({"prompt": ["prompt"] * groups}), processing_class=tokenizer,
-        callbacks=[Turns()], optimizers=(optimizer, None), rollout_func=rollouts,
+        model, reward, config, Dataset.from_dict({"prompt": ["prompt"] * groups}), callbacks=[Turns()],
+        processing_class=make_tokenizer(), optimizers=(optimizer, None), rollout_func=rollouts,
     )  # fmt: skip
     trainer.train()
 
@@ -225,9 +223,8 @@ def bench_prompts(s: dict, folder: str) -> dict:
         out[name] = found | {"gradient_difference": difference(found, at)}
         rows.append([name, *(f"{x:.2f}" for x in (*seconds, seconds[1] / seconds[0])), *map(mib, peak)])
         rows[-1].append(f"{out[name]['gradient_difference']:.1e}")
-    print_table(
-        "prompt:response,once s,repeated s,faster,once MiB,repeated MiB,gradients apart".split(","), rows
-    )
+    head = "prompt:response,once s,repeated s,faster,once MiB,repeated MiB,gradients apart"
+    print_table(head.split(","), rows)
     return {"lengths": out}
 
 
@@ -396,8 +393,8 @@ def bench_sampler(s: dict, folder: str) -> dict:
     found = race(dict.fromkeys(("ours", "bare"), sampler_worker), s, folder)
     rows = [[name, f"{f['tokens']:,}", f"{1 / f['seconds']:,.0f}"] for name, f in found.items()]
     print_table(["sampler", "tokens", "tokens/s"], rows)
-    told = f"weights pushed in {found['ours']['sync']:.3f} s"
-    print(f"bare: LLM.generate, on a CPU not compiled, as ours; {told}")
+    sync = found["ours"]["sync"]
+    print(f"bare: LLM.generate, on a CPU not compiled, as ours; weights pushed in {sync:.3f} s")
     return {"variants": found}
 
 
@@ -410,15 +407,13 @@ def bench_verify(s: dict, folder: str) -> dict:
 
     from verifier import check_answers
 
-    with gzip.open(ANSWERS, "rt") as f:
-        known = [json.loads(line)["answer"] for line in f]
-    rng, responses, golds = np.random.default_rng(0), [], []
-    for i in range(s["problems"] * s["group"]):
-        gold = known[i // s["group"] % len(known)]
+    known = [row["answer"] for row in read_file(ANSWERS)]
+    golds = [known[i % len(known)] for i in range(s["problems"]) for _ in range(s["group"])]
+    rng, responses = np.random.default_rng(0), []
+    for gold in golds:
         answer = str(rng.choice([gold, gold.replace("\\frac", "\\dfrac"), rng.choice(known), f"{gold} + 1"]))
         thought = "Let me see: so we get $x$, then wait. " * int(rng.integers(10, 200))
         responses.append(f"{thought}</think> The answer is $\\boxed{{{answer}}}$.")
-        golds.append(gold)
     found = {"ours": {"all": []}, "math_verify": {"all": []}}
     for _ in range(1 + s["rounds"]):  # the first turn is a warm-up
         for name, f in found.items():
@@ -474,10 +469,6 @@ def bench_plan(s: dict, folder: str) -> dict:
 
 # ---- Command line
 
-COMMANDS = bench_step, bench_logprobs, bench_prompts, bench_padding, bench_scale, bench_sampler
-COMMANDS += bench_verify, bench_plan
-COMMANDS = {function.__name__.removeprefix("bench_"): function for function in COMMANDS}
-
 
 def mib(n: float) -> str:
     return f"{n / 2**20:,.0f}"
@@ -486,7 +477,7 @@ def mib(n: float) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = one_line_errors(argparse.ArgumentParser("scaling.bench", description=__doc__, **options))
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=SETTINGS)
     parser.add_argument("--full", action="store_true", help="the acceptance setting: minutes")
     parser.add_argument("--model", help="plan: folder, hub id or 0.5B, 1.5B, ... (default: all these)")
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="change sizes (see SETTINGS)")
@@ -504,7 +495,7 @@ def main(argv: list[str] | None = None) -> None:
             raise BadInput(f"--set ({word}) must be K=V with K one of: {', '.join(s)}")
         s[k] = value if isinstance(s[k], str) else json.loads(value)
     with tempfile.TemporaryDirectory() as folder:
-        found = COMMANDS[args.command](s, folder)
+        found = globals()[f"bench_{args.command}"](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"command": args.command, "settings": s, "device": device} | found))
 

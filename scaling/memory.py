@@ -15,9 +15,8 @@ def check_memory(model, reference, optimizer, longest: int, args, sampler=None) 
     all is as before: gradients are gone, an optimizer that was new has no state. BadInput where it fails.
     """
     fresh, rates = not optimizer.state, [group["lr"] for group in optimizer.param_groups]
-    r = {"ids": np.zeros(args.max_tokens, np.int32)}
-    r |= {"logps": np.zeros(args.max_tokens, np.float32), "advantage": 0.0, "weight": 0.0}
-    r["mask"] = np.zeros(args.max_tokens, np.float32)
+    zeros = np.zeros(args.max_tokens, np.float32)
+    r = {"ids": zeros.astype(np.int32), "logps": zeros, "mask": zeros, "advantage": 0.0, "weight": 0.0}
     rows = train_grpo.WORLD * max(1, args.micro_tokens // longest)  # no two share a prompt
     batch = [r | {"prompt_ids": [i % 50] * (longest - args.max_tokens)} for i in range(rows)]
     if args.vllm_sleep and sampler:  # as it is during an update; the next load() wakes it
