@@ -29,6 +29,7 @@ NEEDED = {
     ("evaluation", "toy"),  # the transformers sampler
     ("toy", "scaling"),  # which gathers the weights of a sharded model
     ("evaluation", "studies"),  # the edits of finished checkpoints, behind one command
+    ("scaling", "studies"),  # what the benchmarks compare with
     ("integrations", "evaluation"), ("integrations", "methods"),  # reminders at serving time
     ("methods", "toy"), ("scaling", "toy"), ("scaling", "methods"),  # CRF's classifier; what is measured
 }  # fmt: skip
