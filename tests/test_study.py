@@ -219,7 +219,7 @@ def test_an_offset_of_all_positions_changes_nothing(base):
 @pytest.mark.parametrize("idea", [None, "remind"])
 def test_a_warm_start_from_own_right_answers(idea, base, tmp_path, undone):
     out, rows = tmp_path / "m", prepare.prepare()["data"]
-    small = [*study.WARM_START.split(), "--problems", "12", "--batch", "2", "--data", rows]
+    small = [*study.WARM_START.split(), "--problems", "100", "--batch", "2", "--data", rows]
     assert not warm_start.main([base, str(out), *small, *(["--idea", idea] if idea else [])])
     told = json.loads((out / "warm_start.json").read_text())
     assert told["responses"] > 1 and told["steps"] == 8 * told["responses"] // 2 and told["right"]
