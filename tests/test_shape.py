@@ -31,7 +31,7 @@ NEEDED = {
     ("evaluation", "studies"),  # the edits of finished checkpoints, behind one command
     ("scaling", "studies"),  # what the benchmarks compare with
     ("integrations", "evaluation"), ("integrations", "methods"),  # reminders at serving time
-    ("methods", "toy"), ("scaling", "toy"), ("scaling", "methods"),  # CRF's classifier; what is measured
+    ("methods", "toy"), ("scaling", "methods"),  # CRF's classifier; what is measured
 }  # fmt: skip
 
 
