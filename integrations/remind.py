@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 
+from data import BadInput
 from evaluation.engines import VLLM, to_text
 from methods.reminders import FORM, Reminders
 
@@ -26,15 +27,17 @@ class Completions:
 
     def generate(self, prompts, n, caps, temperature, seed):
         """See VLLM.generate in train_grpo.py; n is 1, log-probs are unknown."""
-        told, groups = {"temperature": temperature, "seed": seed % 2**31, "model": self.model}, []
-        for prompt, cap in zip(prompts, caps, strict=True):
-            told |= {"prompt": prompt, "max_tokens": cap, "extra_body": self.extra}
-            answer = self.client.completions.create(**told)
+        told, groups = {"temperature": temperature, "top_p": 1.0, "model": self.model}, []
+        for i, (prompt, cap) in enumerate(zip(prompts, caps, strict=True)):
+            told |= {"prompt": prompt, "max_tokens": cap, "seed": (seed * 100_003 + i) % 2**31}
+            answer = self.client.completions.create(extra_body=self.extra, **told)
             [choice], end = answer.choices, [self.tokenizer.eos_token_id]
             cut = choice.finish_reason == "length"
             # vLLM says which tokens it drew; another server's text is cut into tokens here.
             text = self.tokenizer.encode(choice.text, add_special_tokens=False) + ([] if cut else end)
             ids = np.array((choice.model_extra or {}).get("token_ids") or text, np.int32)
+            if cut and len(ids) != cap:
+                raise BadInput(f"{self.model}: the server's text is not cut into its own {cap} tokens here")
             groups.append([{"ids": ids, "logps": np.zeros(len(ids), np.float32), "truncated": int(cut)}])
         return groups
 
@@ -50,7 +53,11 @@ class Reminded:
         args = argparse.Namespace(think_end=think_end, temperature=temperature)
         method, groups = Reminders(args, self.tokenizer, form=self.form), []
         for r in requests:
-            start = {"prompt_ids": list(r["ids"]), "asked": r["budget"], "limit": r["max_tokens"]}
+            start = {
+                "prompt_ids": np.asarray(r["ids"]).tolist(),
+                "asked": r["budget"],
+                "limit": r["max_tokens"],
+            }
             start |= {"ids": np.zeros(0, np.int32), "logps": np.zeros(0, np.float32), "truncated": 1}
             groups.append([start.copy() for _ in range(n)])
         method.complete(groups, self.sampler, seed)

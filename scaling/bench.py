@@ -50,7 +50,7 @@ SETTINGS = {
                  "vocab": 151_936, "processes": [1, 2, 8], "responses": 128}, {}),
     "scale": (BASE | {"vocab": 8192, "sequences": [4, 8, 16, 32, 64], "rounds": 3},
               {"layers": 8, "vocab": 32_768, "high": 512, "sequences": [2, 4, 8, 16, 32]}),
-    "sampler": (BASE | {"vocab": 67, "prompts": 16, "group": 8, "max_tokens": 96}, {"max_tokens": 192}),
+    "sampler": (BASE | {"vocab": 77, "prompts": 16, "group": 8, "max_tokens": 96}, {"max_tokens": 192}),
     "verify": ({"problems": 16, "group": 16, "rounds": 3}, {"problems": 128}),
     "plan": (TINY | {"budgets": [4096, 16_384], "gpus": [1, 4, 8], "gpu_gib": 80, "longest_prompt": 1024,
                      "rounds": 1, "recipe": "",

@@ -117,8 +117,9 @@ def read() -> dict[tuple, dict]:
 def add(record: dict) -> None:
     """Put a record into study.json, in the study's order; another run may do so at the same time."""
     os.makedirs(DOCS, exist_ok=True)
+    os.makedirs(OUT, exist_ok=True)
     path = os.path.join(DOCS, "study.json")
-    with open(os.path.join(DOCS, ".study.lock"), "w") as lock:
+    with open(os.path.join(OUT, "study.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         records = read() | {(record["name"], record["seed"]): record}
         order = [records[key] for key in wanted(False) if key in records]

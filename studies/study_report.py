@@ -161,7 +161,7 @@ def saved(sizes, at: list[int]) -> str:
 
 
 def field(name: str, key: str, form: Callable = lambda v: f"{v:.2f}") -> str:
-    """A number of the record itself: correlation_exact, onset, share of the length term ..."""
+    """A number of the record itself: correlation_exact, onset ..."""
     return show([r[key] for r in seeds(name) if r.get(key) is not None], form)
 
 

@@ -27,7 +27,6 @@ EXTRA = {
     "peaked_exact": "--reward peaked_exact",
     "lcpo_max": LCPO_MAX,
     "lcpo_max_additive": LCPO_MAX + " additive=true",
-    "reminders": "--method reminders",
 }
 # Methods again, for other cards or models: trained by the tests, no runs of their own here.
 CARDS = ("l1_exact_24gb", "l1_exact_80gb_small", "smollm2_gsm8k")
@@ -44,7 +43,7 @@ OWN = """
 
 INTRO = """# The toy study
 
-**These are runs of the first edition's toy**, whose problems had two to four digits, needed at most 14 tokens
+**These are runs of the first edition's toy**, whose problems had three to six digits, needed at most 14 tokens
 and paid for no further thought. In today's world (2 to 11 digits, 9 to 36 tokens, slips that re-checks mend)
 they were not run again yet: `bash studies/zoo.sh` does that, in some hours on two cores.
 

@@ -160,8 +160,9 @@ def toy_model(tmp_path_factory, tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = [(row["prompt"], row["answer"]) for row in toy_rows(64)]
     turns = [(f"<user> {prompt} <think>", f"=9 </think> {answer} <eos>") for prompt, answer in rows]
+    pairs = [[tokenizer.encode(text) for text in turn] for turn in turns]
     for _ in range(25):
-        ids, labels = prepare.warmup_batch(tokenizer, iter(turns), 64)
+        ids, labels = prepare.pad(pairs, tokenizer.pad_token_id)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

@@ -82,10 +82,11 @@ def test_a_lesson_holds_the_marks_of_its_own_length(words):
     ids = tokenizer.encode(" ".join([*words, "</think>", "3", "<eos>"]))
     out, mask = warm_start.with_marks(ids, reminders)
     assert [i for i, m in zip(out, mask, strict=True) if m] == ids
-    marks = reminders.marks(len(out))
     where = [p for p, m in enumerate(mask) if not m]
-    # Now and then no budget has exactly this length; then the marks are those of one a token longer.
-    assert where == [p for p in marks if p <= out.index(reminders.end[0])] or len(out) < len(ids) + 9
+    # Now and then no budget has exactly this length; then the marks are those of one a token or two longer.
+    told = [reminders.marks(len(out) + more) for more in range(3)]
+    end = out.index(reminders.end[0])
+    assert where in [[p for p in marks if p <= end] for marks in told], (where, told)
     assert (
         warm_start.lesson({"problem": PROBLEM, "kind": "math", "ids": ids}, tokenizer, "tulu", reminders)[
             "ids"

@@ -109,17 +109,23 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
 
 def warmup_batches(tokenizer, seed: int, size: int) -> Iterator[tuple]:
     """Endless (input ids, labels), each [size, T]; only the responses are taught."""
-    import torch
-
-    examples, rng, pad = warmup_examples(seed), np.random.default_rng(seed), tokenizer.pad_token_id
+    examples, rng = warmup_examples(seed), np.random.default_rng(seed)
     while True:
         lot = [[tokenizer.encode(text) for text in pair] for pair in itertools.islice(examples, 8 * size)]
         lot.sort(key=lambda pair: sum(map(len, pair)))  # alike in length: half the padding
         for i in rng.permutation(8) * size:
-            rows = [(torch.tensor(p + r), torch.tensor([-100] * len(p) + r)) for p, r in lot[i : i + size]]
-            ids, labels = zip(*rows, strict=True)
-            fill = torch.nn.utils.rnn.pad_sequence
-            yield fill(ids, True, pad), fill(labels, True, -100)
+            yield pad(lot[i : i + size], tokenizer.pad_token_id)
+
+
+def pad(pairs: list, pad_id: int) -> tuple:
+    """(input ids, labels), each [N, T], of pairs (ids of the prompt, ids of the response)."""
+    import torch
+
+    fill = torch.nn.utils.rnn.pad_sequence
+    ids, labels = zip(
+        *((torch.tensor(p + r), torch.tensor([-100] * len(p) + r)) for p, r in pairs), strict=True
+    )
+    return fill(ids, True, pad_id), fill(labels, True, -100)
 
 
 def make_base(path: str, seed: int, log=print) -> None:
@@ -160,7 +166,8 @@ def make_conciseness(path: str, seed: int = 0) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(50):
         extra = rng.integers(0, WARMUP["extra"] + 1, 16)
-        batch = tokenizer([task.trace(task.draw("add", rng), int(x), rng) for x in extra], padding=True)
+        traces = [task.trace(task.draw("add", rng), int(x), rng, give_up=0) for x in extra]
+        batch = tokenizer(traces, padding=True)
         ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
         logits = model(input_ids=ids, attention_mask=mask).logits[:, 0]
         target = torch.tensor(1 - extra / WARMUP["extra"]).float()

@@ -60,7 +60,7 @@ def held_out(problem: str) -> bool:
 def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """n problems of `task` ("toy", "toy_ood"); those of `split` "test" are new to the base and to RL."""
     if n > 50_000:
-        raise BadInput(f"{n} toy problems were asked for; there are not many more: ask for up to 50000")
+        raise BadInput(f"{n} toy problems were asked for: ask for up to 50000")
     rng, rows, seen = np.random.default_rng([seed, split == "test", task == "toy_ood"]), [], set()
     while len(rows) < n:
         problem = draw(TASKS[task], rng)
@@ -74,7 +74,7 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up=GIVE_UP) -> str:
-    """A chain of thought for `problem`, prolonged by re-checks of at least `extra` tokens."""
+    """A chain of thought for `problem`: given up early, or prolonged by re-checks of at least `extra` tokens."""
     word, digits = problem.split()[0], digits_of(problem)
     words, said = (
         [NAMES[0], f"+{digits[0]}", f"={digits[0]}"],
