@@ -475,7 +475,7 @@ def serve(answer, owner="somebody"):
 
 def completion(request, tokens=9, **message):
     """What such a server sends for one request: the sum of the digits, thought about for `tokens`."""
-    digits = [int(word) for word in request["messages"][0]["content"].splitlines()[0].split()[1:]]
+    digits = toy.digits_of(request["messages"][0]["content"].splitlines()[0])
     message = {"role": "assistant", "content": str(sum(digits) % 10)} | message
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}

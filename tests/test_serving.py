@@ -148,7 +148,8 @@ def texts_of(rows) -> dict:
 def test_one_model_asked_in_four_ways(taught, script, tmp_path):
     """By sentence, vLLM's thinking budget, a template's variable and an effort, measured on one server."""
     ways = {"sentence": "sentence", "budget": "thinking-token-budget", "variable": "template:thinking_budget"}
-    common = ["--data", "toy", "--limit", "10", "--temperature", "0", "--require-think"]
+    known = shutil.copy(os.path.join(FREEZE, "rows.jsonl"), tmp_path / "toy.jsonl")  # what it was taught
+    common = ["--data", known, "--limit", "10", "--temperature", "0", "--require-think"]
     with serving(taught, tmp_path / "log") as url:
         common = ["evaluate.py", "--base-url", url, "--api-model", "l1", *common]
         for name, way in ways.items():
@@ -185,11 +186,12 @@ def test_one_model_asked_in_four_ways(taught, script, tmp_path):
 
 
 def test_vllms_thinking_budget_without_a_server(taught, script, tmp_path):
+    known = shutil.copy(os.path.join(FREEZE, "rows.jsonl"), tmp_path / "toy.jsonl")
     words = [
         "--model",
         taught,
         "--data",
-        "toy",
+        known,
         "--limit",
         "6",
         "--budgets",

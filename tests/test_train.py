@@ -383,7 +383,7 @@ def test_toy_from_nothing_to_evaluation(monkeypatch, tmp_path, capsys):
     assert results["trained_budgets"] == [20, 40]
     line = lines(tmp_path / "toy")[0]
     assert {"reward_correct", "reward_length", "error_by_budget", "zero_variance", "lr"} <= set(line)
-    assert line["lr"] == pytest.approx(3e-5)  # the rate that was used: first step of ten of warm-up
+    assert line["lr"] == pytest.approx(4e-5)  # the rate that was used: first step of ten of warm-up
     assert {k for k in line if k.startswith("seconds_")} == {
         f"seconds_{k}" for k in ("sample", "train", "sync")
     }
