@@ -3,8 +3,8 @@
 BudgetThinker's marks are fractions, 1/8 to 7/8, the same for every budget: none names a number that was not
 trained. Seed-OSS counts: form="used {used} left {left}". A mark counts in the length and has no loss.
 Generation is cut at the marks and goes on behind them, which any engine can do; its prefix cache has read the
-rest. Marks that would come less than `least` tokens after another one are left out. evaluate.py and a run's own
-evaluations ask without marks; integrations/remind.py asks with them.
+rest. Marks that would come less than `least` tokens after another one are left out. evaluate.py and a run's
+own evaluations ask without marks; integrations/remind.py asks with them.
 """
 
 from data import BadInput
