@@ -74,7 +74,7 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up=GIVE_UP) -> str:
-    """A chain of thought for `problem`: given up early, or prolonged by re-checks of `extra` tokens or more."""
+    """A chain of thought for `problem`: given up early, or prolonged by re-checks of at least `extra`."""
     word, digits = problem.split()[0], digits_of(problem)
     words, said = (
         [NAMES[0], f"+{digits[0]}", f"={digits[0]}"],
