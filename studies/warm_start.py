@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap", type=int, default=160, help="longest response (default %(default)s)")
     parser.add_argument("--right", action="store_true", help="teach right answers only")
     parser.add_argument("--wording", default="l1", help="of budgets, as RL will ask (default %(default)s)")
-    parser.add_argument("--idea", help="one of studies/ideas.py")
+    parser.add_argument("--idea", choices=ideas.IDEAS, help="one of studies/ideas.py")
     parser.add_argument("--epochs", type=int, default=2, help="(default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="responses a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default %(default)s)")

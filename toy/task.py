@@ -76,10 +76,8 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up=GIVE_UP) -> str:
     """A chain of thought for `problem`: given up early, or prolonged by re-checks of at least `extra`."""
     word, digits = problem.split()[0], digits_of(problem)
-    words, said = (
-        [NAMES[0], f"+{digits[0]}", f"={digits[0]}"],
-        list(digits),
-    )  # said: the results as last stated
+    words = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"]
+    said = list(digits)  # the results as last stated
 
     def go_on(start, slip):
         for i in range(start, len(digits)):
