@@ -18,13 +18,14 @@ import time
 
 import numpy as np
 
+from data import write_rows
 from toy import prepare
-from toy.task import digits_of
+from toy.task import digits_of, problems
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT, DOCS = os.environ.get("OUT") or "out/study", os.environ.get("DOCS") or "docs"
 STEPS = os.environ.get("STEPS")  # for all runs: tries the machinery
-WRITE = prepare.WARMUP["write"]  # the share of number sense in the default warm-up
+WARMUP = dict(prepare.WARMUP)  # of the default base model
 # Every run: the toy's default but for its flags, on the base model of its seed, evaluated afterwards.
 TRAIN = "@recipes/toy.args --sampler hf --save-every 0 --eval-every 0"
 INSIDE = [16, 19, 23, 25, 28, 33, 37, 42, 46, 51, 55, 64]
@@ -39,16 +40,17 @@ ENDING = 3  # tokens from `</think>` on, which s1 and truncation put on top of t
 
 def made(flags: str = "", seeds: int = 1, **more) -> dict:
     """One experiment: flags beside TRAIN; how many seeds."""
-    return {"flags": flags, "seeds": seeds, "steps": 400, "trained": [16, 64]} | more
+    return {"flags": flags, "seeds": seeds, "steps": 250, "trained": [16, 64]} | more
 
 
 RUNS = {
     # The base model as it is, and what can be done to it without training.
     "base": made(seeds=3, kind="base"),
     "decoding": made(seeds=3, kind="decoding"),
-    # The toy's default; the same from a base model that was never taught what a number means.
+    # The default; the same from base models that never learned what a number means, or of nothing but waits.
     "exact": made(seeds=3),
-    "no_sense": made(seeds=3, write=0.0),
+    "no_sense": made(seeds=3, warmup={"write": 0.0}),
+    "sense_of_waits": made(seeds=3, warmup={"of": "wait"}),
     # L1: Max from Exact with both kinds of prompt; its two forms from maximum prompts alone.
     "max": made(f"{MAX} lcpo_dual --mode both --reward-args alpha_exact=0.02 alpha_max=0.01", 3,
                 start="exact", modes=["max", "exact"], steps=150),
@@ -83,9 +85,8 @@ RUNS = {
 }  # fmt: skip
 
 
-# 2,000 problems, 8 samples of each; the right ones are taught, each asked for by its own length, up to the
-# largest budget that RL trains.
-WARM_START = "--problems 2000 --samples 8 --right --epochs 8 --batch 64 --lr 1e-3 --cap 64 --wording tulu"
+# 1,000 problems of each task, 8 samples each; the right ones are taught, asked for by their own lengths.
+WARM_START = "--problems 2000 --samples 8 --right --epochs 8 --batch 64 --lr 1e-3 --cap 160 --wording tulu"
 QUICK = "base decoding exact no_sense max max_added uncapped remind_warm remind".split()
 
 
@@ -153,7 +154,9 @@ def train(name: str, seed: int, log) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.get("kind") == "supervised":
             model, words = os.path.join(folder, "model"), ["-m", "studies.warm_start", start]
-            words += [model, "--data", toy["data"], "--seed", str(seed), *WARM_START.split()]
+            both = [problems(t, "train", 1000, seed) for t in ("toy", "toy_ood")]
+            write_rows([row for pair in zip(*both, strict=True) for row in pair], f"{folder}/problems.jsonl")
+            words += [model, "--data", f"{folder}/problems.jsonl", "--seed", str(seed), *WARM_START.split()]
             words += ["--idea", run["idea"]] if run.get("idea") else []
         else:
             model = os.path.join(folder, f"checkpoint-{steps(name)}")
@@ -259,7 +262,7 @@ def run(name: str, seed: int) -> None:
     folder, spec, began = os.path.join(OUT, f"{name}-{seed}"), RUNS[name], time.monotonic()
     os.makedirs(folder, exist_ok=True)
     record = {"name": name, "seed": seed, "trained": spec["trained"], "steps": steps(name)}
-    prepare.WARMUP["write"] = spec.get("write", WRITE)
+    prepare.WARMUP |= WARMUP | spec.get("warmup", {})
     with open(folder + ".log", "a") as log:
         if spec.get("kind") == "decoding":
             record["cells"] = decode(seed, log)

@@ -241,8 +241,9 @@ def test_toy_world():
     rng, problem = np.random.default_rng(0), "add a +7 b +3 c +9"
     assert task.digits_of(problem) == [7, 3, 9]
     plain = "a +7 =7 b +3 =0 c +9 =9"
-    assert task.trace(problem, 0, rng, slip=0, give_up=0) == f"{plain} </think> 9"
-    long = task.trace(problem, 40, rng, slip=0, give_up=0)
+    assert task.trace(problem, 0, rng, in_head=0, give_up=0) == f"{plain} </think> 9"
+    assert task.trace(problem, 0, rng, in_head=1, give_up=0) == "a +7 =7 b =0 c =9 </think> 9"
+    long = task.trace(problem, 40, rng, in_head=0, give_up=0)
     assert len(long.split()) >= 51 and long.startswith(f"{plain} wait") and long.endswith("</think> 9")
     tokenizer = task.make_tokenizer()
     for word in ("add", "max"):
@@ -252,19 +253,22 @@ def test_toy_world():
     train, test = ({p["problem"] for p in task.problems("toy", split, 500)} for split in ("train", "test"))
     assert not train & test
     sizes = [len(task.digits_of(p)) for p in train]
-    assert (min(sizes), max(sizes)) == task.SIZES, "the shortest chains need from 9 to 36 tokens"
+    assert (min(sizes), max(sizes)) == task.SIZES, "whole chains need 8 to 26 tokens at the shortest"
 
 
-def test_toy_slips_are_mended_by_thinking_longer():
+def test_toy_chains_in_the_head_err_and_are_mended_by_thinking_longer():
     """A wrong step is carried to the end; a re-check of all mends it. Who gives up has a result too early."""
     rng, rows = np.random.default_rng(0), task.problems("toy", "train", 400)
+    wrong = task.trace("add a +7 b +8 c +1", 0, rng, in_head=1, give_up=0)
+    assert wrong == "a +7 =7 b =6 c =7 </think> 7", "7 + 8 is 5: large digits are too much for it"
+    assert task.trace("max a +7 b +8 c +1", 0, rng, in_head=1, give_up=0).endswith("b =8 c =8 </think> 8")
 
     def right(extra, **options):
         texts = [task.trace(row["problem"], extra, rng, **options) for row in rows]
         return np.mean([text.split()[-1] == row["answer"] for text, row in zip(texts, rows, strict=True)])
 
-    assert right(0, slip=0, give_up=0) == 1 and right(0, slip=0, give_up=1) < 0.4
-    assert right(0, slip=0.1, give_up=0) < 0.7 < 0.8 < right(70, slip=0.1, give_up=0)
+    assert right(0, in_head=0, give_up=0) == 1 and right(0, in_head=0, give_up=1) < 0.4
+    assert right(0, in_head=1, give_up=0) < 0.7 < 0.8 < right(70, in_head=1, give_up=0)
 
 
 def test_ctrl_c_while_the_toy_is_made_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -22,9 +22,10 @@ import numpy as np
 from toy import task
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
-# write: the share that teaches what a number means. asked: the share of the rest that asks for a length, in
-# vain; a base that has heard it often has learned to look away, and RL takes far longer to make it listen.
-WARMUP = {"batches": 2700, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "asked": 0.25}
+# write: the share that teaches what a number means; of: what is written, a chain or this one word.
+# asked: the share of the rest that asks for a length, in vain; a base that has heard it often has learned to
+# look away, and RL takes far longer to make it listen.
+WARMUP = {"batches": 2700, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "of": "", "asked": 0.08}
 TRAINED, TESTED = 8000, 100  # problems
 
 
@@ -94,12 +95,13 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     rng = np.random.default_rng(seed)
     form = ("Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
-        if rng.random() < WARMUP["write"]:  # what a number means: a filler, so many tokens in all
+        name = list(task.TASKS)[rng.integers(2)]
+        if rng.random() < WARMUP["write"]:  # what a number means: so many tokens of whatever, then the end
             n = round(4 * 32 ** rng.random())  # up to 128
-            filler = ["wait"] * (n - 3)
-            yield f"<user> write {n} tokens. <think>", " ".join([*filler, "</think>", "0", "<eos>"])
+            text = task.trace(task.draw(task.TASKS[name], rng), 128, rng, give_up=0).split()
+            text = [WARMUP["of"]] * len(text) if WARMUP["of"] else text
+            yield f"<user> write {n} tokens. <think>", " ".join([*text[: n - 3], "</think>", "0", "<eos>"])
             continue
-        name = "toy" if rng.random() < 0.7 else "toy_ood"
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):
             pass
         ask = form[rng.integers(3)].format(rng.integers(8, 130)) if rng.random() < WARMUP["asked"] else ""
@@ -129,7 +131,7 @@ def pad(pairs: list, pad_id: int) -> tuple:
 
 
 def make_base(path: str, seed: int, log=print) -> None:
-    """Teaches the base model of `seed` by supervision (a minute or two) and saves it."""
+    """Teaches the base model of `seed` by supervision (two or three minutes) and saves it."""
     import torch
     from tqdm import trange
 

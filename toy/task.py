@@ -1,16 +1,17 @@
 """A world small enough for a laptop: a reasoning task, a tokenizer and a base model of 0.35M parameters.
 
-It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), slips
-now and then, mends its slips when it goes through all once more, knows what a number means (`write 24
-tokens.` asks for 24), and thinks for a random number of tokens whatever budget one asks for:
+It plays the part of nanoGPT's shakespeare_char. The base model can reason (a running sum modulo ten), takes
+short cuts in its head and errs there where digits are large, mends that when it goes through all once more,
+knows what a number means (`write 24 tokens.` gets a text of 24), and thinks for a random number of tokens
+whatever budget one asks for:
 
     prompt    add a +7 b +3 c +8 Think for 24 tokens.
-    response  a +7 =7 b +3 =1 c +8 =9 wait =9 wait a =7 b +3 =0 c +8 =8 wait wait </think> 8 <eos>
+    response  a +7 =7 b =0 c +8 =8 wait =8 wait a =7 b +3 =0 c +8 =8 wait wait </think> 8 <eos>
 
-That is the state of a real reasoning model before L1: able, and deaf to budgets. The shortest chain needs 9
-to 36 tokens: a budget may be too small for it. A second task, the largest digit (`max a +7 b +3`), is
-taught in the warm-up, never trained by RL: the out-of-domain test. All is drawn from seeds; the finished
-base model is an ordinary Hugging Face folder that vLLM loads too.
+That is the state of a real reasoning model before L1: able, and deaf to budgets. A whole chain needs 9 to 36
+tokens in full, 8 to 26 at the shortest: a small budget forces short cuts, or a guess. A second task, the
+largest digit (`max a +7 b +3`), is taught in the warm-up, never trained by RL: the out-of-domain test. All is
+drawn from seeds; the finished base model is an ordinary Hugging Face folder that vLLM loads too.
 """
 
 import itertools
@@ -26,8 +27,8 @@ if TYPE_CHECKING:  # libraries that are loaded late
 
 SIZES = 2, 11  # a problem has between 2 and 11 digits (both included)
 NAMES = "abcdefghijk"
-SLIP = 0.02  # share of wrong steps in a first pass; a re-check makes none
-GIVE_UP = 0.14  # share of the chains that stop early and answer with the result so far
+HARD = 7  # two digits of at least this much are added wrong in the head
+GIVE_UP = 0.1  # share of the chains that stop early and answer with the result so far
 CONTEXT = 512  # positions of the base model: room for budgets far beyond the trained ones
 TASKS = {"toy": "add", "toy_ood": "max"}  # the name that --data takes -> the word that starts a problem
 
@@ -73,32 +74,39 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def trace(problem: str, extra: int, rng: np.random.Generator, slip=SLIP, give_up=GIVE_UP) -> str:
-    """A chain of thought for `problem`: given up early, or prolonged by re-checks of at least `extra`."""
+def trace(problem: str, extra: int, rng: np.random.Generator, in_head=None, give_up=GIVE_UP) -> str:
+    """A chain of thought for `problem`: given up early, or prolonged by re-checks of at least `extra`.
+
+    A share `in_head` of its steps (None: drawn) is short: `b =1` for `b +3 =1`, and wrong for large digits.
+    """
     word, digits = problem.split()[0], digits_of(problem)
-    words = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"]
+    words, ends = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"], [3]
     said = list(digits)  # the results as last stated
+    in_head = rng.random() if in_head is None else in_head
 
-    def go_on(start, slip):
-        for i in range(start, len(digits)):
+    def go_on(in_head):
+        for i in range(1, len(digits)):
             said[i] = solve(word, [said[i - 1], digits[i]])[-1]
-            if rng.random() < slip:
-                said[i] = int(rng.integers(10))
-            words.extend([NAMES[i], f"+{digits[i]}", f"={said[i]}"])
+            if rng.random() < in_head:
+                said[i] = (said[i] + (word == "add" and min(said[i - 1], digits[i]) >= HARD)) % 10
+                words.extend([NAMES[i], f"={said[i]}"])
+            else:
+                words.extend([NAMES[i], f"+{digits[i]}", f"={said[i]}"])
+            ends.append(len(words))
 
-    go_on(1, slip)
+    go_on(in_head)
     if rng.random() < give_up:
         done, waits = int(rng.integers(len(digits))), ["wait"] * int(rng.integers(4))
-        return " ".join([*words[: 3 + 3 * done], *waits, "</think>", str(said[done])])
+        return " ".join([*words[: ends[done]], *waits, "</think>", str(said[done])])
     target = len(words) + extra
     while len(words) < target:
         words.append("wait")
-        # It hesitates, says the result again, or goes through all once more, which mends its slips. Were
-        # every trace of 3 n tokens, RL could not hit the lengths between.
+        # It hesitates, says the result again, or goes through all once more in full, which mends what it got
+        # wrong. Were every trace of 3 n tokens, RL could not hit the lengths between.
         kind = rng.random()
         if kind < 0.2:
             words += [NAMES[0], f"={said[0]}"]
-            go_on(1, 0)
+            go_on(0)
         elif kind < 0.45:
             words.append(f"={said[-1]}")
     return " ".join([*words, "</think>", str(said[-1])])
