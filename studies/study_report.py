@@ -21,6 +21,7 @@ with open(os.path.join(ROOT, "recipes", "toy.args")) as recipe:  # the budgets t
     DRAWN = set(map(int, re.search(r"--budgets bucket:(\S+)", recipe.read())[1].split(",")))
 BLOG = {"ai2_short": "exact, 16 to 64", "ai2_long": "exact, 16 to 128", "ai2_bucketed": "bucketed"}
 BLOG |= {"ai2_upto": "up to"}
+SENSE = {"exact": "number sense", "sense_of_waits": "number sense of waits", "no_sense": "no number sense"}
 CONTROL = [  # label, experiment, mode or method
     ("Exact", "exact", None),
     ("Max", "max", "max"),
@@ -219,8 +220,8 @@ def headline() -> str:
             accuracy("base", "none", "toy_ood"),
         ]
     ]
-    for name, label in {"exact": "Exact", "no_sense": "Exact, no number sense"}.items():
-        rows.append([label, error(name), error(name, "held"), worst(name),
+    for name, label in SENSE.items():
+        rows.append([f"Exact, {label}", error(name), error(name, "held"), worst(name),
                      field(name, "correlation_exact", lambda v: f"{v:.3f}"), accuracy(name)])  # fmt: skip
         rows[-1].append(f"{accuracy(name, data='toy_ood')}, error {error(name, data='toy_ood')}")
     head = "model|error|never drawn|worst budget|correlation|right|unseen task: right".split("|")
@@ -379,7 +380,7 @@ def draw_accuracy() -> None:
 def draw_sense() -> None:
     """Training errors with and without number sense, a line per seed."""
     fig, axes = canvas(1, 1, (7, 4))
-    for i, (name, label) in enumerate({"exact": "with number sense", "no_sense": "without"}.items()):
+    for i, (name, label) in enumerate(SENSE.items()):
         for k, record in enumerate(seeds(name)):
             steps = 5 * np.arange(len(record["error"])) + 2.5
             axes[0, 0].plot(steps, 100 * np.array(record["error"]), color=COLORS[i], lw=1.3,
@@ -414,7 +415,7 @@ def draw_max() -> None:
                 sizes, each.mean(1), spread, color=COLORS[i], marker=MARKS[i], capsize=2, label=label
             )
     axes[0, 0].plot(
-        sizes, [3 * n + 3 for n in sizes], color="black", ls="--", lw=1.1, label="shortest whole chain"
+        sizes, [3 * n + 3 for n in sizes], color="black", ls="--", lw=1.1, label="whole chain in full"
     )
     axes[0, 0].set(xlabel="digits of the problem", ylabel="mean length, asked for 64 (tokens)", ylim=(0, 70))
     below(axes[0, 0])

@@ -44,8 +44,8 @@ OWN = """
 INTRO = """# The toy study
 
 **These are runs of the first edition's toy**, whose problems had three to six digits, needed at most 14
-tokens and paid for no further thought. In today's world (2 to 11 digits, 9 to 36 tokens, slips that
-re-checks mend) they were not run again yet: `bash studies/zoo.sh` does that, in some hours on two cores.
+tokens and paid for no further thought. In today's world (2 to 11 digits, chains of 8 to 36 tokens, errors
+that re-checks mend) they were not run again yet: `bash studies/zoo.sh` does that, in hours on two cores.
 
 Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
 nothing. The flags stand in each recipe's line `# toy:`. 100 new problems, 4 samples each (with a budget: 4 to

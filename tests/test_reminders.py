@@ -115,7 +115,7 @@ def test_a_served_model_is_reminded_as_in_this_process(base, tmp_path):
     with serving(base["model"], tmp_path / "log", hard_caps=False) as url:
         page: dict = {}
         code = code.replace("http://localhost:8000/v1", url).replace(
-            "out/remind/checkpoint-400", base["model"]
+            "out/remind/checkpoint-250", base["model"]
         )
         exec(compile(code, "remind", "exec"), page)
         found = page["ask_reminded"](PROBLEM, 40, temperature=0.0)

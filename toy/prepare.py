@@ -22,10 +22,10 @@ import numpy as np
 from toy import task
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
-# write: the share that teaches what a number means; of: what is written, a chain or this one word.
+# write: the share that teaches what a number means; of: what is written, a chain of sums or this one word.
 # asked: the share of the rest that asks for a length, in vain; a base that has heard it often has learned to
 # look away, and RL takes far longer to make it listen.
-WARMUP = {"batches": 2700, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "of": "", "asked": 0.08}
+WARMUP = {"batches": 3300, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "of": "", "asked": 0.05}
 TRAINED, TESTED = 8000, 100  # problems
 
 
@@ -95,13 +95,13 @@ def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
     rng = np.random.default_rng(seed)
     form = ("Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
-        name = list(task.TASKS)[rng.integers(2)]
         if rng.random() < WARMUP["write"]:  # what a number means: so many tokens of whatever, then the end
             n = round(4 * 32 ** rng.random())  # up to 128
-            text = task.trace(task.draw(task.TASKS[name], rng), 128, rng, give_up=0).split()
+            text = task.trace(task.draw("add", rng), 128, rng, give_up=0).split()
             text = [WARMUP["of"]] * len(text) if WARMUP["of"] else text
             yield f"<user> write {n} tokens. <think>", " ".join([*text[: n - 3], "</think>", "0", "<eos>"])
             continue
+        name = list(task.TASKS)[rng.integers(2)]
         while task.held_out(problem := task.draw(task.TASKS[name], rng)):
             pass
         ask = form[rng.integers(3)].format(rng.integers(8, 130)) if rng.random() < WARMUP["asked"] else ""
