@@ -39,6 +39,7 @@ BEYOND = {
     "tally": "tally marks", "remind_cold": "reminders, no warm start",
     "remind_warm": "reminders, warm start alone", "remind": "reminders, warm start, RL",
     "remind_only_warm": "reminders only, warm start alone", "remind_only": "reminders only, RL",
+    "remind_only_warm64": "reminders only, warm start of up to 64 tokens alone",
     "remind_count_warm": "counting reminders, warm start alone", "remind_count": "counting reminders, RL",
 }  # fmt: skip
 

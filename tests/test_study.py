@@ -125,7 +125,7 @@ def test_order_of_the_runs():
         start = study.RUNS[name].get("start")
         assert not start or full.index((start, seed)) < full.index((name, seed))
         assert not start or name not in dict(quick) or start in dict(quick)
-    for name in ("base", "decoding", "exact", "no_sense", "max", "remind"):  # the headlines
+    for name in ("base", "decoding", "exact", "no_sense", "max", "remind_only"):  # the headlines
         assert study.RUNS[name]["seeds"] == 3
 
 
