@@ -25,7 +25,7 @@ from toy.task import digits_of, problems
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT, DOCS = os.environ.get("OUT") or "out/study", os.environ.get("DOCS") or "docs"
 STEPS = os.environ.get("STEPS")  # for all runs: tries the machinery
-WARMUP = dict(prepare.WARMUP)  # of the default base model
+SENSE = {k: prepare.WARMUP[k] for k in ("write", "of")}  # of the default base model
 # Every run: the toy's default but for its flags, on the base model of its seed, evaluated afterwards.
 TRAIN = "@recipes/toy.args --sampler hf --save-every 0 --eval-every 0"
 INSIDE = [16, 19, 23, 25, 28, 33, 37, 42, 46, 51, 55, 64]
@@ -34,7 +34,7 @@ LCPO = "--advantage grpo --reward lcpo_exact --reward-args"
 # The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 128 is its 8192.
 TULU = "--advantage grpo --reward-args scale=128 --reward"
 # Not divided by the group's deviation: else easy problems, where only length differs, outvote the answers.
-MAX = "--lr 1e-4 --advantage dr_grpo --reward"
+MAX = "--lr 2e-4 --advantage dr_grpo --reward"
 SAMPLED = "--n 2 --limit 100 --temperature 1 --top-p 1 --sampler hf"
 ENDING = 3  # tokens from `</think>` on, which s1 and truncation put on top of the budget
 
@@ -52,13 +52,11 @@ RUNS = {
     "exact": made(seeds=3),
     "no_sense": made(seeds=3, warmup={"write": 0.0}),
     "sense_of_waits": made(warmup={"of": "wait"}),
-    # L1: Max from Exact with both kinds of prompt; its two forms from maximum prompts alone.
-    "max": made(f"{MAX} lcpo_dual --mode both --reward-args alpha_exact=0.02 alpha_max=0.01", 3,
-                start="exact", modes=["max", "exact"], steps=150),
-    "max_multiplied": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01", start="exact",
-                           modes=["max"], steps=150),
-    "max_added": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01 additive=true", start="exact",
-                      modes=["max"], steps=150),
+    # Max from the base model; its additive ablation; as L1 trains it, from Exact with both kinds of prompt.
+    "max": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01", 3, modes=["max"]),
+    "max_added": made(f"{MAX} lcpo_max --mode max --reward-args alpha=0.01 additive=true", modes=["max"]),
+    "max_from_exact": made(f"{MAX} lcpo_dual --mode both --reward-args alpha_exact=0.02 alpha_max=0.01",
+                           start="exact", modes=["max", "exact"]),
     # An answer against the length: no cap, summed, multiplied; L1's reward with three alphas.
     "uncapped": made("--reward peaked_exact"),
     "summed": made("--advantage grpo"),
@@ -265,7 +263,7 @@ def run(name: str, seed: int) -> None:
     folder, spec, began = os.path.join(OUT, f"{name}-{seed}"), RUNS[name], time.monotonic()
     os.makedirs(folder, exist_ok=True)
     record = {"name": name, "seed": seed, "trained": spec["trained"], "steps": steps(name)}
-    prepare.WARMUP |= WARMUP | spec.get("warmup", {})
+    prepare.WARMUP |= SENSE | spec.get("warmup", {})
     with open(folder + ".log", "a") as log:
         if spec.get("kind") == "decoding":
             record["cells"] = decode(seed, log)

@@ -170,6 +170,8 @@ def field(name: str, key: str, form: Callable = lambda v: f"{v:.2f}") -> str:
 def onset(name: str) -> str:
     """The step of the onset; how many seeds never had one."""
     found = [r["onset"] for r in seeds(name) if "onset" in r]
+    if found and not any(f is not None for f in found):
+        return "never"
     text = show([f for f in found if f is not None], lambda v: f"{v:.0f}")
     return text + (f" ({found.count(None)} of {len(found)} never)" if None in found else "")
 
@@ -258,8 +260,8 @@ def max_table() -> str:
     sizes = range(2, 12)
     rows = []
     for label, name, mode in (("Exact", "exact", None), ("Max", "max", "max"),
-                              ("Max, multiplied alone", "max_multiplied", None),
-                              ("Max, added alone", "max_added", None)):  # fmt: skip
+                              ("Max from Exact", "max_from_exact", "max"),
+                              ("Max, added", "max_added", None)):  # fmt: skip
         if not seeds(name):
             continue
         each = [show(by_size(name, 1, [n], [64], mode), lambda v: f"{v:.0f}") for n in sizes]
@@ -408,6 +410,7 @@ def draw_max() -> None:
     fig, axes = canvas(1, 1, (7, 4.6))
     sizes = list(range(2, 12))
     for i, (label, name, mode) in enumerate((("Exact", "exact", None), ("Max", "max", "max"),
+                                             ("Max from Exact", "max_from_exact", "max"),
                                              ("Max, added", "max_added", None))):  # fmt: skip
         if seeds(name):
             each = np.array([by_size(name, 1, [n], [64], mode) for n in sizes])

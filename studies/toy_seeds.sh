@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's table: three seeds of the toy's default, each with a base model of its own.
-#   bash studies/toy_seeds.sh                                 about 9 minutes a run; finished runs are not repeated
+#   bash studies/toy_seeds.sh                                 finished runs are not repeated
 #   STEPS=2 SEEDS=0 OUT=out/try bash studies/toy_seeds.sh     tries the machinery; the summary goes to OUT as well
 # Runs go to out/seeds/, their summary to docs/toy_runs.json.
 set -euo pipefail

@@ -185,7 +185,7 @@ def test_every_run_has_flags_that_the_trainer_knows(base, tmp_path, undone):
         for name in study.RUNS:
             words = ["--model", base, "--data", "rows.jsonl", "--out", str(tmp_path / "out")]
             args = train_grpo.parse_args([*study.flags_of(name, 1), *words])
-            assert args.seed == 1 and args.steps in (150, 400) and args.sampler == "hf"
+            assert args.seed == 1 and args.steps == study.RUNS[name]["steps"] and args.sampler == "hf"
             assert args.budgets.startswith(("bucket:16,", "uniform:16:"))
     finally:
         train_grpo.REWARDS = known
@@ -219,7 +219,7 @@ def test_an_offset_of_all_positions_changes_nothing(base):
 @pytest.mark.parametrize("idea", [None, "remind"])
 def test_a_warm_start_from_own_right_answers(idea, base, tmp_path, undone):
     out, rows = tmp_path / "m", prepare.prepare()["data"]
-    small = [*study.WARM_START.split(), "--problems", "100", "--batch", "2", "--data", rows]
+    small = [*study.WARM_START.split(), "--cap", "64", "--problems", "100", "--batch", "2", "--data", rows]
     assert not warm_start.main([base, str(out), *small, *(["--idea", idea] if idea else [])])
     told = json.loads((out / "warm_start.json").read_text())
     assert told["responses"] > 1 and told["steps"] == 8 * told["responses"] // 2 and told["right"]

@@ -253,7 +253,11 @@ def test_toy_world():
     train, test = ({p["problem"] for p in task.problems("toy", split, 500)} for split in ("train", "test"))
     assert not train & test
     sizes = [len(task.digits_of(p)) for p in train]
-    assert (min(sizes), max(sizes)) == task.SIZES, "whole chains need 8 to 26 tokens at the shortest"
+    assert (min(sizes), max(sizes)) == task.SIZES, "two to eleven digits"
+    for n, full, least in ((2, 9, 8), (11, 36, 26)):  # tokens of a whole chain, the end's included
+        text = "add " + " ".join(f"{name} +1" for name in task.NAMES[:n])
+        chains = [task.trace(text, 0, rng, in_head=h, give_up=0) for h in (0, 1)]
+        assert [len(chain.split()) + 1 for chain in chains] == [full, least]
 
 
 def test_toy_chains_in_the_head_err_and_are_mended_by_thinking_longer():

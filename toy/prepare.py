@@ -22,7 +22,7 @@ import numpy as np
 from toy import task
 
 CACHE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cache")
-# write: the share that teaches what a number means; of: what is written, a chain of sums or this one word.
+# write: the share that teaches what a number means; of: this word, "": a chain of sums.
 # asked: the share of the rest that asks for a length, in vain; a base that has heard it often has learned to
 # look away, and RL takes far longer to make it listen.
 WARMUP = {"batches": 3300, "batch_size": 16, "lr": 2e-3, "extra": 72, "write": 0.3, "of": "", "asked": 0.05}
@@ -91,7 +91,10 @@ def make_model(tokenizer, seed: int):
 
 
 def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, response) of the warm-up: budgets are asked for, the traces ignore them."""
+    """Endless (prompt, response) of the warm-up: texts of so many tokens, and chains of both tasks.
+
+    Few of the chains are asked for a length, and those ignore it.
+    """
     rng = np.random.default_rng(seed)
     form = ("Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
@@ -131,7 +134,7 @@ def pad(pairs: list, pad_id: int) -> tuple:
 
 
 def make_base(path: str, seed: int, log=print) -> None:
-    """Teaches the base model of `seed` by supervision (two or three minutes) and saves it."""
+    """Teaches the base model of `seed` by supervision (three minutes) and saves it."""
     import torch
     from tqdm import trange
 

@@ -5,13 +5,14 @@ short cuts in its head and errs there where digits are large, mends that when it
 knows what a number means (`write 24 tokens.` gets a text of 24), and thinks for a random number of tokens
 whatever budget one asks for:
 
-    prompt    add a +7 b +3 c +8 Think for 24 tokens.
+    prompt    add a +7 b +3 c +8 Think for 40 tokens.
     response  a +7 =7 b =0 c +8 =8 wait =8 wait a =7 b +3 =0 c +8 =8 wait wait </think> 8 <eos>
 
-That is the state of a real reasoning model before L1: able, and deaf to budgets. A whole chain needs 9 to 36
-tokens in full, 8 to 26 at the shortest: a small budget forces short cuts, or a guess. A second task, the
-largest digit (`max a +7 b +3`), is taught in the warm-up, never trained by RL: the out-of-domain test. All is
-drawn from seeds; the finished base model is an ordinary Hugging Face folder that vLLM loads too.
+That is the state of a real reasoning model before L1: able, and deaf to budgets (this response has 24). A
+whole chain needs 9 to 36 tokens in full, 8 to 26 at the shortest: a small budget leaves room for short cuts
+only, or for a guess. A second task, the largest digit (`max a +7 b +3`), is taught in the warm-up, never
+trained by RL: the out-of-domain test. All is drawn from seeds; the finished base model is an ordinary Hugging
+Face folder that vLLM loads too.
 """
 
 import itertools
@@ -75,9 +76,10 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def trace(problem: str, extra: int, rng: np.random.Generator, in_head=None, give_up=GIVE_UP) -> str:
-    """A chain of thought for `problem`: given up early, or prolonged by re-checks of at least `extra`.
+    """A chain of thought for `problem`: given up early, or prolonged by at least `extra` tokens.
 
-    A share `in_head` of its steps (None: drawn) is short: `b =1` for `b +3 =1`, and wrong for large digits.
+    A share `in_head` of its later steps (None: drawn) is short, `b =1` for `b +3 =1`, and errs where a sum's
+    digits are large. What prolongs it: hesitations, the result again, re-checks.
     """
     word, digits = problem.split()[0], digits_of(problem)
     words, ends = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"], [3]
