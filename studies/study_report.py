@@ -224,6 +224,8 @@ def headline() -> str:
         ]
     ]
     for name, label in SENSE.items():
+        if not seeds(name):
+            continue
         rows.append([f"Exact, {label}", error(name), error(name, "held"), worst(name),
                      field(name, "correlation_exact", lambda v: f"{v:.3f}"), accuracy(name)])  # fmt: skip
         rows[-1].append(f"{accuracy(name, data='toy_ood')}, error {error(name, data='toy_ood')}")
