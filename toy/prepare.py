@@ -91,17 +91,14 @@ def make_model(tokenizer, seed: int):
 
 
 def warmup_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, response) of the warm-up: texts of so many tokens, and chains of both tasks.
-
-    Few of the chains are asked for a length, and those ignore it.
-    """
+    """Endless (prompt, response) of the warm-up: texts of so many tokens, chains deaf to what is asked."""
     rng = np.random.default_rng(seed)
     form = ("Think for {} tokens.", "Think for up to {} tokens.", "Think for maximum {} tokens.")
     while True:
         if rng.random() < WARMUP["write"]:  # what a number means: so many tokens of whatever, then the end
             n = round(4 * 32 ** rng.random())  # up to 128
-            text = task.trace(task.draw("add", rng), 128, rng, give_up=0).split()
-            text = [WARMUP["of"]] * len(text) if WARMUP["of"] else text
+            chain = task.trace(task.draw("add", rng), 128, rng, give_up=0).split()
+            text = [WARMUP["of"]] * n if WARMUP["of"] else chain
             yield f"<user> write {n} tokens. <think>", " ".join([*text[: n - 3], "</think>", "0", "<eos>"])
             continue
         name = list(task.TASKS)[rng.integers(2)]

@@ -78,8 +78,7 @@ def problems(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
 def trace(problem: str, extra: int, rng: np.random.Generator, in_head=None, give_up=GIVE_UP) -> str:
     """A chain of thought for `problem`: given up early, or prolonged by at least `extra` tokens.
 
-    A share `in_head` of its later steps (None: drawn) is short, `b =1` for `b +3 =1`, and errs where a sum's
-    digits are large. What prolongs it: hesitations, the result again, re-checks.
+    A share `in_head` of its later steps (None: drawn) is short, `b =1` for `b +3 =1`; large digits err there.
     """
     word, digits = problem.split()[0], digits_of(problem)
     words, ends = [NAMES[0], f"+{digits[0]}", f"={digits[0]}"], [3]
