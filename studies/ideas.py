@@ -8,7 +8,6 @@ Also an example of a fork that leaves the other files alone: a sentence, a rewar
     remind        responses go on behind reminders, fractions of the budget (methods/reminders.py)
     remind_only   the same, and the prompt names no budget: the reminders alone tell
     remind_count  reminders that name numbers, tokens used and tokens left
-    tally         the budget is asked for by marks in the prompt, one for 4 tokens, in place of a number
     multiplied    a reward: right or wrong times how near the length is
 """
 
@@ -39,15 +38,6 @@ def remind(form: str | None = None, asked: bool = True) -> None:
         data.budget_prompt = lambda problem, *rest, **options: problem
 
 
-def tally() -> None:
-    """An amount in place of a name; the toy's tokenizer lends a word."""
-
-    def budget_prompt(problem, budget, *rest, **options):
-        return problem if budget is None else f"{problem}\nThink for {'up ' * round(budget / 4)}tokens."
-
-    data.budget_prompt = budget_prompt
-
-
 def multiplied() -> None:
     """c exp(-|L - budget| / tau): wrong answers earn nothing, right ones all of it at the budget only."""
 
@@ -61,7 +51,6 @@ IDEAS = {
     "remind": remind,
     "remind_only": lambda: remind(asked=False),
     "remind_count": lambda: remind(COUNT),
-    "tally": tally,
     "multiplied": multiplied,
 }
 

@@ -10,6 +10,7 @@ already holds is not repeated, so the study goes on where it stopped, on any mac
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,8 +32,6 @@ TRAIN = "@recipes/toy.args --sampler hf --save-every 0 --eval-every 0"
 INSIDE = [16, 19, 23, 25, 28, 33, 37, 42, 46, 51, 55, 64]
 ASKED = [*INSIDE, 80, 96, 128, 256]  # beyond: 1.25, 1.5, 2 and 4 times the largest trained budget
 LCPO = "--advantage grpo --reward lcpo_exact --reward-args"
-# The blog: correct + 1 - |L - N| / 8192, budgets up to 4096 or 8192 tokens; here 128 is its 8192.
-TULU = "--advantage grpo --reward-args scale=128 --reward"
 # Not divided by the group's deviation: else easy problems, where only length differs, outvote the answers.
 MAX = "--lr 2e-4 --advantage dr_grpo --reward"
 SAMPLED = "--n 2 --limit 100 --temperature 1 --top-p 1 --sampler hf"
@@ -58,12 +57,12 @@ RUNS = {
     "max_from_exact": made(f"{MAX} lcpo_dual --mode both --reward-args alpha_exact=0.02 alpha_max=0.01",
                            start="exact", modes=["max", "exact"]),
     # An answer against the length: no cap, summed, multiplied; L1's reward with three alphas.
-    "uncapped": made("--reward peaked_exact"),
+    "uncapped": made("--reward peaked_exact", 3),
     "summed": made("--advantage grpo"),
     "multiplied": made("--advantage grpo --reward multiplied --reward-args tau=6", idea="multiplied"),
     "alpha_0.005": made(f"{LCPO} alpha=0.005"),
     "alpha_0.02": made(f"{LCPO} alpha=0.02"),
-    "alpha_0.1": made(f"{LCPO} alpha=0.1"),
+    "alpha_0.1": made(f"{LCPO} alpha=0.1", 3),
     # Beyond the range: a warm start on own responses, behind a sentence or with reminders; then RL.
     "warm": made(kind="supervised"),
     "warm_rl": made(start="warm"),
@@ -71,22 +70,15 @@ RUNS = {
     "remind": made("--method reminders", start="remind_warm", idea="remind"),
     "remind_cold": made("--method reminders", idea="remind"),
     "remind_only_warm": made(seeds=3, kind="supervised", idea="remind_only"),
-    "remind_only_warm64": made(kind="supervised", idea="remind_only", cap=64),
-    "remind_only": made("--method reminders", 3, start="remind_only_warm", idea="remind_only", steps=100),
+    "remind_only": made("--method reminders --lr 1e-4 --kl-coef 0.02", 3, start="remind_only_warm",
+                        idea="remind_only", steps=30),
     "remind_count_warm": made(kind="supervised", idea="remind_count"),
     "remind_count": made("--method reminders", start="remind_count_warm", idea="remind_count"),
-    "tally": made(idea="tally"),
-    # The AI2 blog's four settings.
-    "ai2_short": made(f"{TULU} tulu_exact --budgets uniform:16:64"),
-    "ai2_long": made(f"{TULU} tulu_exact --budgets uniform:16:128 --max-tokens 160", trained=[16, 128]),
-    "ai2_bucketed": made(f"{TULU} tulu_exact --budgets bucket:16,32,64,96,128 --max-tokens 160",
-                         trained=[16, 128]),
-    "ai2_upto": made(f"{TULU} tulu_upto --budgets uniform:16:64 --mode max", modes=["max"]),
 }  # fmt: skip
 
 
-# 1,000 problems of each task, 8 samples each; the right ones are taught, asked for by their own lengths.
-WARM_START = "--problems 2000 --samples 8 --right --epochs 8 --batch 64 --lr 1e-3 --wording tulu"
+# 1,000 problems of each task, 24 samples each; the right ones are taught, asked for by their own lengths.
+WARM_START = "--problems 2000 --samples 24 --right --epochs 3 --batch 64 --lr 1e-3 --wording tulu"
 QUICK = "base decoding exact no_sense max max_added uncapped remind_only_warm remind_only".split()
 
 
@@ -157,7 +149,6 @@ def train(name: str, seed: int, log) -> str:
             both = [problems(t, "train", 1000, seed) for t in ("toy", "toy_ood")]
             write_rows([row for pair in zip(*both, strict=True) for row in pair], f"{folder}/problems.jsonl")
             words += [model, "--data", f"{folder}/problems.jsonl", "--seed", str(seed), *WARM_START.split()]
-            words += ["--cap", str(run.get("cap", 160))]
             words += ["--idea", run["idea"]] if run.get("idea") else []
         else:
             model = os.path.join(folder, f"checkpoint-{steps(name)}")
@@ -201,8 +192,8 @@ KEYS = "n accuracy mean_length signed_error abs_error over_budget".split()
 def cells(folder: str, less: int = 0) -> dict:
     """{data set: {budget: figures}} of one evaluation; `less`: how many tokens of a budget it was asked for.
 
-    "within": right, and at most 1.1 times as long as the budget. "sizes": {digits of the problem: [responses,
-    mean length, accuracy]}.
+    "within": right, and at most 1.1 times as long as the budget. "head": share of the steps behind the first
+    that are taken in the head. "sizes": {digits of the problem: [responses, mean length, accuracy]}.
     """
     with open(os.path.join(folder, "results.json"), encoding="utf-8") as f:
         sets = json.load(f)["datasets"]
@@ -220,6 +211,8 @@ def cells(folder: str, less: int = 0) -> dict:
                 cell |= {"signed_error": rounded(errors.mean()), "abs_error": rounded(abs(errors).mean())}
                 cell["over_budget"] = rounded((errors > 0).mean())
                 cell["within"] = rounded(np.mean([s["correct"] and s["length"] <= 1.1 * asked for s in mine]))
+            taken = re.findall(r"[b-k] (\+\d )?=\d", " ".join(s["response"] for s in mine))
+            cell["head"] = rounded(np.mean([not full for full in taken])) if taken else None
             by_size = {}
             for s in mine:
                 by_size.setdefault(len(digits_of(s["problem"])), []).append((s["length"], s["correct"]))

@@ -19,8 +19,6 @@ from studies.study import ROOT
 RECORDS = {}  # {(name, seed): record} of study.json; load() fills it
 with open(os.path.join(ROOT, "recipes", "toy.args")) as recipe:  # the budgets that the default run draws
     DRAWN = set(map(int, re.search(r"--budgets bucket:(\S+)", recipe.read())[1].split(",")))
-BLOG = {"ai2_short": "exact, 16 to 64", "ai2_long": "exact, 16 to 128", "ai2_bucketed": "bucketed"}
-BLOG |= {"ai2_upto": "up to"}
 SENSE = {"exact": "number sense", "sense_of_waits": "number sense of waits", "no_sense": "no number sense"}
 CONTROL = [  # label, experiment, mode or method
     ("Exact", "exact", None),
@@ -36,10 +34,9 @@ TRADE = {
 }  # fmt: skip
 BEYOND = {
     "exact": "none (the default)", "warm": "warm start alone", "warm_rl": "warm start, RL",
-    "tally": "tally marks", "remind_cold": "reminders, no warm start",
+    "remind_cold": "reminders, no warm start",
     "remind_warm": "reminders, warm start alone", "remind": "reminders, warm start, RL",
     "remind_only_warm": "reminders only, warm start alone", "remind_only": "reminders only, RL",
-    "remind_only_warm64": "reminders only, warm start of up to 64 tokens alone",
     "remind_count_warm": "counting reminders, warm start alone", "remind_count": "counting reminders, RL",
 }  # fmt: skip
 
@@ -125,6 +122,11 @@ def length(name: str, at="in", data: str = "toy", mode: str | None = None) -> st
 def within(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
     """Share of right answers that are at most 1.1 budgets long."""
     return show(figures(name, "within", at, data, mode), percent)
+
+
+def in_head(name: str, at="in") -> str:
+    """Share of the steps that are taken in the head, `b =1` for `b +3 =1`."""
+    return show(figures(name, "head", at), percent)
 
 
 def over(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
@@ -250,10 +252,18 @@ def trade_table() -> str:
     """Error and accuracy at small and at large budgets: what a token is worth against an answer."""
     small, large = [b for b in study.INSIDE if b < 30], [b for b in study.INSIDE if b > 30]
     rows = [
-        [label, error(n, small), accuracy(n, small), within(n, small), error(n, large), accuracy(n, large)]
+        [
+            label,
+            error(n, small),
+            accuracy(n, small),
+            within(n, small),
+            in_head(n, small),
+            error(n, large),
+            accuracy(n, large),
+        ]
         for n, label in TRADE.items()
     ]
-    head = "reward|error, below 30|right|right and not too long|error, above 30|right".split("|")
+    head = "reward|error, below 30|right|right and not too long|in the head|error, above 30|right".split("|")
     return table(head, rows)
 
 
@@ -281,18 +291,6 @@ def beyond_table() -> str:
             continue
         rows.append([label, error(name), *[error(name, b) for b in (96, 128, 256)]])
         rows[-1] += [accuracy(name), *[accuracy(name, b) for b in (96, 128, 256)]]
-    return table(head, rows)
-
-
-def blog_table() -> str:
-    """The blog's four settings: control inside and outside the trained range, on both tasks."""
-    head = "setting|error inside|unseen task|length at 64|at 96|at 128|right at 16|at 33|at 64".split("|")
-    rows = []
-    for name, label in BLOG.items():
-        rows.append(
-            [label, error(name), error(name, data="toy_ood"), *[length(name, b) for b in (64, 96, 128)]]
-        )
-        rows[-1] += [accuracy(name, b) for b in (16, 33, 64)]
     return table(head, rows)
 
 
@@ -444,19 +442,6 @@ def draw_beyond() -> None:
     save(fig, "beyond")
 
 
-def draw_blog() -> None:
-    """Mean produced against requested length of the blog's four settings, and accuracy."""
-    fig, axes = canvas(2, 1, (7, 5))
-    identity(axes[0, 0], 256)
-    for i, (name, label) in enumerate(BLOG.items()):
-        line(axes[0, 0], i, name, "mean_length", label)
-        line(axes[0, 1], i, name, "accuracy", label, 100)
-    axes[0, 0].set(xlabel="requested length (tokens)", ylabel="mean produced length (tokens)")
-    axes[0, 1].set(xlabel="requested length (tokens)", ylabel="right (%)", ylim=(0, 102))
-    below(axes[0, 0])
-    save(fig, "blog")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -482,11 +467,8 @@ def main() -> None:
     load()
     if not RECORDS:
         sys.exit(f"study_report.py: error: {study.DOCS} holds no study.json: bash studies/study.sh makes it")
-    for draw in (draw_accuracy, draw_sense, draw_max, draw_beyond):
+    for draw in (draw_accuracy, draw_sense, draw_trade, draw_max, draw_beyond):
         draw()
-    for draw, name in ((draw_trade, "uncapped"), (draw_blog, "ai2_short")):
-        if seeds(name):
-            draw()
     with open(os.path.join(study.DOCS, "study.md"), "w", encoding="utf-8") as f:
         f.write(page())
     todo = [f"{n}:{s}" for n, s in study.wanted(False) if (n, s) not in RECORDS]

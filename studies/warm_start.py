@@ -75,6 +75,15 @@ def lesson(row: dict, tokenizer, wording: str, method=None) -> dict:
     return r | {"logps": np.zeros(len(ids), np.float32)}  # so that "logp_gap" is the mean of -log p
 
 
+def draw_order(lengths: np.ndarray, n: int, generator: torch.Generator) -> list[int]:
+    """n places among the responses, drawn so that long ones, which are rare, are learned as well.
+
+    Every 16 tokens of length are drawn as often as every other, if at least 100 responses are that long.
+    """
+    weights = 1 / np.maximum(np.bincount(lengths // 16), 100)[lengths // 16]
+    return torch.multinomial(torch.tensor(weights), n, replacement=True, generator=generator).tolist()
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__}
     parser = data.one_line_errors(argparse.ArgumentParser("studies.warm_start", **form))
@@ -117,8 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     lessons = [lesson(row, tokenizer, args.wording, method) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps, generator = args.epochs * len(rows) // args.batch, torch.Generator().manual_seed(args.seed)
-    order = [i for _ in range(args.epochs) for i in torch.randperm(len(rows), generator=generator).tolist()]
-    lengths = np.percentile([len(row["ids"]) for row in rows], [0, 10, 50, 90, 100]).astype(int).tolist()
+    lengths = np.array([len(row["ids"]) for row in rows])
+    order = draw_order(lengths, steps * args.batch, generator)
+    lengths = np.percentile(lengths, [0, 10, 50, 90, 100]).astype(int).tolist()
     print(
         f"{len(rows)} responses, {steps} steps; lengths: least, 10%, half, 90%, most: {lengths}", flush=True
     )

@@ -17,6 +17,8 @@ import time
 
 import numpy as np
 
+from toy.task import digits_of
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT, STEPS = os.environ.get("OUT") or "out/zoo", os.environ.get("STEPS") or ""
 BUDGETS = ("16", "32", "48", "64")  # what is asked for in the table, whatever budgets a run was trained on
@@ -98,13 +100,13 @@ def run(name: str) -> int:
         print(f"{name}: done before", flush=True)
         return 0
     flags = [*runs()[name], *(["--steps", STEPS] if STEPS else []), "--seed", "0", "--sampler", "hf"]
+    asked = ",".join(BUDGETS)
     if "--budgets none" in " ".join(flags):
         # One length for all is learned from fewer prompts than one length for each budget.
         flags += [] if "--prompts-per-step" in flags else ["--prompts-per-step", "16"]
-        flags += [] if "--group-size" in flags else ["--group-size", "16"]
-        flags += [] if "curriculum" in flags else ["--eval-budgets", "none"]  # asked as it was trained
-    else:
-        flags += ["--eval-budgets", ",".join(BUDGETS)]
+        flags += [] if "--group-size" in flags else ["--group-size", "8"]
+        asked = asked if "curriculum" in flags else "none"  # asked as it was trained
+    flags += ["--eval-budgets", asked]
     began = time.monotonic()
     os.makedirs(OUT, exist_ok=True)
     with open(folder + ".log", "w") as log:
@@ -123,16 +125,24 @@ def run(name: str) -> int:
 # Reading
 
 
-def figures(path: str) -> dict:
-    """Accuracy, length and the rest on the trained task: without a budget, or the mean over BUDGETS."""
-    with open(path) as f:
+def figures(folder: str) -> dict:
+    """Accuracy, length and the rest on the trained task: without a budget, or the mean over BUDGETS.
+
+    "easy", "hard": mean length where the problem has two to four, nine to eleven digits.
+    """
+    with open(os.path.join(folder, "results.json")) as f:
         cells = json.load(f)["datasets"]["toy-test"]["budgets"]
+    with open(os.path.join(folder, "samples.jsonl")) as f:
+        samples = [s for s in map(json.loads, f) if s["source"] == "toy-test"]
     asked = ["none"] if "none" in cells else BUDGETS
     names = {"accuracy": "accuracy", "length": "mean_length", "truncated": "truncated", "error": "abs_error"}
     out = {"asked": "none" not in cells, "budgets": sum(b in cells for b in asked)}
     for ours, theirs in names.items():
         values = [cells[b][theirs] for b in asked if b in cells]
         out[ours] = None if None in values else round(float(np.mean(values)), 4)
+    for name, (low, high) in {"easy": (2, 4), "hard": (9, 11)}.items():
+        lengths = [s["length"] for s in samples if low <= len(digits_of(s["problem"])) <= high]
+        out[name] = round(float(np.mean(lengths)), 2)
     return out
 
 
@@ -145,10 +155,10 @@ def read_run(name: str) -> dict:
         args = json.load(f)
     last, text = json.loads(lines[-1]), "" if name in EXTRA else recipe(name)
     found = {"name": name, "reward": args["reward"], "advantage": args["advantage"], "steps": len(lines)}
-    found |= figures(os.path.join(folder, "eval", "results.json"))
+    found |= figures(os.path.join(folder, "eval"))
     found["reconstruction"] = text.startswith("# RECONSTRUCTION")
     found["own"] = {key: last[key] for key in OWN if last.get(key) is not None}
-    return found | {"base": figures(os.path.join(folder, "eval-0", "results.json"))}
+    return found | {"base": figures(os.path.join(folder, "eval-0"))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,7 +181,8 @@ def table(methods: list[dict]) -> str:
     """Markdown rows, the base model first, the others by mean length."""
     asked = methods[0]["asked"]
     third = "length error" if asked else "cut off"
-    head = f"run|reward|advantage|steps|accuracy|tokens|{third}|its own quantities, last step".split("|")
+    head = f"run|reward|advantage|steps|accuracy|tokens|2-4 digits|9-11 digits|{third}".split("|")
+    head.append("its own quantities, last step")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     base = {"name": "**base model**", "reward": "", "advantage": "", "steps": 0, "own": {}}
     for m in [base | base_of(methods), *sorted(methods, key=lambda m: m["length"])]:
@@ -179,7 +190,7 @@ def table(methods: list[dict]) -> str:
         own = "; ".join(f"{key} {short(value)}" for key, value in m["own"].items())
         cells = [m["name"] + (" (reconstruction)" if m.get("reconstruction") else ""), m["reward"]]
         cells += [m["advantage"], m["steps"], f"{m['accuracy']:.1%}", f"{m['length']:.1f}"]
-        cells += [f"{third:.1%}", own]
+        cells += [f"{m['easy']:.0f}", f"{m['hard']:.0f}", f"{third:.1%}", own]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

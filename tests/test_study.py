@@ -149,7 +149,7 @@ def test_two_steps_of_a_run_and_its_record(base, docs, tmp_path, monkeypatch, sc
     )
     assert record["onset"] is None and "--method reminders" in record["flags"]
     left = script("-m", "studies.study", "names").stdout.split()
-    assert "remind_cold:0" not in left and "tally:0" in left
+    assert "remind_cold:0" not in left and "remind:0" in left
 
 
 def test_cells_of_an_evaluation(tmp_path):
@@ -165,14 +165,16 @@ def test_cells_of_an_evaluation(tmp_path):
     results = {"datasets": {"toy": {"budgets": {"13": cell}}}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     rows = [(16, True, "add a +1 b +2"), (18, True, "add a +1 b +2 c +3"), (12, False, "add a +1 b +2")]
+    responses = "a +1 =1 b =3", "a =1 b +2 =3 c +3 =6 b =3", "a +1"  # two steps of four in the head
     with open(tmp_path / "samples.jsonl", "w") as f:
-        for length, correct, problem in rows:
+        for (length, correct, problem), text in zip(rows, responses, strict=True):
             sample = {"source": "toy", "budget": 13, "length": length, "correct": correct, "problem": problem}
-            f.write(json.dumps(sample) + "\n")
+            f.write(json.dumps(sample | {"response": text}) + "\n")
     found = study.cells(str(tmp_path), less=3)["toy"]["16"]
     assert found["abs_error"] == pytest.approx((0 + 2 + 4) / 16 / 3, abs=1e-4)
     assert found["signed_error"] == pytest.approx((0 + 2 - 4) / 16 / 3, abs=1e-4)
     assert found["over_budget"] == 0.3333 == found["within"]  # 18 is more than 1.1 times 16
+    assert found["head"] == 0.5
     assert found["sizes"] == {2: [2, 14.0, 0.5], 3: [1, 18.0, 1.0]}
 
 
@@ -195,8 +197,6 @@ def test_every_run_has_flags_that_the_trainer_knows(base, tmp_path, undone):
 
 
 def test_wordings(undone):
-    ideas.tally()
-    assert data.budget_prompt("add", 16, "exact") == "add\nThink for up up up up tokens."
     ideas.remind(asked=False)
     assert data.budget_prompt("add", 16, "exact") == "add"
 
@@ -222,7 +222,7 @@ def test_a_warm_start_from_own_right_answers(idea, base, tmp_path, undone):
     small = [*study.WARM_START.split(), "--cap", "64", "--problems", "100", "--batch", "2", "--data", rows]
     assert not warm_start.main([base, str(out), *small, *(["--idea", idea] if idea else [])])
     told = json.loads((out / "warm_start.json").read_text())
-    assert told["responses"] > 1 and told["steps"] == 8 * told["responses"] // 2 and told["right"]
+    assert told["responses"] > 1 and told["steps"] == 3 * told["responses"] // 2 and told["right"]
     hf = open_sampler(str(out), "hf", 200)
     found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
     texts = [hf.tokenizer.decode(row["ids"][:-1]) for row in found]
@@ -252,6 +252,13 @@ def test_a_lesson_has_the_gradient_of_the_likelihood(tiny):
     assert (before - after - want).norm() <= 1e-5 * want.norm()
     assert m["logp_gap"] == pytest.approx(total.item(), rel=1e-5)
     assert "Think for 4 tokens." in tokenizer.decode(lessons[0]["prompt_ids"])
+
+
+def test_a_warm_start_sees_long_responses_as_often_as_short_ones():
+    """300 of 3 tokens, 100 of 20, 10 of 40: the last weigh as ten of a hundred."""
+    lengths, generator = np.repeat([3, 20, 40], [300, 100, 10]), torch.Generator().manual_seed(0)
+    drawn = lengths[warm_start.draw_order(lengths, 21000, generator)]
+    assert [(drawn == n).sum() for n in (3, 20, 40)] == pytest.approx([10000, 10000, 1000], rel=0.1)
 
 
 def test_a_warm_start_goes_on_from_what_was_sampled(base, tmp_path, script):
@@ -307,6 +314,13 @@ def test_report_of_the_zoo(tmp_path, monkeypatch, capsys):
             os.makedirs(tmp_path / name / folder)
             path = tmp_path / name / folder / "results.json"
             path.write_text(json.dumps({"datasets": {"toy-test": {"budgets": cells}}}))
+            sums = [
+                ("a +1 b +2", 5),
+                ("a +1 b +2 c +3 d +4", 7),
+                (" ".join(f"{x} +1" for x in "abcdefghi"), 30),
+            ]
+            lines = [{"source": "toy-test", "problem": f"add {p}", "length": n} for p, n in sums]
+            (tmp_path / name / folder / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
         (tmp_path / name / "args.json").write_text(json.dumps({"reward": name, "advantage": "grpo"}))
         (tmp_path / name / "metrics.jsonl").write_text('{"kl": 1}\n{"kl": 0.125, "reward": 3}\n')
     os.makedirs(tmp_path / "dler")
@@ -314,9 +328,11 @@ def test_report_of_the_zoo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "STEPS", "2")
     zoo.report()
     text = (tmp_path / "zoo.md").read_text()
-    assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 50.0% |" in text
-    assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 50.0% | kl 0.125 |" in text
-    assert "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 25.0% | kl 0.125 |" in text and "dler" not in text
+    assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 6 | 30 | 50.0% |" in text
+    assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 6 | 30 | 50.0% | kl 0.125 |" in text
+    assert (
+        "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 6 | 30 | 25.0% | kl 0.125 |" in text and "dler" not in text
+    )
     assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == ["kimi", "l1_exact"]
     assert (tmp_path / "zoo.png").stat().st_size > 10_000
     assert "2 of" in capsys.readouterr().out
