@@ -63,17 +63,13 @@ RUNS = {
     "alpha_0.005": made(f"{LCPO} alpha=0.005"),
     "alpha_0.02": made(f"{LCPO} alpha=0.02"),
     "alpha_0.1": made(f"{LCPO} alpha=0.1", 3),
-    # Beyond the range: a warm start on own responses, behind a sentence or with reminders; then RL.
+    # Beyond the range: a warm start on own responses, behind a number, with reminders, or both; then RL.
     "warm": made(kind="supervised"),
-    "warm_rl": made(start="warm"),
     "remind_warm": made(kind="supervised", idea="remind"),
-    "remind": made("--method reminders", start="remind_warm", idea="remind"),
-    "remind_cold": made("--method reminders", idea="remind"),
+    "remind_count_warm": made(kind="supervised", idea="remind_count"),
     "remind_only_warm": made(seeds=3, kind="supervised", idea="remind_only"),
     "remind_only": made("--method reminders --lr 1e-4 --kl-coef 0.02", 3, start="remind_only_warm",
                         idea="remind_only", steps=30),
-    "remind_count_warm": made(kind="supervised", idea="remind_count"),
-    "remind_count": made("--method reminders", start="remind_count_warm", idea="remind_count"),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 # are not repeated, so it goes on where it stopped.
 #   bash studies/study.sh            what docs/study.json lacks, two at a time; hours on two cores from nothing
 #   bash studies/study.sh --quick    one seed, the fewest models, from nothing, to out/study_quick/
-#   ONLY="remind:0 warm_rl:0" bash studies/study.sh      some of the runs
+#   ONLY="warm:0 remind_warm:0" bash studies/study.sh      some of the runs
 #   STEPS=2 OUT=out/try DOCS=out/try bash studies/study.sh --quick      tries the machinery
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -33,11 +33,9 @@ TRADE = {
     "alpha_0.1": "L1, alpha 0.1",
 }  # fmt: skip
 BEYOND = {
-    "exact": "none (the default)", "warm": "warm start alone", "warm_rl": "warm start, RL",
-    "remind_cold": "reminders, no warm start",
-    "remind_warm": "reminders, warm start alone", "remind": "reminders, warm start, RL",
-    "remind_only_warm": "reminders only, warm start alone", "remind_only": "reminders only, RL",
-    "remind_count_warm": "counting reminders, warm start alone", "remind_count": "counting reminders, RL",
+    "exact": "none (the default)", "warm": "warm start, numbers", "remind_warm": "numbers and reminders",
+    "remind_count_warm": "numbers and counting reminders", "remind_only_warm": "reminders only, warm start",
+    "remind_only": "reminders only, and RL",
 }  # fmt: skip
 
 

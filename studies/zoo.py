@@ -32,7 +32,7 @@ EXTRA = {
 }
 # Methods again, for other cards or models: trained by the tests, no runs of their own here.
 CARDS = ("l1_exact_24gb", "l1_exact_80gb_small", "smollm2_gsm8k")
-EXTRA |= {"rloo": "--budgets none --reward correct --advantage rloo --steps 120"}
+EXTRA |= {"rloo": "--budgets none --reward correct --advantage rloo --steps 80"}
 # What methods log beyond the common metrics: shown in the table, and asked for by tests/test_recipes.py.
 OWN = """
     scheduled_budget kept_groups sampled_groups sampled_accuracy history_length history_known palu_budget

@@ -138,18 +138,18 @@ def test_two_steps_of_a_run_and_its_record(base, docs, tmp_path, monkeypatch, sc
     monkeypatch.setattr(study, "SAMPLED", study.SAMPLED.replace("--limit 100", "--limit 10"))
     monkeypatch.setattr(study, "ASKED", [16, 96])
     small = " --prompts-per-step 4 --group-size 4 --limit 8"
-    run = study.RUNS["remind_cold"] | {"flags": study.RUNS["remind_cold"]["flags"] + small}
-    monkeypatch.setitem(study.RUNS, "remind_cold", run)
-    study.run("remind_cold", 0)
+    run = study.RUNS["multiplied"] | {"flags": study.RUNS["multiplied"]["flags"] + small}
+    monkeypatch.setitem(study.RUNS, "multiplied", run)
+    study.run("multiplied", 0)
     [record] = json.loads((docs / "study.json").read_text())
-    assert record["name"] == "remind_cold" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "96"}
+    assert record["name"] == "multiplied" and set(record["cells"]["exact"]["toy_ood"]) == {"16", "96"}
     cell = record["cells"]["exact"]["toy"]["96"]
     assert (
         cell["n"] == 20 == sum(n for n, *_ in cell["sizes"].values()) and cell["within"] <= cell["accuracy"]
     )
-    assert record["onset"] is None and "--method reminders" in record["flags"]
+    assert record["onset"] is None and "--reward multiplied" in record["flags"]
     left = script("-m", "studies.study", "names").stdout.split()
-    assert "remind_cold:0" not in left and "remind:0" in left
+    assert "multiplied:0" not in left and "warm:0" in left
 
 
 def test_cells_of_an_evaluation(tmp_path):
