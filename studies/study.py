@@ -35,6 +35,7 @@ LCPO = "--advantage grpo --reward lcpo_exact --reward-args"
 # Not divided by the group's deviation: else easy problems, where only length differs, outvote the answers.
 MAX = "--lr 2e-4 --advantage dr_grpo --reward"
 SAMPLED = "--n 2 --limit 100 --temperature 1 --top-p 1 --sampler hf"
+GENTLE = "--lr 1e-4 --kl-coef 0.02"  # so that RL forgets less of what a warm start taught
 ENDING = 3  # tokens from `</think>` on, which s1 and truncation put on top of the budget
 
 
@@ -65,11 +66,14 @@ RUNS = {
     "alpha_0.1": made(f"{LCPO} alpha=0.1", 3),
     # Beyond the range: a warm start on own responses, behind a number, with reminders, or both; then RL.
     "warm": made(kind="supervised"),
+    "warm_rl": made(GENTLE, start="warm", steps=30),
     "remind_warm": made(kind="supervised", idea="remind"),
     "remind_count_warm": made(kind="supervised", idea="remind_count"),
     "remind_only_warm": made(seeds=3, kind="supervised", idea="remind_only"),
-    "remind_only": made("--method reminders --lr 1e-4 --kl-coef 0.02", 3, start="remind_only_warm",
-                        idea="remind_only", steps=30),
+    "remind_only_warm64": made(kind="supervised", idea="remind_only", cap=64),
+    "remind_only": made(f"--method reminders {GENTLE}", 3, start="remind_only_warm", idea="remind_only",
+                        steps=30),
+    "remind_only_more": made("--method reminders", start="remind_only_warm", idea="remind_only", steps=100),
 }  # fmt: skip
 
 
@@ -145,6 +149,7 @@ def train(name: str, seed: int, log) -> str:
             both = [problems(t, "train", 1000, seed) for t in ("toy", "toy_ood")]
             write_rows([row for pair in zip(*both, strict=True) for row in pair], f"{folder}/problems.jsonl")
             words += [model, "--data", f"{folder}/problems.jsonl", "--seed", str(seed), *WARM_START.split()]
+            words += ["--cap", str(run.get("cap", 160))]
             words += ["--idea", run["idea"]] if run.get("idea") else []
         else:
             model = os.path.join(folder, f"checkpoint-{steps(name)}")

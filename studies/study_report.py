@@ -33,9 +33,11 @@ TRADE = {
     "alpha_0.1": "L1, alpha 0.1",
 }  # fmt: skip
 BEYOND = {
-    "exact": "none (the default)", "warm": "warm start, numbers", "remind_warm": "numbers and reminders",
+    "exact": "none (the default)", "warm": "warm start, numbers", "warm_rl": "numbers, and RL",
+    "remind_warm": "numbers and reminders",
     "remind_count_warm": "numbers and counting reminders", "remind_only_warm": "reminders only, warm start",
-    "remind_only": "reminders only, and RL",
+    "remind_only_warm64": "reminders only, warm start to 64",
+    "remind_only": "reminders only, and RL", "remind_only_more": "reminders only, and more RL",
 }  # fmt: skip
 
 
@@ -102,11 +104,6 @@ def error(name: str, at="in", data: str = "toy", mode: str | None = None) -> str
     return show(figures(name, "abs_error", at, data, mode), percent)
 
 
-def signed(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
-    """Mean signed length error relative to the budget."""
-    return show(figures(name, "signed_error", at, data, mode), percent)
-
-
 def accuracy(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
     """Share of right answers."""
     return show(figures(name, "accuracy", at, data, mode), percent)
@@ -127,15 +124,20 @@ def in_head(name: str, at="in") -> str:
     return show(figures(name, "head", at), percent)
 
 
-def over(name: str, at="in", data: str = "toy", mode: str | None = None) -> str:
-    """Share of responses longer than the budget."""
-    return show(figures(name, "over_budget", at, data, mode), percent)
+def each_worst(name: str, data: str = "toy") -> list[float]:
+    """The largest error of a budget of the trained range, of every seed."""
+    each = [figures(name, "abs_error", b, data) for b in study.INSIDE]
+    return [max(seed) for seed in zip(*each, strict=True)]
 
 
 def worst(name: str, data: str = "toy") -> str:
-    """The largest error of a budget of the trained range."""
-    each = [figures(name, "abs_error", b, data) for b in study.INSIDE]
-    return show([max(seed) for seed in zip(*each, strict=True)], percent)
+    """Their mean and deviation."""
+    return show(each_worst(name, data), percent)
+
+
+def each_length(name: str, at) -> str:
+    """Mean length of every seed, tokens."""
+    return ", ".join(map(tokens, figures(name, "mean_length", at)))
 
 
 def by_size(name: str, column: int, sizes, at: list[int], mode: str | None = None) -> list[float]:
@@ -445,8 +447,9 @@ def draw_beyond() -> None:
 
 
 def missing() -> str:
-    """The experiments of which no seed was run."""
-    return ", ".join(f"`{name}`" for name in study.RUNS if not seeds(name))
+    """Which experiments have no seed yet, as a section; nothing where all were run."""
+    names = ", ".join(f"`{name}`" for name in study.RUNS if not seeds(name))
+    return f"## Set up, not run yet\n\n{names}: `bash studies/study.sh` runs them.\n" if names else ""
 
 
 def render(text: str) -> str:

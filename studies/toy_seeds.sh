@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's table: three seeds of the toy's default, each with a base model of its own.
-# And the first of them with vLLM in place of generate() (requirements.txt or requirements-cpu.txt).
+# And the first of them with vLLM in place of generate(), where it is installed.
 #   bash studies/toy_seeds.sh                                 finished runs are not repeated
 #   STEPS=2 SEEDS=0 OUT=out/try bash studies/toy_seeds.sh     tries the machinery; the summary goes to OUT as well
 # Runs go to out/seeds/, their summary to docs/toy_runs.json.
@@ -13,7 +13,7 @@ run() {  # NAME SEED FLAGS...
 }
 
 for seed in ${SEEDS:-0 1 2}; do run hf "$seed" --sampler hf; done
-[ -n "$STEPS" ] || run vllm 0 --sampler vllm
+[ -n "$STEPS${SEEDS:-}" ] || ! python -c "import vllm" || run vllm 0 --sampler vllm
 python - <<'PY'
 import glob, json, os
 

@@ -3,8 +3,9 @@
     python -m studies.warm_start MODEL OUT --data ROWS
 
 MODEL answers problems as it likes; what ends by itself within --cap tokens is taught to it again, behind a
-prompt with that length as its budget. No reward, no sampling while it learns. RL can start from there where a
-model is deaf to budgets: as long as a budget changes nothing, no reward can tell it what a budget is for.
+prompt with that length as its budget; long ones, which are rare, are drawn more often. No reward, no sampling
+while it learns. RL can start from there where a model is deaf to budgets: as long as a budget changes
+nothing, no reward can tell it what a budget is for.
 OUT/responses.jsonl keeps what was sampled; run again, it is read instead.
 --idea: one of studies/ideas.py; with `remind` and its kin a response holds the reminders of its length.
 """
@@ -81,6 +82,9 @@ def draw_order(lengths: np.ndarray, n: int, generator: torch.Generator) -> list[
     Every 16 tokens of length are drawn as often as every other, if at least 100 responses are that long.
     """
     weights = 1 / np.maximum(np.bincount(lengths // 16), 100)[lengths // 16]
+    if weights.min() == weights.max():  # few responses: each comes once before one comes again
+        passes = [torch.randperm(len(lengths), generator=generator) for _ in range(-(-n // len(lengths)))]
+        return torch.cat(passes)[:n].tolist()
     return torch.multinomial(torch.tensor(weights), n, replacement=True, generator=generator).tolist()
 
 
@@ -96,7 +100,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--right", action="store_true", help="teach right answers only")
     parser.add_argument("--wording", default="l1", help="of budgets, as RL will ask (default %(default)s)")
     parser.add_argument("--idea", choices=ideas.IDEAS, help="one of studies/ideas.py")
-    parser.add_argument("--epochs", type=int, default=2, help="(default %(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, default=2, help="draws of a response, on average (default %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="responses a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default %(default)s)")
     parser.add_argument("--micro-tokens", type=int, default=4096, help="see train_grpo.py")
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     method = Reminders(flags, tokenizer) if (args.idea or "").startswith("remind") else None
     lessons = [lesson(row, tokenizer, args.wording, method) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps, generator = args.epochs * len(rows) // args.batch, torch.Generator().manual_seed(args.seed)
+    steps, generator = max(1, args.epochs * len(rows) // args.batch), torch.Generator().manual_seed(args.seed)
     lengths = np.array([len(row["ids"]) for row in rows])
     order = draw_order(lengths, steps * args.batch, generator)
     lengths = np.percentile(lengths, [0, 10, 50, 90, 100]).astype(int).tolist()
