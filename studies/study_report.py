@@ -89,6 +89,11 @@ def show(values: list[float], form: Callable[[float], str]) -> str:
     return f"{mean} ± {form(np.std(values, ddof=1))}" if len(values) > 1 else mean
 
 
+def first(values: list, form: Callable = str) -> str:
+    """The first seed's alone, to stand beside an experiment that has no other."""
+    return form(values[0]) if values else "not run"
+
+
 def percent(value: float) -> str:
     """0.123 -> 12.3%."""
     return f"{100 * value:.1f}%"
