@@ -45,27 +45,29 @@ OWN = """
 
 INTRO = """# The toy study
 
-**These are runs of the first edition's toy**, whose problems had three to six digits, needed at most 14
-tokens and paid for no further thought. In today's world (2 to 11 digits, chains of 8 to 36 tokens, errors
-that re-checks mend) they were not run again yet: `bash studies/zoo.sh` does that, in hours on two cores.
-
 Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
-nothing. The flags stand in each recipe's line `# toy:`. 100 new problems, 4 samples each (with a budget: 4 to
-each of the four).
+nothing. The flags stand in each recipe's line `# toy:`. 100 new problems of 2 to 11 digits, 2 samples each (with
+a budget: 2 to each of the four). With every step in full a chain takes 9 to 36 tokens, 23 on average; with
+every step in the head 8 to 26, 17 on average, and it errs where both digits are 7 or more. The base model
+mends that when it goes through all once more.
 
 ![accuracy against mean length](zoo.png)
 
 How to read it:
 
-- Asked for no length, nearly all end at the shortest chain of thought that there is, and plain
-  correctness (`dr_grpo`, `gspo`, `cispo`) with them: in this world every further token is a chance to
-  err, so what is shorter is righter, too. The table says that these methods learn and keep the answers
-  right, not which of them is better.
-- AI2's up-to reward ends at short answers whatever it is asked for, as the blog says. So does L1-Max,
-  additive or not; the collapse that L1 reports of the additive form cannot show here, where the shortest
-  chains are right.
+- **Nothing presses on the length** (`dr_grpo`, `gspo`, `cispo`, `rloo`; `affectgpt` and `palu` hardly do): as
+  long as the base model or longer, and nearly always right. In this world a second look pays.
+- **A limit, or the shortest of the right ones** (`dapo`, `dler`, `dot`, `gdpo`, `gfpo`): one chain in full, and
+  nothing lost.
+- **Shorter than the rest of the group is better** (`kimi`, `shorter_better`, `hapo`, `arora_zanette`,
+  `grpo_lambda` ...), or every token costs (`alp`, `effort`): steps in the head as well, and a few answers go.
+- Tokens grow with the digits as chains do, in methods that measure how hard a problem is (`alp`, `laser_d`,
+  `hapo`, `palu`, `da_dler`) as in those that do not: a problem that needs more tokens gets them anyway. Only
+  `laser`, whose bonus is paid up to a fixed length, is tighter on the easy ones than on the hard.
+@@ASKED@@
 - `longwriter_range` and `surrogate_format_length` pay for length and format only, so the answers go.
 - `tldr`, `hbpo` and `adaptive_deep` were trained with a sentence in the prompt that is missing here.
+- What L1's alpha, a cap or a product do at small budgets, with three seeds: [study.md](study.md).
 """
 
 
