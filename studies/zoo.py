@@ -62,12 +62,14 @@ How to read it:
 - Tokens grow with the digits as chains do, in methods that measure how hard a problem is (`alp`, `laser_d`,
   `hapo`, `palu`, `da_dler`) as in those that do not: a problem that needs more tokens gets them anyway. Only
   `laser`, whose bonus is paid up to a fixed length, is tighter on the easy ones than on the hard.
-- The AI2 blog's four: with budgets up to 48 (`tulu_exact_4k`) those are obeyed best and 64, never asked for, not
-  at all; with budgets up to 96 (`tulu_exact_8k`) the small ones are not; six buckets lie between. Up-to answers
-  (`tulu_upto`) take up to half of their budget and are right; the blog's collapse does not show.
-- `l1_max`, trained with both kinds of prompt, is more exact than L1-Exact with this alpha. `thinkprune` writes
-  what a problem needs, whatever is asked; `curriculum` and `curriculum_band` were never asked for a length.
-@@MAX@@
+- The AI2 blog's four: with budgets up to 48 (`tulu_exact_4k`) all but the smallest are obeyed, and 64, never
+  asked for, is not; with budgets up to 96 (`tulu_exact_8k`) the small ones are not; six buckets lie between.
+  Up-to answers (`tulu_upto`) take half of a large budget and are right; the blog's collapse does not show.
+- `l1_max`, trained with both kinds of prompt, is more exact than L1-Exact with this alpha. `thinkprune`
+  writes what a problem needs, whatever is asked; `curriculum` and `curriculum_band` were never asked for a
+  length.
+- `lcpo_max`, additive or not, writes the shortest chains, right, whatever the maximum; the collapse that L1
+  reports of the additive form does not show.
 - `longwriter_range` and `surrogate_format_length` pay for length and format only, so the answers go.
 - `tldr`, `hbpo` and `adaptive_deep` were trained with a sentence in the prompt that is missing here.
 - What L1's alpha, a cap or a product do at small budgets, with three seeds: [study.md](study.md).

@@ -331,9 +331,8 @@ def test_report_of_the_zoo(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "zoo.md").read_text()
     assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 6 | 30 | 50.0% |" in text
     assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 6 | 30 | 50.0% | kl 0.125 |" in text
-    assert (
-        "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 6 | 30 | 25.0% | kl 0.125 |" in text and "| dler" not in text
-    )
+    assert "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 6 | 30 | 25.0% | kl 0.125 |" in text
+    assert "| dler" not in text
     assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == ["kimi", "l1_exact"]
     assert (tmp_path / "zoo.png").stat().st_size > 10_000
     assert "2 of" in capsys.readouterr().out
