@@ -150,10 +150,11 @@ def parse_args(argv=None):
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} ({value}) must be {rule}")
     p, dual, tracker = args.prompts_per_step, args.dual_clip, args.log_with
-    out = os.path.abspath(args.out) + os.sep
+    out = os.path.realpath(args.out) + os.sep
     there = next(p for p in (Path(out), *Path(out).parents) if p.exists())
     held = os.path.exists(out + "args.json") and not args.resume and not args.overwrite
-    inside = [n for n in (args.model, args.data) if n and os.path.abspath(n).startswith(out)]
+    read = [n for n in (args.model, args.data, *(args.eval_data or "").split(","), ".") if n]
+    inside = [n for n in read if os.path.exists(n) and f"{os.path.realpath(n)}{os.sep}".startswith(out)]
     needs = ("peft", args.lora), ("bitsandbytes", args.optim == "adamw8bit"), (tracker, tracker != "none")
     lacking = [name for name, asked in needs if asked and not importlib.util.find_spec(name)]
     for wrong, message in (
@@ -292,7 +293,7 @@ def roll_out(sampler, rows, requests, method, tokenizer, args, key):
     for group, requested in zip(groups, requests, strict=True):
         for q in requested:
             forced = np.array(q["forced"], np.int32)
-            unknown = np.full(len(forced), np.nan, np.float32)  # not sampled; they have a loss all the same
+            unknown = np.full(len(forced), np.nan, np.float32)  # not sampled, but with a loss
             for r in next(answers):
                 r["ids"], r["logps"] = np.append(forced, r["ids"]), np.append(unknown, r["logps"])
                 group.append(r | {"prompt_ids": q["prompt_ids"], **q["tags"]})

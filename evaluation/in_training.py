@@ -6,8 +6,6 @@ from data import BadInput, budget_prompt
 from evaluate import budget_list, evaluate, load_data, plan, read_results
 from evaluation.report import plain_table, show
 
-ASKED = ("problem", "budget", "mode", "kind")
-
 
 def plan_evaluation(rows: list[dict], tokenizer, context: int, args) -> dict:
     """What evaluate_now asks: {"problems", "budgets", "mode", "max_tokens"}, and the "room" it needs.
@@ -15,8 +13,8 @@ def plan_evaluation(rows: list[dict], tokenizer, context: int, args) -> dict:
     All that can be wrong is found here, before a model is loaded. Rows that ask for their budgets in another
     sentence than --wording would make the evaluation measure something else.
     """
-    row = next((row for row in rows if row.get("budget")), None)
-    if row and row["prompt"] != budget_prompt(*(row[key] for key in ASKED), args.wording):
+    row, fields = next((row for row in rows if row.get("budget")), None), "problem budget mode kind".split()
+    if row and row["prompt"] != budget_prompt(*map(row.get, fields), args.wording):
         asks = f"--wording {args.wording} is not how --data asks: {row['prompt'][-80:]!r}"
         raise BadInput(f"{asks}; give the --wording or --sentence that data.py had")
     drawn = sorted({row["budget"] for row in rows if row.get("budget")})

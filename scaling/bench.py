@@ -28,7 +28,7 @@ import torch
 from data import BadInput, exit_code, one_line_errors
 from scaling import plan
 from scaling.race import DEVICE, clock, memory, print_table, race, timed
-from studies.others import bench_sampler, bench_verify, trl_worker
+from studies.others import bench_sampler, bench_verify, trl_worker  # noqa: F401 (main runs bench_*)
 
 TRL = "1.16.0"
 
@@ -340,10 +340,6 @@ def bench_plan(s: dict, folder: str) -> dict:
 
 # ---- Command line
 
-COMMANDS = bench_step, bench_logprobs, bench_prompts, bench_padding, bench_scale, bench_sampler
-COMMANDS += bench_verify, bench_plan
-COMMANDS = {function.__name__.removeprefix("bench_"): function for function in COMMANDS}
-
 
 def mib(n: float) -> str:
     return f"{n / 2**20:,.0f}"
@@ -370,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
             raise BadInput(f"--set ({word}) must be K=V with K one of: {', '.join(s)}")
         s[k] = value if isinstance(s[k], str) else json.loads(value)
     with tempfile.TemporaryDirectory() as folder:
-        found = COMMANDS[args.command](s, folder)
+        found = globals()[f"bench_{args.command}"](s, folder)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"command": args.command, "settings": s, "device": device} | found))
 

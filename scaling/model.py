@@ -8,7 +8,7 @@ from torch.distributed.checkpoint import state_dict as whole_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data import BadInput
+from data import BadInput, load_config
 from scaling import shared_prompt
 
 # ---- What is trained
@@ -27,7 +27,10 @@ def load_model(path: str, args, frozen: bool = False, empty: bool = False):
     try:  # neither a pickle nor classes of its own: a model folder runs no code here
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         options |= {"device_map": "meta"} if empty else {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        config = load_config(path)
+        # What samples knows no dropout: with it in training, log-probs would be others.
+        vars(config).update({k: 0.0 for k, v in vars(config).items() if "drop" in k and isinstance(v, float)})
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None
     for p in model.parameters():

@@ -117,6 +117,9 @@ TRAIN = [
     ("--resume --out {root}/half_args", ["{root}/half_args", "--resume"]),
     ("--resume --out {root}/torn", ["checkpoint-1", "damaged", "--overwrite"]),
     ("--model {root}/run/checkpoint-1 --out {root}/run --overwrite", ["would delete", "checkpoint-1"]),
+    ("--model {root}/run/checkpoint-1 --out {root}/run/checkpoint-1 --overwrite", ["would delete"]),
+    ("--eval-data {math},{root}/run/args.json --out {root}/run --overwrite", ["would delete", "args.json"]),
+    ("--out .. --overwrite", ["would delete", "'.'"]),
     ("@{root}/nowhere.args", ["nowhere.args"]),
     ("@{root}/quote.args", ["quot"]),
 ]

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import FREEZE, ROOT, TOY, lines, timeless
 
 import data
@@ -521,3 +522,14 @@ def test_toy_learns_to_follow_budgets(script, tmp_path):
         budgets = json.load(f)["datasets"]["toy-test"]["budgets"]
     assert np.mean([budgets[b]["abs_error"] for b in ("16", "32", "48", "64")]) <= 0.10
     assert budgets["64"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("kind, drop", [("Llama", "attention_dropout"), ("GPT2", "resid_pdrop")])
+def test_no_dropout_in_training(tmp_path, kind, drop):
+    """A sampler knows none: with it, the trainer's log-probs would not be those of what was sampled."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **ends, **{drop: 0.5})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, ids = load(str(tmp_path)), torch.arange(18)[None]
+    assert model.training and torch.equal(model(ids).logits, model(ids).logits)
