@@ -41,13 +41,14 @@ OWN = """
 """.split()
 
 
-INTRO = """# The toy study
+INTRO = """# The zoo: every recipe on the toy
 
-Every reward on the toy, from one base model and one seed: a single run each, so small differences mean
+The method of every recipe, from one base model and one seed: a single run each, so small differences mean
 nothing. The flags stand in each recipe's line `# toy:`. 100 new problems of 2 to 11 digits, 2 samples each
-(with a budget: 2 to each of the four). With every step in full a chain takes 9 to 36 tokens, 23 on average;
-with every step in the head 8 to 26, 17 on average, and it errs where both digits are 7 or more. The base
-model mends that when it goes through all once more.
+(with a budget: 2 to each of the four). A step of a chain stands in full, `b +3 =1`, or is taken in the head,
+`b =1`, which saves a token and errs where both digits are 7 or more. With every step in full a chain takes 9
+to 36 tokens, 23 on average; with every step in the head 8 to 26, 17 on average. The base model mends errors
+when it goes through all once more.
 
 ![accuracy against mean length](zoo.png)
 
@@ -63,16 +64,17 @@ How to read it:
   `hapo`, `palu`, `da_dler`) as in those that do not: a problem that needs more tokens gets them anyway. Only
   `laser`, whose bonus is paid up to a fixed length, is tighter on the easy ones than on the hard.
 - The AI2 blog's four: with budgets up to 48 (`tulu_exact_4k`) all but the smallest are obeyed, and 64, never
-  asked for, is not; with budgets up to 96 (`tulu_exact_8k`) the small ones are not; six buckets lie between.
-  Up-to answers (`tulu_upto`) take half of a large budget and are right; the blog's collapse does not show.
+  asked for, is not; with budgets up to 96 (`tulu_exact_8k`) the small ones are not; six buckets
+  (`tulu_bucketed`) have the smallest error of the three. Up-to answers (`tulu_upto`) take half of a large
+  budget and are right; the blog's collapse does not show.
 - `l1_max`, trained with both kinds of prompt, is more exact than L1-Exact with this alpha. `thinkprune`
-  writes what a problem needs, whatever is asked; `curriculum` and `curriculum_band` were never asked for a
-  length.
+  writes what a problem needs, whatever is asked. `curriculum` and `curriculum_band` were asked for one length
+  at a time, 64, 44, 31, then 21 tokens: no two prompts of a step differ in it, and they do not read it.
 - `lcpo_max`, additive or not, writes the shortest chains, right, whatever the maximum; the collapse that L1
   reports of the additive form does not show.
-- `longwriter_range` and `surrogate_format_length` pay for length and format only, so the answers go.
+- `longwriter_zero` and `surrogate` pay for length and format only, so the answers go.
 - `tldr`, `hbpo` and `adaptive_deep` were trained with a sentence in the prompt that is missing here.
-- What L1's alpha, a cap or a product do at small budgets, with three seeds: [study.md](study.md).
+- What L1's alpha, a cap or a product do at small budgets: [study.md](study.md).
 """
 
 
@@ -147,6 +149,8 @@ def figures(folder: str) -> dict:
     for ours, theirs in names.items():
         values = [cells[b][theirs] for b in asked if b in cells]
         out[ours] = None if None in values else round(float(np.mean(values)), 4)
+    if out["asked"]:
+        out["lengths"] = [round(cells[b]["mean_length"]) for b in asked if b in cells]
     for name, (low, high) in {"easy": (2, 4), "hard": (9, 11)}.items():
         lengths = [s["length"] for s in samples if low <= len(digits_of(s["problem"])) <= high]
         out[name] = round(float(np.mean(lengths)), 2)
@@ -187,8 +191,8 @@ def base_of(methods: list[dict]) -> dict:
 def table(methods: list[dict]) -> str:
     """Markdown rows, the base model first, the others by mean length."""
     asked = methods[0]["asked"]
-    third = "length error" if asked else "cut off"
-    head = f"run|reward|advantage|steps|accuracy|tokens|2-4 digits|9-11 digits|{third}".split("|")
+    third, tokens = ("length error", "tokens (at each)") if asked else ("cut off", "tokens")
+    head = f"run|reward|advantage|steps|accuracy|{tokens}|2-4 digits|9-11 digits|{third}".split("|")
     head.append("its own quantities, last step")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     base = {"name": "**base model**", "reward": "", "advantage": "", "steps": 0, "own": {}}
@@ -196,7 +200,8 @@ def table(methods: list[dict]) -> str:
         third = m["error"] if asked else m["truncated"]
         own = "; ".join(f"{key} {short(value)}" for key, value in m["own"].items())
         cells = [m["name"] + (" (reconstruction)" if m.get("reconstruction") else ""), m["reward"]]
-        cells += [m["advantage"], m["steps"], f"{m['accuracy']:.1%}", f"{m['length']:.1f}"]
+        each = f" ({', '.join(map(str, m['lengths']))})" if asked else ""
+        cells += [m["advantage"], m["steps"], f"{m['accuracy']:.1%}", f"{m['length']:.1f}{each}"]
         cells += [f"{m['easy']:.0f}", f"{m['hard']:.0f}", f"{third:.1%}", own]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

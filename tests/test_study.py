@@ -329,8 +329,11 @@ def test_report_of_the_zoo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "STEPS", "2")
     zoo.report()
     text = (tmp_path / "zoo.md").read_text()
-    assert "| **base model** |  |  | 0 | 75.0% | 40.0 | 6 | 30 | 50.0% |" in text
-    assert "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 | 6 | 30 | 50.0% | kl 0.125 |" in text
+    assert "| **base model** |  |  | 0 | 75.0% | 40.0 (10, 30, 50, 70) | 6 | 30 | 50.0% |" in text
+    assert (
+        "| l1_exact | l1_exact | grpo | 2 | 80.0% | 40.0 (16, 32, 48, 64) | 6 | 30 | 50.0% | kl 0.125 |"
+        in text
+    )
     assert "| kimi | kimi | grpo | 2 | 80.0% | 20.0 | 6 | 30 | 25.0% | kl 0.125 |" in text
     assert "| dler" not in text
     assert [m["name"] for m in json.loads((tmp_path / "zoo.json").read_text())] == ["kimi", "l1_exact"]
