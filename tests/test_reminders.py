@@ -108,14 +108,14 @@ def test_two_steps_of_training(base, script, tmp_path):
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, NEEDED)), reason="no vLLM server installed")
 def test_a_served_model_is_reminded_as_in_this_process(base, tmp_path):
     hf = open_sampler(base["model"], "hf", 400)
-    prompt = data.encode_prompt(hf.tokenizer, data.budget_prompt(PROBLEM, 40, "exact", wording="tulu"))
+    prompt = data.encode_prompt(hf.tokenizer, PROBLEM)
     asked = {"ids": prompt, "budget": 40, "max_tokens": 80}
     [[mine]] = Reminded(hf, hf.tokenizer).respond([asked], 1, 0.0, 1.0, 0)
     code = re.search(r"<!-- remind -->\n```python\n(.+?)```", PAGE, re.S)[1]
     with serving(base["model"], tmp_path / "log", hard_caps=False) as url:
         page: dict = {}
         code = code.replace("http://localhost:8000/v1", url).replace(
-            "out/remind/checkpoint-250", base["model"]
+            "out/study/remind_only-0/checkpoint-30", base["model"]
         )
         exec(compile(code, "remind", "exec"), page)
         found = page["ask_reminded"](PROBLEM, 40, temperature=0.0)
