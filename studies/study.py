@@ -59,10 +59,10 @@ RUNS = {
                            start="exact", modes=["max", "exact"]),
     # An answer against the length: no cap, summed, multiplied; L1's reward with three alphas.
     "uncapped": made("--reward peaked_exact", 3),
-    "summed": made("--advantage grpo"),
-    "multiplied": made("--advantage grpo --reward multiplied --reward-args tau=6", idea="multiplied"),
-    "alpha_0.005": made(f"{LCPO} alpha=0.005"),
-    "alpha_0.02": made(f"{LCPO} alpha=0.02"),
+    "summed": made("--advantage grpo", 3),
+    "multiplied": made("--advantage grpo --reward multiplied --reward-args tau=6", 3, idea="multiplied"),
+    "alpha_0.005": made(f"{LCPO} alpha=0.005", 3),
+    "alpha_0.02": made(f"{LCPO} alpha=0.02", 3),
     "alpha_0.1": made(f"{LCPO} alpha=0.1", 3),
     # Beyond the range: a warm start on own responses, behind a number, with reminders, or both; then RL.
     "warm": made(kind="supervised"),

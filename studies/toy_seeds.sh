@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table: three seeds of the toy's default, each with a base model of its own.
+# The README's table: five seeds of the toy's default, each with a base model of its own.
 # And the first of them with vLLM in place of generate(), where it is installed.
 #   bash studies/toy_seeds.sh                                 finished runs are not repeated
 #   STEPS=2 SEEDS=0 OUT=out/try bash studies/toy_seeds.sh     tries the machinery; the summary goes to OUT as well
@@ -12,7 +12,7 @@ run() {  # NAME SEED FLAGS...
   [ -f "$OUT/$1-$2/eval/results.json" ] || python train_grpo.py "${@:3}" ${STEPS:+--steps $STEPS} --seed "$2" --out "$OUT/$1-$2" --overwrite
 }
 
-for seed in ${SEEDS:-0 1 2}; do run hf "$seed" --sampler hf; done
+for seed in ${SEEDS:-0 1 2 3 4}; do run hf "$seed" --sampler hf; done
 [ -n "$STEPS${SEEDS:-}" ] || ! python -c "import vllm" || run vllm 0 --sampler vllm
 python - <<'PY'
 import glob, json, os

@@ -108,7 +108,8 @@ def run(name: str) -> int:
     if os.path.exists(os.path.join(folder, "eval", "results.json")):
         print(f"{name}: done before", flush=True)
         return 0
-    flags = [*runs()[name], *(["--steps", STEPS] if STEPS else []), "--seed", "0", "--sampler", "hf"]
+    flags = ["--steps", "250", *runs()[name], *(["--steps", STEPS] if STEPS else [])]
+    flags += ["--seed", "0", "--sampler", "hf"]
     asked = ",".join(BUDGETS)
     if "--budgets none" in " ".join(flags):
         # One length for all is learned from fewer prompts than one length for each budget.

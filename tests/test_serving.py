@@ -49,7 +49,7 @@ def serving(folder: str, log, hard_caps: bool = True):
         port = s.getsockname()[1]
     text = re.search(r"<!-- serve -->\n```sh\n(.+?)\n```", PAGE, re.S)[1]
     cache, path, python, *words = shlex.split(text.replace("\\\n", " "))
-    assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-250")
+    assert (path, python, words[3]) == ("PYTHONPATH=.", "python", "out/toy/checkpoint-300")
     at = words.index("--reasoning-config")  # a line that the page says to leave out where it is not needed
     words = words if hard_caps else words[:at] + words[at + 2 :]
     command = [sys.executable, *words[:3], folder, *words[4:], "--port", str(port)]
