@@ -591,7 +591,7 @@ def newest_checkpoint(args):
 def open_run(args, step):
     """--out is made, and what lies after `step` is dropped from its metrics: these steps are taken again."""
     if args.overwrite and os.path.exists(f"{args.out}/args.json"):  # only what is a run is ever deleted
-        shutil.rmtree(args.out)
+        shutil.rmtree(os.path.realpath(args.out))
     os.makedirs(args.out, exist_ok=True)
     path, kept = f"{args.out}/metrics.jsonl", []
     if os.path.exists(path):

@@ -28,8 +28,8 @@ def load_model(path: str, args, frozen: bool = False, empty: bool = False):
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         options |= {"device_map": "meta"} if empty else {}
         config = load_config(path)
-        # What samples knows no dropout: with it in training, log-probs would be others.
-        vars(config).update({k: 0.0 for k, v in vars(config).items() if "drop" in k and isinstance(v, float)})
+        for c in map(vars, (config, config.get_text_config())):  # what samples knows no dropout
+            c.update({k: 0.0 for k, v in c.items() if "drop" in k and isinstance(v, float)})
         model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"the model in {path} does not load ({str(error).splitlines()[0]})") from None

@@ -533,3 +533,15 @@ def test_no_dropout_in_training(tmp_path, kind, drop):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model, ids = load(str(tmp_path)), torch.arange(18)[None]
     assert model.training and torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_no_dropout_in_a_nested_config(tmp_path):
+    """A language model that brings eyes has its own configuration inside another one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 20, "attention_dropout": 0.5}
+    text |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    eyes = sizes | {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, ids = load(str(tmp_path)), torch.arange(18)[None]
+    assert model.training and torch.equal(model(ids).logits, model(ids).logits)
