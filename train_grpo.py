@@ -563,8 +563,7 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, state, args):
 
 
 def checkpoints(out):
-    names = os.listdir(out) if os.path.isdir(out) else []
-    return sorted(int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit())
+    return sorted(int(p.name[11:]) for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit())
 
 
 def newest_checkpoint(args):
@@ -592,7 +591,7 @@ def open_run(args, step):
     """--out is made, and what lies after `step` is dropped from its metrics: these steps are taken again."""
     if args.overwrite and os.path.exists(f"{args.out}/args.json"):  # only what is a run is ever deleted
         shutil.rmtree(os.path.realpath(args.out))
-    os.makedirs(args.out, exist_ok=True)
+    os.makedirs(os.path.realpath(args.out), exist_ok=True)  # a link may point to what was deleted
     path, kept = f"{args.out}/metrics.jsonl", []
     if os.path.exists(path):
         with open(path) as f:  # a crash may have torn the last line

@@ -374,3 +374,13 @@ def test_args_json_is_there_as_a_whole_or_not_at_all(finished, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train_grpo.main(["--resume", "--steps", "6", "--out", str(out)])
     assert (out / "args.json").read_text() == before and json.loads(before)["steps"] == 4
+
+
+def test_overwrite_behind_a_link(tmp_path):
+    """A run's folder may be a link to a larger disk: what it points to is deleted and made anew."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    words = [*TOY, "--steps", "1", "--out", str(tmp_path / "link")]
+    train_grpo.main(words)
+    (tmp_path / "disk" / "old").write_text("")
+    train_grpo.main([*words, "--overwrite"])
+    assert "old" not in os.listdir(tmp_path / "disk") and len(lines(tmp_path / "link")) == 1
